@@ -1,0 +1,406 @@
+"""The student transformer, and masked diffusion (MDLM) on it: loss and samplers, with or without Gumbel noise.
+
+Masked diffusion in four lines: mask each token independently with probability t, predict the masked tokens all at once,
+weight the cross-entropy by 1/t, average over t ~ U(0, 1]: an upper bound on -log p(x) (the NELBO). To sample, start
+from all [MASK] and reveal a few positions per network call. Tokens revealed together are drawn independently: that
+is the error that Gumbel Distillation removes, by giving each masked position the noise that decides its token.
+
+Shapes: B batch, L length, V vocabulary (without [MASK], whose id is V), D width, H heads, N rows (masked positions).
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from gumbel import CHUNK, GumbelEmbedding, gumbel_max, sample_gumbel
+
+T_MIN = 1e-3                                  # t lives in [T_MIN, 1]: bounds the weight 1/t of a rarely masked row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the transformer (shared: MDLM and BD3-LM bidirectional, the AR model causal)
+
+class KVCache:
+    """Keys and values of all layers, preallocated: [layers, 2, B, H, max_length, head_dim]. `length` counts what is filled."""
+
+    def __init__(self, model, batch, max_length):
+        w, h = model.blocks[0].qkv.weight, model.n_head
+        self.kv = w.new_zeros(len(model.blocks), 2, batch, h, max_length, w.shape[1] // h)
+        self.length = 0
+
+    def update(self, layer, k, v):
+        a, b = self.length, self.length + k.shape[2]
+        assert b <= self.kv.shape[4], f"KV cache holds {self.kv.shape[4]} positions, {b} wanted"
+        self.kv[layer, 0, :, :, a:b], self.kv[layer, 1, :, :, a:b] = k, v
+        return self.kv[layer, 0, :, :, :b], self.kv[layer, 1, :, :, :b]
+
+
+def rope_tables(positions, head_dim):
+    """cos and sin of RoPE's angles, base 10^4, laid out for `apply_rope`. positions [L] -> two [L, 1, 1, head_dim], float32."""
+    freq = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angle = (positions.float()[:, None] * freq)[:, None, None]
+    return torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
+
+
+def apply_rope(x, cos, sin):
+    """Rotate the halves (a, b) of each head (not interleaved pairs): (a cos - b sin, b cos + a sin). x [B, L, 2, H, head_dim]."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-LN attention (no biases) and MLP x 4 with tanh-GELU; dropout on both residual branches, as in DiT."""
+
+    def __init__(self, n_embd, n_head, dropout):
+        super().__init__()
+        self.n_head, self.dropout = n_head, dropout
+        self.norm1 = nn.LayerNorm(n_embd)
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.attn_out = nn.Linear(n_embd, n_embd, bias=False)
+        self.norm2 = nn.LayerNorm(n_embd)
+        self.fc = nn.Linear(n_embd, 4 * n_embd)
+        self.proj = nn.Linear(4 * n_embd, n_embd)
+
+    def forward(self, x, cos, sin, mask, causal, cache=None, layer=0):
+        B, L, D = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.n_head, -1)
+        q, k = apply_rope(qkv[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)                            # each (B, H, L, D/H)
+        v = qkv[:, :, 2].transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = self.attn_out(y.transpose(1, 2).reshape(B, L, D))
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.proj(F.gelu(self.fc(self.norm2(x)), approximate="tanh"))
+        return x + F.dropout(y, self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """Token ids or embeddings in, hidden states out; the output layer `head` is applied by the caller, where needed.
+
+    Residual output projections and the output layer start at zero: the network starts as the identity and predicts
+    the uniform distribution, as the published networks do through their zero gates (adaLN driven by a constant).
+    """
+
+    def __init__(self, vocab_in, vocab_out, n_layer, n_embd, n_head, dropout, causal=False):
+        super().__init__()
+        if n_embd % (2 * n_head):
+            raise ValueError(f"n_embd={n_embd} must be a multiple of 2 * n_head={2 * n_head} (RoPE rotates pairs)")
+        self.n_head, self.causal = n_head, causal
+        self.embed = nn.Embedding(vocab_in, n_embd)
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
+        self.norm = nn.LayerNorm(n_embd)
+        self.head = nn.Linear(n_embd, vocab_out)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.attn_out.weight)
+            nn.init.zeros_(block.proj.weight)
+            nn.init.zeros_(block.proj.bias)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, h, cache=None):
+        """Input embeddings h [B, L, D] -> hidden states [B, L, D]. With a cache, h continues what the cache holds."""
+        L, start = h.shape[1], cache.length if cache else 0
+        cos, sin = rope_tables(torch.arange(start, start + L, device=h.device), h.shape[2] // self.n_head)
+        causal, mask = self.causal, None
+        if causal and start:                  # queries start .. start + L - 1 against keys 0 .. start + L - 1
+            causal, mask = False, torch.ones(L, start + L, dtype=torch.bool, device=h.device).tril(start) if L > 1 else None
+        for i, block in enumerate(self.blocks):
+            h = block(h, cos, sin, mask, causal, cache, i)
+        if cache:
+            cache.length += L
+        return self.norm(h)
+
+
+def nll_rows(logits, h, x, vocab_size):
+    """-log p(x) per row: h [N, D], x [N] -> [N], where logits(h) is [N, vocab_size]. In chunks, which the backward pass computes
+    again, so that [N, V] is never held.
+    """
+    def f(h, x):
+        return F.cross_entropy(logits(h), x, reduction="none")
+    rows = max(1, 4 * CHUNK // vocab_size)
+    if len(h) <= rows:
+        return f(h, x)
+    return torch.cat([checkpoint(f, *c, use_reentrant=False, preserve_rng_state=False) for c in zip(h.split(rows), x.split(rows))])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# noise levels
+
+def stratified_t(n, rng, t_one=0.0):
+    """Noise levels of one global batch: n values in [T_MIN, 1], float32 [n] (METHOD of MDLM's low-discrepancy sampler).
+
+    t_j = (u + j) / n with one random shift u, assigned to rows at random. `t_one`: this fraction of the rows is fully
+    masked instead (t = 1); the loss is then no NELBO. `rng` is a numpy Generator.
+    """
+    ones = round(t_one * n)
+    t = (rng.random() + torch.arange(n - ones, dtype=torch.float64)) / max(1, n - ones) % 1
+    t = torch.cat([T_MIN + (1 - T_MIN) * t, torch.ones(ones, dtype=torch.float64)])
+    return t[torch.from_numpy(rng.permutation(n))].float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samplers: a table of reveal steps, and one loop
+
+SAMPLERS, ORDERS = ("ancestral", "fixed", "first_hitting"), ("random", "left_to_right", "confidence")
+
+
+def reveal_steps(masked, steps, sampler="ancestral", order="random", generator=None):
+    """When each position is revealed. masked [B, L] bool -> step [B, L] long: 1 .. steps, 0 where nothing is masked.
+
+    Without time conditioning this does not depend on the network, so it is drawn beforehand.
+    ancestral      each masked position draws its step uniformly from 1 .. steps: exactly the (t - s)/t rule of ancestral
+                   sampling on a uniform grid of t.
+    fixed          a permutation (`order`), cut evenly into `steps` parts; no part is empty while tokens last.
+    first_hitting  one token a step in random order, whatever `steps` is: exact continuous time (Zheng et al. 2024).
+    """
+    if sampler not in SAMPLERS or order not in ORDERS:
+        raise ValueError(f"unknown sampler {sampler!r} or order {order!r}: {SAMPLERS}, {ORDERS}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if sampler == "ancestral":
+        if order == "left_to_right":
+            raise ValueError("ancestral sampling reveals at random: use sampler 'fixed' with order 'left_to_right'")
+        step = torch.randint(1, steps + 1, masked.shape, generator=generator, device=masked.device)
+        return step * masked
+    key = torch.rand(masked.shape, generator=generator, device=masked.device, dtype=torch.float64)
+    if order == "left_to_right":
+        key = torch.arange(masked.shape[1], device=masked.device).expand(masked.shape).double()
+    rank = key.masked_fill(~masked, math.inf).argsort(-1).argsort(-1)          # 0 .. n - 1 among the masked
+    n = masked.sum(-1, keepdim=True)
+    steps = n if sampler == "first_hitting" else n.clamp(max=steps)
+    return (rank * steps // n.clamp(min=1) + 1) * masked
+
+
+def own_pace(step):
+    """Renumber each row's steps 1, 2, 3 .. without gaps, so that no step of any row is empty. [B, L] -> [B, L]."""
+    s, where = step.sort(-1)
+    new = torch.cat([s[:, :1] > 0, s[:, 1:] != s[:, :-1]], 1)
+    return torch.zeros_like(step).scatter_(-1, where, new.cumsum(-1))
+
+
+def nucleus(logits, top_p):
+    """logits [N, V] -> log-probabilities with -inf outside the smallest set whose mass reaches top_p (crossing token kept)."""
+    p, where = logits.softmax(-1).sort(-1, descending=True)
+    outside = p.cumsum(-1) - p >= top_p
+    return logits.masked_fill(torch.zeros_like(outside).scatter_(-1, where, outside), -math.inf)
+
+
+def draw_tokens(logits, top_p=1.0, greedy=False, noise=None, generator=None):
+    """One token per row of logits [N, V] -> [N]; `noise` [N, V] is drawn (with an exact tail) unless given."""
+    if greedy:
+        return logits.argmax(-1)
+    out = []
+    for a in range(0, max(1, len(logits)), rows := max(1, CHUNK // logits.shape[-1])):
+        l = logits[a:a + rows].double()                                         # noqa: E741
+        if top_p < 1:
+            l = nucleus(l, top_p)                                               # noqa: E741
+        out.append(gumbel_max(l, sample_gumbel(l.shape, generator, l.device) if noise is None else noise[a:a + rows]))
+    return torch.cat(out)
+
+
+def unmask(x, step, mask_id, hidden, logits, order="random", top_p=1.0, greedy=False, generator=None):
+    """The sampler loop. x [B, L] with [MASK]s, step [B, L] from `reveal_steps` -> (x, nfe [B]).
+
+    hidden(x, rows) is one network call on x [b, L], the given rows of the batch -> [b, L, D]; logits(h [N, D]) -> [N, V]
+    runs at the positions being revealed only. Rows that have nothing left are not computed. nfe counts calls per row.
+    `order="confidence"` keeps only how many tokens a step reveals and takes those drawn with the highest probability.
+    """
+    x, step = x.clone(), own_pace(step)
+    nfe = step.amax(-1)
+    for k in range(1, int(nfe.max()) + 1):
+        rows = (nfe >= k).nonzero().squeeze(1)
+        now = step[rows] == k
+        h = hidden(x[rows], rows)
+        if order == "confidence":
+            count, now = now.sum(-1, keepdim=True), x[rows] == mask_id
+        z = logits(h[now])
+        new = draw_tokens(z, top_p, greedy, generator=generator)
+        if order == "confidence":
+            logp = z.float().log_softmax(-1).gather(-1, new[:, None]).squeeze(1)
+            score = torch.full(now.shape, -math.inf, device=x.device).masked_scatter(now, logp)
+            keep = (score.argsort(-1, descending=True).argsort(-1) < count) & now
+            new, now = new[keep[now]], keep
+        x[rows] = x[rows].masked_scatter(now, new)
+    return x, nfe
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MDLM
+
+class MDLM(nn.Module):
+    """Masked diffusion language model (Sahoo et al. 2024); with `noise`, conditioned on Gumbel noise (Section 4.2).
+
+    h_i = (1 - M_i) Emb(z_i) + M_i g_i: the embedding of a masked position is its noise embedding, in place of that of
+    [MASK] ("replace") or on top of it ("add"). Nothing else changes: no noise is the baseline, on the same path.
+    Position 0 is BOS: given, never masked, no noise, no loss.
+    """
+
+    def __init__(self, vocab_size, length, bos, n_layer=12, n_embd=768, n_head=12, dropout=0.1, noise=None,
+                 inject="replace", predict_bos=True):
+        super().__init__()
+        if inject not in ("replace", "add"):
+            raise ValueError(f"unknown inject {inject!r}: 'replace' or 'add'")
+        self.config = dict(vocab_size=vocab_size, length=length, bos=bos, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
+                           dropout=dropout, noise=noise, inject=inject, predict_bos=predict_bos)
+        self.mask_id, self.length, self.bos, self.inject, self.predict_bos = vocab_size, length, bos, inject, predict_bos
+        self.transformer = Transformer(vocab_size + 1, vocab_size, n_layer, n_embd, n_head, dropout)
+        self.noise_embed = GumbelEmbedding(vocab_size, n_embd, noise) if noise else None
+
+    # the network in two halves: all positions, then the output layer where it is needed
+
+    def hidden(self, z, g=None):
+        """z [B, L] with [MASK]s, g [B, L, D] noise embeddings (read at masked positions only) -> [B, L, D]."""
+        h = self.transformer.embed(z)
+        if (g is None) != (self.noise_embed is None):
+            raise ValueError("this model was built " + ("with noise: give it some" if g is None else "without noise"))
+        if g is not None:
+            masked = (z == self.mask_id)[:, :, None]
+            h = torch.where(masked, g.to(h.dtype), h) if self.inject == "replace" else h + masked * g
+        return self.transformer(h)
+
+    def logits(self, h):
+        """h [N, D] -> [N, V], float32. [MASK] has no entry (SUBS: its logit is -inf); BOS is -inf where it never occurs."""
+        logits = self.transformer.head(h).float()
+        if not self.predict_bos:
+            logits[..., self.bos] = -math.inf
+        return logits
+
+    # training
+
+    def loss(self, tokens, t, teacher=None, z=None, noise=None, generator=None):
+        """The NELBO per predicted token, in nats: mean over rows of (1/t) sum_{masked i} -log p(x_i | z, noise) / (L - 1).
+
+        tokens [B, L], t [B] noise levels. What is random can be given: z [B, L] noised tokens, noise [B, L, V]. A student
+        with noise draws it from its posterior under `teacher`, in one teacher pass, at the masked positions only.
+        Returns (loss, {"nll_masked": unweighted cross-entropy per masked token}).
+        """
+        B, L = tokens.shape
+        if z is None:
+            masked = torch.rand(B, L, generator=generator, device=tokens.device) < t[:, None]
+            masked[:, 0] = False
+            z = tokens.masked_fill(masked, self.mask_id)
+        masked = z == self.mask_id
+        x = tokens[masked]                                                      # (N)
+        g = None
+        if self.noise_embed is not None:
+            g = torch.zeros(B, L, self.transformer.embed.weight.shape[1], device=tokens.device)
+            if noise is not None:
+                rows = self.noise_embed(noise[masked])
+            else:
+                rows = self.noise_embed.from_posterior(teacher and teacher.posterior_logits(tokens, masked), x, generator)
+            g = g.masked_scatter(masked[:, :, None], rows.to(g.dtype))
+        nll = nll_rows(self.logits, self.hidden(z, g)[masked], x, self.mask_id)
+        weight = (1 / t)[:, None].expand(B, L)[masked]
+        loss = (weight * nll).sum() / (B * (L - 1))      # a constant count, not a local one: the same for any micro-batch
+        return loss, {"nll_masked": nll.detach().sum().item() / max(1, len(nll))}
+
+    forward = loss                                        # what DDP calls
+
+    def log_probs(self, tokens, noise=None):
+        """The plain forward, after SUBS: tokens [B, L] with [MASK]s, noise [B, L, V] -> [B, L, V + 1] log-probabilities.
+
+        An unmasked position copies its token: 0 there, -inf elsewhere.
+        """
+        g = None if noise is None else self.noise_embed(noise)
+        logp = F.pad(self.logits(self.hidden(tokens, g)).log_softmax(-1), (0, 1), value=-math.inf)
+        copy = torch.full_like(logp, -math.inf).scatter_(-1, tokens[:, :, None], 0.0)
+        return torch.where((tokens == self.mask_id)[:, :, None], logp, copy)
+
+    # sampling
+
+    @torch.no_grad()
+    def generate(self, tokens, steps, sampler="ancestral", order="random", tau=1.0, top_p=1.0, greedy=False,
+                 noise=None, resample_noise=False, reveal=None, generator=None):
+        """Fill in the [MASK]s of tokens [B, L] (BOS first) -> (tokens [B, L], nfe [B], network calls per row).
+
+        Noise is tau * Gumbel(0, 1), drawn once per sample and kept for all steps (`resample_noise` draws it anew at each).
+        `noise` [B, L, V] and `reveal` [B, L] (see `reveal_steps`) replace the draws. Given tokens are never changed.
+        """
+        if not tau > 0:
+            raise ValueError(f"tau must be positive, got {tau}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+        if (tokens[:, 0] != self.bos).any():
+            raise ValueError(f"position 0 must hold BOS (id {self.bos})")
+        masked = tokens == self.mask_id
+        if reveal is None:
+            reveal = reveal_steps(masked, steps, sampler, order, generator)
+
+        def embed_noise():
+            if self.noise_embed is None:
+                return None
+            if noise is not None:
+                return self.noise_embed(noise, tau)
+            D = self.transformer.embed.weight.shape[1]
+            rows = self.noise_embed.from_prior(int(masked.sum()), tau, generator)
+            return rows.new_zeros(*tokens.shape, D).masked_scatter(masked[:, :, None], rows)
+        g = embed_noise()                                                       # (B, L, D): kept; the noise is thrown away
+
+        def hidden(x, rows):
+            g_now = embed_noise() if resample_noise else g
+            return self.hidden(x, None if g_now is None else g_now[rows])
+        return unmask(tokens, reveal, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints of the authors' networks
+
+def fold_published(src, n_heads=None):
+    """A published checkpoint (path or state dict) -> (our state dict, sizes). Source: the authors' DiT and golden tensors.
+
+    Their adaLN is driven by a constant (no time conditioning), so it folds into LayerNorm and output projections exactly:
+        c = silu(W2 silu(W1 e + b1) + b2),  e = [1] * 128 ++ [0] * 128   (sinusoidal embedding of sigma = 0)
+        per block (shift, scale, gate) x 2 = A c + a: LN weight <- norm (1 + scale), bias <- shift, output <- gate * output
+    AR files have no adaLN. The output layer's [MASK] row is dropped: its logit is -inf.
+    """
+    if not isinstance(src, dict):
+        src = torch.load(src, map_location="cpu", weights_only=True)
+    src = src.get("state_dict", src)
+    src = {k.removeprefix("backbone."): v.float() for k, v in src.items() if not k.startswith("teacher_model.")}
+    try:
+        head_dim = 2 * len(src["rotary_emb.inv_freq"]) if n_heads is None else src["vocab_embed.embedding"].shape[1] // n_heads
+        rows, D = src["vocab_embed.embedding"].shape
+        c = None
+        if "sigma_map.mlp.0.weight" in src:
+            e = torch.cat([torch.ones(128), torch.zeros(128)])
+            c = F.silu(F.linear(e, src["sigma_map.mlp.0.weight"], src["sigma_map.mlp.0.bias"]))
+            c = F.silu(F.linear(c, src["sigma_map.mlp.2.weight"], src["sigma_map.mlp.2.bias"]))
+
+        def modulation(name, n):                          # n vectors of D, or the identity
+            if c is None:
+                return [torch.zeros(D), torch.zeros(D), torch.ones(D)] * (n // 3) if n > 2 else [torch.zeros(D)] * 2
+            return F.linear(c, src[name + ".weight"], src[name + ".bias"]).chunk(n)
+
+        out, n_layer = {"embed.weight": src["vocab_embed.embedding"]}, 0
+        while (b := f"blocks.{n_layer}.") + "norm1.weight" in src:
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(b + "adaLN_modulation", 6)
+            out |= {b + "norm1.weight": src[b + "norm1.weight"] * (1 + scale_a), b + "norm1.bias": shift_a,
+                    b + "qkv.weight": src[b + "attn_qkv.weight"],
+                    b + "attn_out.weight": gate_a[:, None] * src[b + "attn_out.weight"],
+                    b + "norm2.weight": src[b + "norm2.weight"] * (1 + scale_m), b + "norm2.bias": shift_m,
+                    b + "fc.weight": src[b + "mlp.0.weight"], b + "fc.bias": src[b + "mlp.0.bias"],
+                    b + "proj.weight": gate_m[:, None] * src[b + "mlp.2.weight"],
+                    b + "proj.bias": gate_m * src[b + "mlp.2.bias"]}
+            n_layer += 1
+        shift, scale = modulation("output_layer.adaLN_modulation", 2)
+        out |= {"norm.weight": src["output_layer.norm_final.weight"] * (1 + scale), "norm.bias": shift,
+                "head.weight": src["output_layer.linear.weight"][:rows - 1],
+                "head.bias": src["output_layer.linear.bias"][:rows - 1]}
+    except KeyError as e:
+        raise ValueError(f"not a published MDLM, BD3-LM or AR checkpoint: it lacks {e}") from None
+    return {"transformer." + k: v for k, v in out.items()}, dict(
+        vocab_size=rows - 1, n_layer=n_layer, n_embd=D, n_head=D // head_dim, dropout=0.0), src
+
+
+def load_published(src, n_heads=None, length=1024, bos=50256, inject="replace"):
+    """The authors' MDLM, with or without Gumbel noise, as our `MDLM` with equal outputs. `src`: a path or a state dict."""
+    state, sizes, src = fold_published(src, n_heads)
+    w = src.get("gumbel_noise_embed.linear.weight")
+    model = MDLM(length=length, bos=bos, noise=None if w is None else "gumbel", inject=inject, **sizes)
+    if w is not None:
+        state["noise_embed.weight"] = w
+    model.load_state_dict(state)
+    return model.eval()

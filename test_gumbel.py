@@ -1,0 +1,1190 @@
+"""The tests: every formula against theory, brute force or an independent implementation.
+
+    python -m pytest -q test_gumbel.py            # -s also prints the two-token toy
+
+Tests against the authors' tensors, and those that need GPT-2's BPE files, skip where these are absent: the folder is
+taken from GUMBEL_SHARED, and is ../shared by default.
+"""
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+import evaluate
+import gumbel
+import sample
+import train
+from data import prepare
+from gumbel import GumbelEmbedding, gumbel_max, posterior_gumbel, sample_exponential, sample_gumbel
+from mdlm import MDLM, KVCache, draw_tokens, load_published, nucleus, own_pace, reveal_steps, stratified_t, unmask
+from teacher import AR, LogitsTable, extract_parallel, extract_sequential
+from teacher import load_published as load_published_ar
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SHARED = os.environ.get("GUMBEL_SHARED", os.path.join(HERE, "..", "shared"))
+needs_shared = pytest.mark.skipif(not os.path.isdir(os.path.join(SHARED, "golden")), reason="the golden tensors are absent")
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def golden(name):
+    return torch.load(os.path.join(SHARED, "golden", name + ".pt"), weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gumbel.py: draws
+
+def test_gumbel_moments_and_law():
+    x = sample_gumbel((1_000_000,), gen()).double()
+    assert abs(x.mean() - 0.57722) < 5 * (math.pi / 6**0.5) / 1000
+    assert abs(x.var() - math.pi**2 / 6) < 0.02
+    assert stats.kstest(x[:100_000].numpy(), "gumbel_r").pvalue > 1e-4
+    assert torch.equal(sample_gumbel((5, 7), gen(3)), sample_gumbel((5, 7), gen(3)))
+
+
+def test_tail_has_the_right_frequency_and_is_not_quantised():
+    """P(noise > a) = 1 - exp(-exp(-a)); float32 rand would give nothing above 16.6 and ties on a grid of 2^-24 below."""
+    n, top = 0, []
+    for i in range(25):
+        x = sample_gumbel((8_000_000,), gen(i))
+        n += x.numel()
+        top.append(x[x > 12])
+    top = torch.cat(top)
+    for a in (12, 14, 16):
+        count, want = int((top > a).sum()), n * math.exp(-a)
+        assert abs(count - want) < 5 * math.sqrt(want), (a, count, want)
+    # in exponential time the tail must be uniform on (0, e^-12), at full resolution: ties would show a grid
+    T = torch.exp(-top.double())
+    assert stats.kstest((T / math.exp(-12)).numpy(), "uniform").pvalue > 1e-4
+    grid = torch.round(T * 2**24)
+    assert (T * 2**24 - grid).abs().mean() > 0.2 and len(top.unique()) > 0.98 * len(top)
+    assert sample_exponential((1_000_000,), gen()).min() > 0
+
+
+def test_gumbel_max_draws_from_the_softmax():
+    logits = torch.randn(6, generator=gen())
+    x = gumbel_max(logits.expand(200_000, 6), sample_gumbel((200_000, 6), gen(1)))
+    assert stats.chisquare(torch.bincount(x, minlength=6).numpy(), (200_000 * logits.double().softmax(-1)).numpy()).pvalue > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gumbel.py: the posterior (Theorem 4.1, Algorithm 1)
+
+@pytest.mark.parametrize("V,rows,scale", [(20, 500_000, 3.0), (1000, 20_000, 8.0), (50257, 512, 3.0), (50257, 512, 20.0)])
+def test_posterior_argmax_is_the_token(V, rows, scale):
+    """With certainty, whether the token was drawn from p or is a surprise; inputs are not modified; no inf, no nan."""
+    g, step = gen(1), max(1, 20_000_000 // V)
+    for a in range(0, rows, step):
+        n = min(step, rows - a)
+        logits = scale * torch.randn(n, V, generator=g) - 80
+        w = gumbel_max(logits, sample_gumbel((n, V), g))
+        w[::2] = torch.randint(V, (len(w[::2]),), generator=g)
+        before, w_before = logits.clone(), w.clone()
+        noise = posterior_gumbel(logits, w, g)
+        assert noise.dtype == torch.float32 and noise.isfinite().all()
+        assert (gumbel_max(logits, noise) == w).all()
+        assert torch.equal(logits, before) and torch.equal(w, w_before)
+
+
+def test_posterior_argmax_repair_is_needed_and_minimal():
+    """Ties in float32 really occur without the repair, which moves noise_w by rounding error only."""
+    logits = torch.randn(400_000, 50, generator=gen()) - 90
+    logits[:, 1] = logits[:, 0]                            # equal logits: the winner by less than rounding is common enough
+    w = torch.zeros(400_000, dtype=torch.long)
+    noise = posterior_gumbel(logits, w, gen(1))
+    e = sample_exponential(logits.shape, gen(1))[:1]
+    assert (gumbel_max(logits, noise) == 0).all() and e.isfinite().all()
+    rounded = (logits + noise).argmax(-1)                  # a float32 sum at -90 has steps of 2^-17: that is a wrong use
+    assert (rounded != 0).float().mean() < 1e-3
+
+
+def test_posterior_extreme_rows():
+    V = 8
+    logits = torch.zeros(4, V)
+    logits[0, 3:] = -math.inf                              # p_k = 0 gives noise_k = -log E_k
+    logits[1] = torch.tensor([0.0] + [-300.0] * (V - 1))   # w's probability underflows
+    logits[2] = -1e4 * torch.arange(V)
+    w = torch.tensor([1, 5, 7, 0])
+    noise = posterior_gumbel(logits, w, gen())
+    assert noise.isfinite().all() and (gumbel_max(logits, noise) == w).all()
+    assert 295 < noise[1, 5] < 320                         # -log E_0 - log p_w, not clipped by float32's smallest number
+    f = gumbel._posterior_times(logits, w, sample_exponential((4, V), gen()))
+    s = gumbel.noise_features(f)
+    assert s.isfinite().all() and torch.allclose(s.sum(-1), torch.ones(4)) and s[1, 5] > 0.999999
+    with pytest.raises(ValueError, match="-inf"):
+        posterior_gumbel(logits[:1], torch.tensor([5]))
+    with pytest.raises(ValueError, match="-inf .* inf or nan"):
+        posterior_gumbel(torch.full((1, V), math.nan), torch.tensor([5]))
+    with pytest.raises(ValueError, match="out of range"):
+        posterior_gumbel(logits, torch.tensor([0, 1, 2, V]))
+    assert gumbel._posterior_times(logits[:1], torch.tensor([5]), sample_exponential((1, V), gen())).isnan().any()
+    assert posterior_gumbel(torch.zeros(2, 3, V), torch.zeros(2, 3, dtype=torch.long)).shape == (2, 3, V)
+
+
+def posterior_pairs(p, n, seed):
+    """(w, noise) with w ~ p and noise from the posterior; and the forward construction (argmax, noise)."""
+    logits = p.log().float().expand(n, len(p))
+    w = torch.multinomial(p.expand(n, len(p)), 1, generator=gen(seed)).squeeze(1)
+    forward = sample_gumbel((n, len(p)), gen(seed + 1))
+    return (w, posterior_gumbel(logits, w, gen(seed + 2))), (gumbel_max(logits, forward), forward)
+
+
+def test_posterior_noise_is_iid_gumbel():
+    p = torch.tensor([0.6, 0.2, 0.1, 0.07, 0.03], dtype=torch.float64)
+    (_, noise), _ = posterior_pairs(p, 200_000, 0)
+    for k in range(5):
+        assert stats.kstest(noise[:, k].numpy(), "gumbel_r").pvalue > 1e-4, k
+    # independence: linear correlations of several functions of the noise, bounded at 5 / sqrt(n)
+    for f in (lambda x: x, lambda x: torch.exp(-x), lambda x: (x > 1).double(), lambda x: (x > 3).double()):
+        c = torch.corrcoef(f(noise.double()).T) - torch.eye(5)
+        assert c.abs().max() < 5 / math.sqrt(200_000)
+    # and of the ranks' joint law: each of the 120 orders is equally likely
+    orders = (noise.argsort(-1) * 5 ** torch.arange(5)).sum(-1)
+    assert stats.chisquare(orders.unique(return_counts=True)[1].numpy()).pvalue > 1e-4 and len(orders.unique()) == 120
+
+
+def test_posterior_joint_law_equals_forward_construction():
+    """(w, noise) with w ~ p has the law of (argmax, noise): compared given each w, in the marginals and in the maximum."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    (w, a), (x, b) = posterior_pairs(p, 200_000, 5)
+    logp = p.log().float()
+    for v in range(4):
+        for k in range(4):
+            assert stats.ks_2samp(a[w == v, k].numpy(), b[x == v, k].numpy()).pvalue > 1e-5, (v, k)
+        assert stats.ks_2samp((a + logp)[w == v].amax(-1).numpy(), (b + logp)[x == v].amax(-1).numpy()).pvalue > 1e-5
+        second_a = (a + logp)[w == v].topk(2, -1).values.diff(dim=-1)
+        second_b = (b + logp)[x == v].topk(2, -1).values.diff(dim=-1)
+        assert stats.ks_2samp(second_a.squeeze(1).numpy(), second_b.squeeze(1).numpy()).pvalue > 1e-5
+
+
+def test_posterior_agrees_with_rejection():
+    """Conditioning by brute force: prior noise kept when its argmax is w. A 2-d histogram test of (noise_w, noise_k)."""
+    logits = torch.tensor([1.0, 0.0, -1.0, -2.0])
+    prior = sample_gumbel((2_000_000, 4), gen())
+    kept = prior[gumbel_max(logits.expand_as(prior), prior) == 2]
+    ours = posterior_gumbel(logits.expand(len(kept), 4), torch.full((len(kept),), 2), gen(1))
+    for i, j in itertools.combinations(range(4), 2):
+        edges = [np.quantile(kept[:, k].numpy(), np.linspace(0, 1, 7)[1:-1]) for k in (i, j)]
+        cell = [6 * np.digitize(x[:, i].numpy(), edges[0]) + np.digitize(x[:, j].numpy(), edges[1]) for x in (kept, ours)]
+        table = np.stack([np.bincount(c, minlength=36) for c in cell])
+        assert stats.chi2_contingency(table[:, table.sum(0) > 20]).pvalue > 1e-4, (i, j)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gumbel.py: transforms and the embedding
+
+def test_transforms_have_the_right_law_and_can_be_inverted():
+    noise = torch.linspace(-2.5, 15, 2001, dtype=torch.float64)
+    T = torch.exp(-noise)
+    u, z = gumbel.to_uniform(T), gumbel.to_gaussian(T)
+    assert (-(-u.log()).log() - noise).abs().max() < 1e-8
+    # back from the Gaussian through scipy: T = -log Phi(z), log Phi accurate in both tails
+    assert np.abs(-np.log(-stats.norm.logcdf(z.numpy())) - noise.numpy()).max() < 1e-8
+    assert torch.all(z.diff() > 0) and torch.all(u.diff() > 0)
+    e = sample_exponential((100_000,), gen())
+    assert stats.kstest(gumbel.to_uniform(e).numpy(), "uniform").pvalue > 1e-4
+    assert stats.kstest(gumbel.to_gaussian(e).numpy(), "norm").pvalue > 1e-4
+    assert gumbel.to_gaussian(torch.tensor([0.0, 1e-37, 1e-20, 1.0, 40.0, 700.0, 1e30])).isfinite().all()
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.85, 2.0])
+def test_noise_features_are_the_softmax_of_the_noise(tau):
+    e = sample_exponential((1000, 300), gen())
+    want = (-tau * e.double().log()).softmax(-1)
+    assert torch.allclose(gumbel.noise_features(e.clone(), "gumbel", tau).double(), want, rtol=1e-5, atol=1e-9)
+    assert torch.allclose(gumbel.noise_features(e.clone(), "uniform", tau).double(), (tau * torch.exp(-e.double())).softmax(-1), rtol=1e-5)
+    emb = GumbelEmbedding(300, 16)
+    assert torch.allclose(emb(-e.log(), tau), want.float() @ emb.weight.T, rtol=1e-4, atol=1e-6)
+
+
+def test_embedding_from_posterior_equals_the_plain_formula(monkeypatch):
+    """Same draws, values and gradient, in many chunks; two calls of one generator draw different noise."""
+    V, D, n = 37, 16, 50
+    monkeypatch.setattr(gumbel, "CHUNK", 7 * V)            # 8 chunks, the last one short
+    logits, w = 3 * torch.randn(n, V, generator=gen()), torch.randint(V, (n,), generator=gen(1))
+    emb, up = GumbelEmbedding(V, D), torch.randn(n, D, generator=gen(2))
+    g = gen(3)
+    out = emb.from_posterior(lambda a, b: logits[a:b], w, g)
+    out2 = emb.from_posterior(lambda a, b: logits[a:b], w, g)
+    (out * up).sum().backward()
+    grad, emb.weight.grad = emb.weight.grad, None
+    want = posterior_gumbel(logits, w, gen(3)).softmax(-1) @ emb.weight.T
+    (want * up).sum().backward()
+    assert torch.allclose(out, want, atol=1e-6) and torch.allclose(grad, emb.weight.grad, atol=1e-5)
+    assert not torch.allclose(out, out2)
+    prior = emb.from_prior(n, 0.85, gen(4))
+    assert torch.allclose(prior, (0.85 * sample_gumbel((n, V), gen(4))).softmax(-1) @ emb.weight.T, atol=1e-6)
+    control = GumbelEmbedding(V, D, "unpaired")
+    assert torch.equal(control.from_posterior(None, w, gen(5)), control.from_prior(n, generator=gen(5)))
+    assert emb.from_posterior(lambda a, b: logits[a:b], w[:0], g).shape == (0, D)
+    assert 0.015 < GumbelEmbedding(2000, 64).from_prior(500, generator=gen()).std() < 0.025       # a token embedding's scale
+    with pytest.raises(ValueError, match="gaussian"):
+        GumbelEmbedding(V, D, "gauss")
+
+
+def test_embedding_memory():
+    """4096 rows, GPT-2's vocabulary, D = 768: the peak above parameters and W's gradient stays under 400 MB."""
+    script = """
+import torch
+from gumbel import GumbelEmbedding
+def peak(field):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) / 1024
+V, D, N = 50257, 768, 4096
+emb = GumbelEmbedding(V, D); head = torch.randn(V, 64) / 8; h = torch.randn(N, 64); w = torch.randint(V, (N,))
+open("/proc/self/clear_refs", "w").write("5")              # reset the high-water mark
+before = peak("VmRSS")
+emb.from_posterior(lambda a, b: h[a:b] @ head.T, w, torch.Generator()).square().sum().backward()
+print(peak("VmHWM") - before - emb.weight.grad.numel() * 4 / 2**20)
+"""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system cannot reset a process's memory high-water mark")
+    out = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert float(out.stdout) < 400, out.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# against the authors' network
+
+@needs_shared
+@pytest.mark.parametrize("name", ["mdlm", "mdlm_gumbel"])
+def test_golden_mdlm(name):
+    d = golden(name)
+    model, z = load_published(d["state_dict"]), d["inputs"]["indices"]
+    noise = F.pad(d["inputs"]["gumbel"], (0, 0, 1, 0)) if "gumbel" in d["inputs"] else None
+    with torch.no_grad():
+        g = None if noise is None else model.noise_embed(noise)
+        assert (model.logits(model.hidden(z, g)) - d["backbone_out"][..., :100]).abs().max() < 1e-5
+        logp, want = model.log_probs(z, noise), d["log_probs"]
+        real = want > -1e5                                 # theirs says -1e6 where ours says -inf
+        assert (logp - want)[real].abs().max() < 1e-5 and (logp[~real] == -math.inf).all() and logp.shape == want.shape
+        loss, _ = model.loss(d["loss"]["x0"], d["loss"]["t"][:, 0], z=d["loss"]["xt"], noise=noise)
+        assert abs(loss - d["loss"]["loss_eval_mode"]) < 1e-5
+        if noise is not None:
+            logits = model.logits(model.hidden(z, model.noise_embed(noise, 0.85)))
+            assert (logits - d["extra"]["backbone_out_gumbel_temperature_0.85"][..., :100]).abs().max() < 1e-5
+            model = load_published({"backbone." + k: v for k, v in d["state_dict"].items()}, n_heads=4, inject="add")
+            assert (model.logits(model.hidden(z, g)) - d["extra"]["backbone_out_inject_add"][..., :100]).abs().max() < 1e-5
+
+
+@needs_shared
+def test_golden_ar():
+    d = golden("ar")
+    model = load_published_ar(d["state_dict"], bos=0)
+    with torch.no_grad():
+        assert (model.log_probs(d["inputs"]["indices"]) - d["log_probs"][..., :100]).abs().max() < 1e-5
+        assert abs(model.loss(d["inputs"]["x0"])[0] - d["loss"]["loss"]) < 1e-5
+
+
+def test_load_published_refuses_other_files(tmp_path):
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="not a published"):
+        load_published(str(tmp_path / "x.ckpt"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# small models with random weights
+
+def randomise(model, seed=0, std=0.3):
+    """Untrained networks start as the identity: give every parameter something to say."""
+    g = gen(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += std * torch.randn(p.shape, generator=g) / math.sqrt(p.shape[-1])
+    return model.eval()
+
+
+def tiny(noise=None, V=7, L=6, seed=0, predict_bos=True, **kw):
+    torch.manual_seed(seed)
+    return randomise(MDLM(V, L, V - 1, n_layer=2, n_embd=32, n_head=2, dropout=0.0, noise=noise, predict_bos=predict_bos, **kw), seed)
+
+
+def tiny_ar(V=7, L=6, seed=0, **kw):
+    torch.manual_seed(seed)
+    return randomise(AR(V, L, V - 1, n_layer=2, n_embd=32, n_head=2, dropout=0.0, **kw), seed, std=1.0)
+
+
+def rows_of(n, V=7, L=6, seed=0):
+    x = torch.randint(V - 1, (n, L), generator=gen(seed))
+    x[:, 0] = V - 1
+    return x
+
+
+def test_untrained_network_is_uniform():
+    model = MDLM(11, 6, 10, n_layer=2, n_embd=32, n_head=2, dropout=0.0)
+    logp = model.log_probs(torch.tensor([[10, 11, 11, 3, 11, 11]]))
+    assert torch.allclose(logp[0, 1, :11], torch.full((11,), -math.log(11))) and logp[0, 1, 11] == -math.inf
+    assert logp[0, 3, 3] == 0 and (logp[0, 3, [0, 1, 2, 4]] == -math.inf).all()
+
+
+def test_bos_is_never_predicted_where_it_never_occurs():
+    assert (tiny(predict_bos=False).log_probs(torch.full((1, 6), 7))[..., 6] == -math.inf).all()
+    x, _ = tiny_ar(predict_bos=False).generate(torch.full((200, 1), 6), generator=gen())
+    assert (x[:, 1:] != 6).all()
+
+
+def test_causal_and_cached():
+    """The AR model sees no later token; with the KV cache, one token or several at a time, it gives the same logits."""
+    model, x = tiny_ar(), rows_of(3)
+    full = model.log_probs(x)
+    y = x.clone()
+    y[:, 4] = (y[:, 4] + 1) % 6
+    assert torch.equal(model.log_probs(y)[:, :4], full[:, :4]) and not torch.allclose(model.log_probs(y)[:, 4], full[:, 4])
+    for parts in ([1] * 6, [2, 3, 1], [4, 2]):
+        cache = KVCache(model.transformer, 3, 6)
+        got = torch.cat([model.logits(model.hidden(part, cache)) for part in x.split(parts, 1)], 1).log_softmax(-1)
+        assert torch.allclose(got, full, atol=1e-5), parts
+
+
+def test_positions_matter_and_only_relatively():
+    """RoPE: a bidirectional network tells its positions apart, and a shifted row gives shifted outputs inside a window."""
+    model = tiny()
+    h = model.hidden(torch.full((1, 6), 7))
+    assert torch.allclose(h[0, 1], h[0, 4], atol=1e-5)     # all inputs alike: nothing to tell positions by
+    x = torch.full((1, 6), 7)
+    x[0, 0] = 6
+    h = model.hidden(x)
+    assert (h[0, 1] - h[0, 4]).abs().max() > 1e-3          # BOS anchors them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MDLM's loss
+
+def test_stratified_t():
+    t = torch.stack([stratified_t(64, np.random.default_rng(i)) for i in range(500)])
+    assert t.min() >= 1e-3 and t.max() <= 1
+    s = ((t - 1e-3) / (1 - 1e-3)).double().sort(-1).values
+    assert ((s * 64).floor() == torch.arange(64)).float().mean() > 0.98          # one in each stratum (but for the wrap)
+    assert (t.mean(0) - 0.5005).abs().max() < 5 * 0.289 / math.sqrt(500)          # no row gets systematically more noise
+    assert (stratified_t(8, np.random.default_rng(0), 0.5) == 1).sum() >= 4
+
+
+def subset_nelbo(model, x, noise=None):
+    """The NELBO of one row by enumeration of its masks, and -log p of the random-order sampler. x [L] -> two floats.
+
+    E_t (1/t) sum over masks of t^k (1-t)^(n-k) = sum over masks of B(k, n-k+1), k masked of n: Beta integrals.
+    """
+    n, V = len(x) - 1, model.mask_id
+    nelbo, logp = 0.0, {}
+    for mask in itertools.product([False, True], repeat=n):
+        m = torch.tensor((False,) + mask)
+        lp = model.log_probs(x.masked_fill(m, V)[None], noise)[0].double().gather(-1, x[:, None]).squeeze(1)
+        logp[mask] = lp[1:]
+        k = sum(mask)
+        if k:
+            nelbo -= math.exp(math.lgamma(k) + math.lgamma(n - k + 1) - math.lgamma(n + 1)) * float(lp[m].sum())
+
+    @functools.cache
+    def p(mask):                                           # reveal the masked positions in a uniformly random order
+        masked = [i for i in range(n) if mask[i]]
+        return sum(math.exp(logp[mask][i]) * p(mask[:i] + (False,) + mask[i + 1:]) for i in masked) / len(masked) if masked else 1.0
+    return nelbo, -math.log(p((True,) * n))
+
+
+def test_loss_is_the_nelbo_and_bounds_the_likelihood():
+    model = tiny(V=4, L=4)
+    with torch.no_grad():
+        for x in rows_of(3, V=4, L=4):
+            nelbo, nll = subset_nelbo(model, x)
+            assert nelbo >= nll - 1e-6
+            n = 40_000
+            t = stratified_t(n, np.random.default_rng(0))
+            loss, info = model.loss(x.expand(n, -1), t, generator=gen())
+            assert abs(loss * 3 - nelbo) < 0.03 * nelbo, (loss * 3, nelbo)
+            assert info["nll_masked"] > 0
+        total = sum(math.exp(-subset_nelbo(model, torch.tensor((3,) + c))[1]) for c in itertools.product(range(4), repeat=3))
+    assert abs(total - 1) < 1e-6                           # the random-order likelihood is a distribution
+
+
+def test_loss_is_tight_for_the_exact_denoiser():
+    """Over an enumerable language, the NELBO of the true conditionals averages to the entropy (mask by mask, exactly)."""
+    rows = np.array([[0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 0, 0]])
+    exact = evaluate.ExactDenoiser(rows, 2)
+    total = 0.0
+    for x in rows:
+        for mask in itertools.product([False, True], repeat=3):
+            if k := sum(mask):
+                m = torch.tensor(mask)
+                x_ = torch.tensor(x)
+                lp = exact.hidden(x_.masked_fill(m, 2)[None])[0].gather(-1, x_[:, None]).squeeze(1)[m].sum()
+                total -= math.exp(math.lgamma(k) + math.lgamma(4 - k) - math.lgamma(4)) * float(lp) / 4
+    assert abs(total - 1.5 * math.log(2)) < 1e-5
+
+
+def test_loss_does_not_depend_on_chunks_or_micro_batches(monkeypatch):
+    model, x = tiny("gumbel"), rows_of(8)
+    noise, t = sample_gumbel((8, 6, 7), gen()), stratified_t(8, np.random.default_rng(0))
+    z = x.masked_fill((torch.rand(8, 6, generator=gen(1)) < 0.6) & (torch.arange(6) > 0), 7)
+
+    def grads(parts):
+        model.zero_grad()
+        for i in torch.arange(8).split(parts):
+            (model.loss(x[i], t[i], z=z[i], noise=noise[i])[0] * len(i) / 8).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+    whole = grads(8)
+    assert torch.allclose(grads(2), whole, atol=1e-6)
+    import mdlm
+    monkeypatch.setattr(mdlm, "CHUNK", 7)                  # 4 rows of logits at a time, recomputed in the backward pass
+    assert torch.allclose(grads(8), whole, atol=1e-6)
+
+
+def test_student_reads_noise_at_masked_positions_only():
+    model, x = tiny("gumbel"), rows_of(2)
+    z = x.clone()
+    z[:, [2, 4]] = 7
+    noise = sample_gumbel((2, 6, 7), gen())
+    other = noise.clone()
+    other[:, [0, 1, 3, 5]] = 5.0
+    assert torch.equal(model.log_probs(z, noise), model.log_probs(z, other))
+    other[:, 2] = 5.0 * torch.eye(7)[0]
+    assert not torch.allclose(model.log_probs(z, noise), model.log_probs(z, other))
+    with pytest.raises(ValueError, match="give it some"):
+        model.log_probs(z)
+    with pytest.raises(ValueError, match="without noise"):
+        tiny().hidden(z, torch.zeros(2, 6, 32))
+
+
+def test_loss_with_a_teacher_equals_loss_with_its_extracted_noise():
+    """The chunked path of training draws what extract_parallel draws: same law. Alignment: position i reads row i - 1."""
+    teacher, model, x = tiny_ar(), tiny("gumbel"), rows_of(1)
+    z = x.clone()
+    z[:, 1:] = 7                                           # everything masked: rows in the same order in both paths
+    with torch.no_grad():
+        a = model.loss(x, torch.ones(1), teacher=teacher, z=z, generator=gen(1))[0]
+        b = model.loss(x, torch.ones(1), noise=extract_parallel(teacher, x, gen(1)), z=z)[0]
+    assert abs(a - b) < 1e-5
+    noise = extract_parallel(teacher, x, gen(1))
+    logits = teacher.log_probs(x)
+    assert torch.equal(gumbel_max(logits[:, :-1], noise[:, 1:]), x[:, 1:]) and (noise[:, 0] == 0).all()
+
+    class Data:                                            # a LogitsTable gives the same numbers
+        def rows(self, i):
+            return rows_of(5).numpy()[list(i)]
+
+        def __len__(self):
+            return 5
+    table, masked = LogitsTable(teacher, Data(), batch=2), torch.rand(5, 6, generator=gen()) < 0.5
+    masked[:, 0] = False
+    want = teacher.posterior_logits(rows_of(5), masked)(0, 99)
+    assert torch.allclose(table.at([0, 1, 2, 3, 4]).posterior_logits(rows_of(5), masked)(0, 99), want, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samplers
+
+def test_nucleus_and_draws():
+    p = torch.tensor([[0.35, 0.5, 0.05, 0.1]])
+    assert (nucleus(p.log(), 0.9) > -math.inf).tolist() == [[True, True, False, True]]     # the crossing token is kept
+    assert (nucleus(p.log(), 0.3) > -math.inf).tolist() == [[False, True, False, False]]
+    x = draw_tokens(p.log().expand(100_000, 4), top_p=0.9, generator=gen())
+    assert stats.chisquare(torch.bincount(x, minlength=4)[[0, 1, 3]].numpy(), 100_000 * np.array([0.35, 0.5, 0.1]) / 0.95).pvalue > 1e-4
+    assert not (x == 2).any() and draw_tokens(p.log(), greedy=True).tolist() == [1]
+
+
+def test_reveal_steps():
+    masked = torch.rand(50, 20, generator=gen()) < 0.7
+    for sampler, order, steps in [("ancestral", "random", 5), ("fixed", "random", 5), ("fixed", "left_to_right", 6),
+                                  ("fixed", "random", 100), ("first_hitting", "random", 3)]:
+        s = reveal_steps(masked, steps, sampler, order, gen())
+        assert ((s > 0) == masked).all()
+        if sampler != "ancestral":
+            n, k = masked.sum(1), torch.stack([torch.bincount(r, minlength=101)[1:] for r in s])
+            want = n if sampler == "first_hitting" else n.clamp(max=steps)
+            assert ((k > 0).sum(1) == want).all()
+            for row, m in zip(k, want):
+                assert row[:m].max() - row[:m].min() <= 1  # cut evenly, no gaps
+        if order == "left_to_right":
+            for row, m in zip(s, masked):
+                assert (row[m].diff() >= 0).all()
+    big = reveal_steps(torch.ones(20_000, 4, dtype=torch.bool), 3, generator=gen())
+    assert stats.chisquare(torch.bincount((big * 4 ** torch.arange(4)).sum(1)).numpy()[torch.bincount((big * 4 ** torch.arange(4)).sum(1)).numpy() > 0]).pvalue > 1e-4
+    assert own_pace(torch.tensor([[0, 7, 3, 7], [2, 9, 4, 5], [0, 0, 0, 0]])).tolist() == [[0, 2, 1, 2], [1, 4, 2, 3], [0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="steps"):
+        reveal_steps(masked, 0)
+
+
+LANGUAGE = np.array([[0, 0, 1, 2], [0, 1, 1, 0], [1, 0, 0, 2], [1, 0, 0, 2], [2, 2, 2, 1], [2, 1, 0, 0], [1, 1, 1, 1], [1, 0, 2, 2]])
+
+
+def sampled_language(n, steps, sampler, seed=0):
+    exact = evaluate.ExactDenoiser(LANGUAGE, 3)
+    x = torch.full((n, 4), 3)
+    x, nfe = unmask(x, reveal_steps(x == 3, steps, sampler, generator=gen(seed)), 3, exact.hidden, exact.logits, generator=gen(seed + 1))
+    return x, nfe
+
+
+@pytest.mark.parametrize("sampler,steps", [("first_hitting", 1), ("ancestral", 40_000), ("fixed", 4)])
+def test_exact_denoiser_gives_the_true_joint(sampler, steps):
+    x, nfe = sampled_language(40_000, steps, sampler)
+    keys, want = (x * 3 ** torch.arange(4)).sum(1), (torch.tensor(LANGUAGE) * 3 ** torch.arange(4)).sum(1)
+    u, c = want.unique(return_counts=True)
+    assert set(keys.tolist()) <= set(u.tolist())           # 40,000 steps: never two tokens at once, but for 1 in 7,000 rows
+    assert stats.chisquare([int((keys == k).sum()) for k in u], (40_000 * c / c.sum()).numpy()).pvalue > 1e-4
+    assert (nfe == 4).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("name,want", [("maze", [4.63, 20.2, 44.0, 67.3, 81.4]), ("maze_skewed", [23.1])])
+def test_perfect_mdlm_reaches_the_known_figures(name, want):
+    # the 2000 draws of maze_skewed depend on the order in which the paths are enumerated: 23.4 here
+    for steps, percent in zip([1, 2, 4, 8, 16], want):
+        rows, calls = evaluate.maze_theory(name, 10_000, steps, seed=1)
+        assert abs(100 * prepare.maze_valid(rows).mean() - percent) < 2.0, steps
+        assert calls == 1 if steps == 1 else calls < steps
+    rows = prepare.maze_dataset(name)                      # one step: exactly the product of the marginals
+    marginals = np.stack([(rows == k).mean(0) for k in range(5)], 1)
+    exact = 100 * np.exp(np.log(marginals[np.arange(10), prepare.maze_paths()] + 1e-300).sum(1)).sum()
+    assert abs(exact - want[0]) < (0.05 if name == "maze" else 0.5)
+
+
+@pytest.mark.parametrize("noise", [None, "gumbel"])
+@pytest.mark.parametrize("sampler,order", [("ancestral", "random"), ("fixed", "random"), ("fixed", "left_to_right"),
+                                           ("fixed", "confidence"), ("first_hitting", "random"), ("ancestral", "confidence")])
+def test_sampler_contract(noise, sampler, order):
+    """No [MASK] is left, nothing given is changed, a seed reproduces, nfe is what was spent."""
+    model = tiny(noise)
+    start = rows_of(40).masked_fill((torch.rand(40, 6, generator=gen(5)) < 0.6) & (torch.arange(6) > 0), 7)
+    start[3] = rows_of(1)[0]                               # a row with nothing to do
+    calls = []
+    model.transformer.register_forward_hook(lambda m, i, o: calls.append(len(o)))
+    for steps in (1, 3, 50):
+        calls.clear()
+        x, nfe = model.generate(start, steps, sampler, order, generator=gen(9))
+        assert (x != 7).all() and torch.equal(x[start != 7], start[start != 7])
+        assert sum(calls) == nfe.sum() and nfe[3] == 0 and len(calls) == nfe.max()
+        masked = (start == 7).sum(1)
+        if sampler != "first_hitting":
+            assert (nfe <= masked.clamp(max=steps)).all()
+        if sampler == "fixed":
+            assert (nfe == masked.clamp(max=steps)).all()
+        again, _ = model.generate(start, steps, sampler, order, generator=gen(9))
+        other, _ = model.generate(start, steps, sampler, order, generator=gen(10))
+        assert torch.equal(x, again) and not torch.equal(x, other)
+    if noise:
+        model.generate(start, 3, sampler, order, resample_noise=True, tau=0.5, top_p=0.9, generator=gen())
+
+
+def test_confidence_reveals_the_most_probable_first():
+    z = torch.tensor([[[4.0, 0], [9.0, 0], [1.0, 0], [6.0, 0]]])
+    seen = []
+
+    def hidden(x, rows):
+        seen.append(x.clone())
+        return z[rows]
+    x = torch.full((1, 4), 2)
+    unmask(x, reveal_steps(x == 2, 4, "fixed", generator=gen()), 2, hidden, lambda h: h, "confidence", greedy=True)
+    assert [(s != 2).nonzero()[:, 1].tolist() for s in seen] == [[], [1], [1, 3], [0, 1, 3]]
+
+
+@pytest.mark.parametrize("noise", [None, "gumbel"])
+def test_batch_equals_single_rows(noise):
+    model = tiny(noise)
+    start = torch.full((16, 6), 7)
+    start[:, 0] = 6
+    start[::3, 2] = 1
+    xi = sample_gumbel((16, 6, 7), gen()) if noise else None
+    reveal = reveal_steps(start == 7, 3, generator=gen(1))
+    together, nfe = model.generate(start, 3, greedy=True, noise=xi, reveal=reveal)
+    for i in range(16):
+        alone, n = model.generate(start[i:i + 1], 3, greedy=True, noise=None if xi is None else xi[i:i + 1], reveal=reveal[i:i + 1])
+        assert torch.equal(alone[0], together[i]) and n[0] == nfe[i]
+
+
+def test_sampler_bad_input():
+    model = tiny("gumbel")
+    start = torch.full((2, 6), 7)
+    with pytest.raises(ValueError, match="BOS"):
+        model.generate(start, 1)
+    start[:, 0] = 6
+    for kw, word in [(dict(steps=0), "steps"), (dict(steps=1, tau=0), "tau"), (dict(steps=1, top_p=0), "top_p"),
+                     (dict(steps=1, sampler="x"), "sampler"), (dict(steps=2, order="left_to_right"), "fixed")]:
+        with pytest.raises(ValueError, match=word):
+            model.generate(start, **kw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# teacher.py: parallel and sequential extraction
+
+def test_ar_samples_follow_its_probabilities():
+    model = tiny_ar(V=4, L=3)
+    x, nfe = model.generate(torch.full((60_000, 1), 3), generator=gen())
+    assert (nfe == 2).all() and (x[:, 0] == 3).all()
+    pairs = torch.tensor(list(itertools.product(range(4), repeat=2)))
+    logp = model.log_probs(torch.cat([torch.full((16, 1), 3), pairs], 1))
+    p = (logp[:, 0].gather(1, pairs[:, :1]) + logp[:, 1].gather(1, pairs[:, 1:])).squeeze(1).double().exp()
+    assert abs(p.sum() - 1) < 1e-6
+    assert stats.chisquare(torch.bincount(x[:, 1] * 4 + x[:, 2], minlength=16).numpy(), (60_000 * p / p.sum()).detach().numpy()).pvalue > 1e-4
+    prompt = torch.tensor([[3, 1]]).expand(50, 2)
+    y, nfe = model.generate(prompt, generator=gen())
+    assert (y[:, 1] == 1).all() and (nfe == 1).all()
+    cold, _ = model.generate(prompt, tau=1e-3, generator=gen())
+    assert torch.equal(cold, model.generate(prompt, greedy=True)[0])
+    with pytest.raises(ValueError, match="prompt"):
+        model.generate(torch.full((1, 4), 3))
+
+
+def test_sequential_extraction_is_reproduced_by_its_noise():
+    teacher = tiny_ar()
+    x, noise = extract_sequential(teacher, 500, generator=gen())
+    assert (noise[:, 0] == 0).all()
+    logits = teacher.log_probs(x[:, :-1])
+    assert (gumbel_max(logits, noise[:, 1:]) == x[:, 1:]).float().mean() > 0.999
+
+
+class CountingTeacher:
+    """The exact AR model of the maze: next-token probabilities by counting prefixes among the 2000 paths."""
+    vocab_size, bos, length = 6, 5, 11
+
+    def __init__(self, rows):
+        self.exact = evaluate.ExactDenoiser(rows.astype(np.int64), 6)
+
+    def hidden(self, tokens, cache=None):
+        out = []
+        for i in range(tokens.shape[1]):
+            x = torch.full((len(tokens), 10), 6)
+            x[:, :i] = tokens[:, 1:i + 1]
+            out.append(self.exact.hidden(x)[:, min(i, 9)])
+        return torch.stack(out, 1)
+
+    def logits(self, h):
+        return h
+
+
+def test_parallel_on_teacher_text_equals_sequential_extraction():
+    """The same joint law of (text, noise), on the maze with the exact teacher: two-sample tests given the text."""
+    teacher, n = CountingTeacher(prepare.maze_paths()), 20_000
+    # sequential: ancestral sampling, noise recorded (the loop of `AR.generate`, without a cache)
+    x, noise = torch.full((n, 1), 5), sample_gumbel((n, 11, 6), gen())
+    for i in range(1, 11):
+        x = torch.cat([x, gumbel_max(teacher.hidden(x)[:, -1], noise[:, i])[:, None]], 1)
+    assert prepare.maze_valid(x[:, 1:].numpy()).all()
+    counts = np.unique(prepare.maze_keys(x[:, 1:].numpy()), return_counts=True)[1]
+    assert len(counts) > 1990 and stats.chisquare(np.append(counts, [0] * (2000 - len(counts)))).pvalue > 1e-4
+    again = extract_parallel(teacher, x, gen(1))           # the noise redrawn, given the text
+    noise[:, 0] = 0
+    for i in (1, 3, 6, 8, 10):
+        for token in range(5):
+            at = x[:, i] == token
+            if at.sum() < 200:
+                continue
+            for k in range(6):
+                assert stats.ks_2samp(noise[at, i, k].numpy(), again[at, i, k].numpy()).pvalue > 1e-5, (i, token, k)
+    # independent across positions, in both: correlation of the winner's noise at neighbours
+    for xi in (noise, again):
+        w = xi.gather(-1, x[:, :, None]).squeeze(-1)[:, 1:9]
+        assert (torch.corrcoef(w.T) - torch.corrcoef(noise.gather(-1, x[:, :, None]).squeeze(-1)[:, 1:9].T)).abs().max() < 0.05
+        flat = xi[:, 1:].reshape(n, -1)
+        assert (torch.corrcoef(flat.T) - torch.eye(flat.shape[1])).abs().max() < 6 / math.sqrt(n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the paper in four lines: two tokens, always equal
+
+def test_two_token_toy():
+    """x1 = x2 uniform on K values. A perfect plain denoiser at NFE 1 is 1 - 1/K in total variation from the truth; the
+    Gumbel student, trained here in seconds, must come close to 0."""
+    K, n = 8, 20_000
+
+    def tv(x):
+        joint = torch.bincount(x[:, 0] * K + x[:, 1], minlength=K * K).double() / len(x)
+        return 0.5 * float((joint - torch.eye(K).flatten() / K).abs().sum())
+    pairs = np.stack([np.arange(K)] * 2, 1)
+    exact = evaluate.ExactDenoiser(pairs, K)
+    x = torch.full((n, 2), K)
+    plain = tv(unmask(x, reveal_steps(x == K, 1, generator=gen()), K, exact.hidden, exact.logits, generator=gen(1))[0])
+
+    class Teacher:                                         # exact: x1 uniform, x2 = x1
+        def posterior_logits(self, tokens, masked):
+            logits = torch.zeros(*masked.shape, K + 1)
+            logits[:, 2] = torch.where(torch.arange(K + 1) == tokens[:, 1:2], 0.0, -math.inf)
+            logits[..., K] = -math.inf                     # BOS
+            rows = logits[masked]
+            return lambda a, b: rows[a:b]
+    torch.manual_seed(0)
+    model = MDLM(K + 1, 3, K, n_layer=2, n_embd=64, n_head=2, dropout=0.0, noise="gumbel", predict_bos=False)
+    optimizer, g = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0), gen(2)
+    steps = 1000
+    for step in range(steps):
+        x1 = torch.randint(K, (256, 1), generator=g)
+        tokens = torch.cat([torch.full((256, 1), K), x1, x1], 1)
+        loss, _ = model.loss(tokens, stratified_t(256, np.random.default_rng(step)), Teacher(), generator=g)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.step()
+    start = torch.tensor([[K, K + 1, K + 1]]).expand(n, 3)
+    x, nfe = model.generate(start, 1, greedy=True, generator=gen(3))
+    student = tv(x[:, 1:])
+    print(f"\ntwo equal tokens, uniform on {K} values, one network call; total variation from the truth:\n"
+          f"  perfect plain denoiser   {plain:.3f}   (theory: 1 - 1/{K} = {1 - 1 / K:.3f})\n"
+          f"  trained Gumbel student   {student:.3f}")
+    assert abs(plain - (1 - 1 / K)) < 0.02 and (nfe == 1).all()
+    assert student < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the scripts: run in this process unless a signal or several processes are what is tested
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """cli(module, "flags") -> (exit code, stdout, stderr), as from a shell."""
+    def run(module, flags):
+        monkeypatch.setattr(sys, "argv", [module.__name__.split(".")[-1] + ".py", *flags.split()])
+        capsys.readouterr()
+        try:
+            prepare.run_main(module.main)
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+    return run
+
+
+def refused(result, *words):
+    """Exit code 2, one sentence on stderr that holds these words, nothing on stdout, no traceback."""
+    code, out, err = result
+    assert code == 2 and out == "" and "Traceback" not in err, result
+    lines = [line for line in err.replace("\r", "\n").splitlines() if "error:" in line]
+    assert len(lines) == 1 and all(w in lines[0] for w in words), (words, err)
+
+
+TINY = "--n_layer=1 --n_embd=16 --n_head=2 --batch_size=16 --warmup=2 --log_every=1 --eval_every=4 --eval_rows=40 --report=0"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A folder with the maze, and with tiny runs on it: out/maze-ar, out/maze-mdlm-gumbel, out/maze-mdlm."""
+    root = tmp_path_factory.mktemp("runs")
+    for flags in ("--model=ar", "--model=mdlm --gumbel", "--model=mdlm"):
+        done = subprocess.run([sys.executable, f"{HERE}/train.py", "--data=maze", "--steps=6", "--save_every=3", *TINY.split(),
+                               *flags.split()], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+# --- data/prepare.py
+
+def test_maze_is_the_task(tmp_path, monkeypatch, cli):
+    paths = prepare.maze_paths()
+    lengths = (paths != prepare.PAD).sum(1)
+    assert paths.shape == (2000, 10) and [int((lengths == k).sum()) for k in (5, 7, 9)] == [9, 146, 1845]
+    assert (paths[:, 9] == prepare.PAD).all() and len(np.unique(paths, axis=0)) == 2000
+    for row in paths[::50]:                                # an independent walk
+        at, done = (2, 1), False
+        for k in row:
+            if done:
+                assert k == 4
+                continue
+            at = {0: (at[0] - 1, at[1]), 1: (at[0] + 1, at[1]), 2: (at[0], at[1] - 1), 3: (at[0], at[1] + 1)}[int(k)]
+            assert 0 <= at[0] < 6 and 0 <= at[1] < 6 and at not in {(2, 0), (2, 4), (5, 2)}
+            done = at == (4, 4)
+        assert done
+    assert prepare.maze_valid(paths).all()
+    bad = np.array([[4] * 10, [5] * 10, [6] * 10, [1, 1, 3, 3, 3, 4, 4, 4, 4, 0], [1, 1, 3, 3, 4, 4, 4, 4, 4, 4]])
+    assert not prepare.maze_valid(bad).any()
+    p = np.exp(-np.log(2) * 0) * np.ones(2000) / 2000      # total correlation of the uniform language, in bits: 4.86
+    marginals = np.stack([(paths == k).mean(0) for k in range(5)])
+    h = -(marginals * np.log2(np.where(marginals > 0, marginals, 1))).sum()
+    assert abs(h - np.log2(2000) - 4.86) < 0.01 and abs(p.sum() - 1) < 1e-9
+    skewed = prepare.maze_dataset("maze_skewed")
+    count = np.unique(skewed, axis=0, return_counts=True)[1] / 2000
+    assert 130 <= len(count) <= 150 and abs(-(count * np.log2(count)).sum() - 4.06) < 0.05
+    monkeypatch.chdir(tmp_path)
+    assert cli(prepare, "maze")[0] == 0 and cli(prepare, "verify data/maze")[:2] == (
+        0, "data/maze/train.bin: 20000 tokens, ok\ndata/maze/val.bin: 20000 tokens, ok\n")
+    data = prepare.Shards("data/maze", "train")
+    assert len(data) == 2000 and data.length == 11 and (data.rows([0, 1999])[:, 1:] == paths[[0, 1999]]).all()
+    assert (data.rows([5])[:, 0] == 5).all()
+    refused(cli(prepare, "maze"), "data/maze exists already")
+    assert "leaves the free cells" in prepare.draw_maze([0] * 10) and "reaches T in 5 moves" in prepare.draw_maze(paths[0])
+
+
+DOCS = ["First document.\nIt has two lines.", "Zwölf Boxkämpfer jagen Viktor — quer über den Sylter Deich.", "x" * 50 + " y\n\n  z", "fourth"]
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n<|endoftext|>\n".join(DOCS) + "\n", encoding="utf-8")
+    return path
+
+
+def test_prepare_text_bytes(text_file, tmp_path, cli):
+    out = tmp_path / "mine"
+    code, _, err = cli(prepare, f"text --files {text_file} --tokenizer=bytes --out={out} --val_fraction=0.25")
+    assert code == 0 and "4 documents (1 for validation)" in err
+    got = {}
+    for split in ("train", "val"):
+        ids = np.fromfile(out / f"{split}.bin", dtype="<u2")
+        assert ids[-1] == 256
+        got[split] = [bytes(part.astype(np.uint8)).decode() for part in np.split(ids, np.flatnonzero(ids == 256) + 1)
+                      for part in [part[part != 256]] if len(part)]
+    assert len(got["val"]) == 1 and sorted(got["train"] + got["val"]) == sorted(DOCS)
+    meta = json.loads((out / "meta.json").read_text())
+    assert (meta["vocab_size"], meta["bos"], meta["row_length"], meta["tokenizer"]) == (257, 256, None, "bytes")
+    assert cli(prepare, f"verify {out}")[0] == 0
+    rows = prepare.Shards(str(out), "train", 9)
+    flat = np.fromfile(out / "train.bin", dtype="<u2")
+    assert len(rows) == len(flat) // 8 and (rows.rows([1])[0] == np.append([256], flat[8:16])).all()
+    refused(cli(prepare, f"text --files {text_file} --tokenizer=bytes --out={out}"), "exists already", "--out")
+
+
+def test_prepare_text_gpt2(text_file, tmp_path, cli, monkeypatch):
+    cache = os.path.join(SHARED, "assets", "tiktoken_cache")
+    if not os.path.isdir(cache):
+        pytest.skip("GPT-2's BPE files are absent")
+    shutil.copytree(cache, tmp_path / "cache", copy_function=shutil.copyfile)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    assert cli(prepare, f"text --files {text_file} --out={tmp_path / 'mine'}")[0] == 0
+    tokenizer = prepare.Tokenizer("gpt2")
+    ids = np.concatenate([np.fromfile(tmp_path / "mine" / f"{s}.bin", dtype="<u2") for s in ("train", "val")])
+    assert sorted(tokenizer.decode(part) for part in np.split(ids, np.flatnonzero(ids == 50256) + 1)
+                  for part in [part[part != 50256]] if len(part)) == sorted(DOCS)
+    # cut into pieces, a document has the same tokens
+    text = (DOCS[0] + "\n\n  " + DOCS[2] + " don't  stop\t\tnow 123 45.6\n") * 20
+    (tmp_path / "b.txt").write_text(text)
+    pieces = list(prepare.documents([tmp_path / "b.txt"], "<|endoftext|>", piece=40))
+    assert len(pieces) > 20 and "".join(p for p, _ in pieces) == text.strip("\n")
+    assert np.concatenate(tokenizer.encode([p for p, _ in pieces])).tolist() == tokenizer.encode([text.strip("\n")])[0].tolist()
+
+
+def test_documents_at_every_block_size(tmp_path):
+    """The separator may straddle blocks anywhere; empty documents vanish; bytes that are not UTF-8 survive."""
+    body = b"a b c\n<|endoftext|>\n\n<|endoftext|>d \xff e" + b" w" * 30 + b"<|endoftext|>f\n"
+    (tmp_path / "a").write_bytes(body)
+    (tmp_path / "b").write_bytes(b"second file")
+    for piece in range(1, 90):
+        docs, current = [], ""
+        for text, end in prepare.documents([tmp_path / "a", tmp_path / "b"], "<|endoftext|>", piece=piece):
+            current += text
+            if end:
+                docs.append(current.encode("utf-8", "surrogateescape"))
+                current = ""
+        assert docs == [b"a b c", b"d \xff e" + b" w" * 30, b"f", b"second file"] and not current, piece
+
+
+def test_prepare_bad_input(text_file, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(cli(prepare, "text --files nowhere.txt --tokenizer=bytes --out=o"), "nowhere.txt", "not a file")
+    refused(cli(prepare, f"text --files {text_file} --tokenizer=bpe --out=o"), "'bpe'", "gpt2", "bytes")
+    refused(cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=o --separator=@@@"), "1 document", "--separator")
+    refused(cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=o --val_fraction=0"), "--val_fraction", "above 0")
+    refused(cli(prepare, "text --out=o"), "--files")
+    refused(cli(prepare, "imagenet"), "'imagenet'", "maze_skewed")
+    refused(cli(prepare, "verify nowhere"), "nowhere", "not a folder")
+    assert sorted(os.listdir(tmp_path)) == ["a.txt"]       # nothing half-made is left behind
+    # an interruption leaves nothing that training accepts
+    monkeypatch.setattr(prepare.Writer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=o")[0] == 130
+    assert not os.path.exists("o") and not os.path.exists("o.partial")
+
+
+def test_shards_bad_input(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli(prepare, "maze")
+    good, meta = (tmp_path / "data/maze/train.bin").read_bytes(), json.loads((tmp_path / "data/maze/meta.json").read_text())
+
+    def opened(raw, words, **change):
+        (tmp_path / "data/maze/train.bin").write_bytes(raw)
+        (tmp_path / "data/maze/meta.json").write_text(json.dumps(meta | change))
+        refused(cli(train, "--model=ar --data=maze"), *words)
+    opened(good[:-7], ["train.bin", "truncated"])
+    opened(good + good, ["train.bin", "should have 40000"])
+    opened(np.array([9] * 20_000, "<u2").tobytes(), ["token id 9", "vocabulary has 6"])
+    opened(good, ["meta.json", "damaged"], files=[{}])
+    opened(good, ["maze/other.bin", "missing"], files=[dict(meta["files"][0], name="other.bin")])
+    (tmp_path / "data/maze/meta.json").write_text("{")
+    refused(cli(train, "--model=ar --data=maze"), "meta.json", "damaged")
+    (tmp_path / "data/maze/meta.json").write_text(json.dumps(meta))
+    refused(cli(train, "--model=ar --data=maze --length=12"), "--length=12", "--length=11")
+    (tmp_path / "data/maze/train.bin").write_bytes(np.where(np.arange(20_000) == 7, 1, np.frombuffer(good, "<u2")).astype("<u2").tobytes())
+    refused(cli(prepare, "verify data/maze"), "sha256")
+    # an id that the check at the start does not see is found when its batch is read
+    monkeypatch.setattr(prepare.Shards, "_check", lambda *a: None)
+    (tmp_path / "data/maze/train.bin").write_bytes(np.where(np.arange(20_000) == 9_999, 8, np.frombuffer(good, "<u2")).astype("<u2").tobytes())
+    data = prepare.Shards("data/maze", "train")
+    monkeypatch.undo()
+    data.rows([998])
+    with pytest.raises(prepare.BadInput, match="token id 8"):
+        data.rows([999])
+    assert not os.path.exists(tmp_path / "out")
+
+
+def test_foreign_shards(tmp_path):
+    """nanoGPT's raw .bin, and llm.c's with a header, are read as GPT-2 ids without a meta.json; rows do not cross files."""
+    a, b = np.arange(100, dtype="<u2"), np.arange(1000, 1055, dtype="<u2")
+    a.tofile(tmp_path / "train_000.bin")
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 55
+    (tmp_path / "train_001.bin").write_bytes(header.tobytes() + b.tobytes())
+    a.tofile(tmp_path / "val.bin")
+    data = prepare.Shards(str(tmp_path), "train", 11)
+    assert len(data) == 15 and data.rows([10])[0].tolist() == [50256, *range(1000, 1010)] and data.meta["vocab_size"] == 50257
+    header[2] = 56
+    (tmp_path / "train_001.bin").write_bytes(header.tobytes() + b.tobytes())
+    with pytest.raises(prepare.BadInput, match="truncated"):
+        prepare.Shards(str(tmp_path), "train", 11)
+    header[1] = 2
+    (tmp_path / "train_001.bin").write_bytes(header.tobytes() + b.tobytes())
+    with pytest.raises(prepare.BadInput, match="version 2"):
+        prepare.Shards(str(tmp_path), "train", 11)
+    (tmp_path / "train_001.bin").write_bytes(b"abc")
+    with pytest.raises(prepare.BadInput, match="odd"):
+        prepare.Shards(str(tmp_path), "train", 11)
+
+
+# --- train.py
+
+def test_defaults_are_the_papers_and_presets_give_way():
+    args = train.parse(["--model=mdlm", "--gumbel", "--teacher=x"])
+    assert (args.steps, args.batch_size, args.lr, args.warmup, args.schedule, args.ema, args.dropout, args.length) == (
+        1_000_000, 512, 3e-4, 2500, "constant", 0.9999, 0.1, 1024)
+    assert (args.n_layer, args.n_embd, args.n_head, args.data, args.out) == (
+        12, 768, 12, "data/openwebtext", "out/openwebtext-mdlm-gumbel")
+    args = train.parse(["--model=ar", "--data=maze_skewed", "--n_layer=3"])
+    assert (args.n_layer, args.n_embd, args.length, args.data, args.out) == (3, 128, None, "data/maze_skewed", "out/maze_skewed-ar")
+    args = train.parse(["--noise=uniform", "--data", "some/where"])
+    assert args.gumbel and args.out == "out/where-mdlm-uniform" and args.data == "some/where"
+    assert train.parse(["--data=lm1b", "--size=medium"]).length == 128
+
+
+@pytest.mark.parametrize("flags,words", [
+    ("--model=gpt", ["--model", "'gpt'", "mdlm"]), ("--data=maze --size=huge", ["--size", "tiny"]), ("--noise=gauss", ["--noise", "gaussian"]),
+    ("--data=nowhere --model=ar", ["data/nowhere", "prepare.py text"]), ("--lr=0 --data=maze", ["--lr", "above 0"]),
+    ("--lr=fast", ["--lr", "not a number"]), ("--steps=0", ["--steps", "at least 1"]), ("--batch_size=0", ["--batch_size", "at least 1"]),
+    ("--steps=1.5", ["--steps", "whole number"]), ("--model=ar --gumbel", ["--gumbel", "students"]), ("--teacher=x", ["--teacher", "--gumbel"]),
+    ("--n_embd=30 --n_head=4", ["--n_embd=30", "multiple"]), ("--batch 3", ["--batch"]), ("--dropout=2", ["--dropout", "at most 1"]),
+    ("--data=maze --micro_batch_size=7 --out=out/new", ["--micro_batch_size=7", "divide"]),
+    ("--data=maze --gumbel --teacher=nowhere --out=out/new", ["nowhere", "no checkpoint"]),
+    ("--data=maze --gumbel --teacher=out/maze-mdlm --out=out/new", ["out/maze-mdlm", "--model=ar"]),
+    ("--data=data/text --length=16 --gumbel --out=out/new", ["--teacher", "--model=ar"]),
+    ("--data=data/text --length=16 --gumbel --teacher=out/maze-ar --out=out/new", ["vocab_size 6", "257"]),
+    ("--data=data/text --length=4000", ["no train row", "--length"]),
+    ("--data=maze --model=ar --n_layer=2", ["out/maze-ar", "other settings", "n_layer", "--out"]),
+    ("--data=maze --model=ar --out=out/maze-mdlm", ["out/maze-mdlm", "other settings", "model"]),
+])
+def test_train_refuses_bad_input(runs, cli, monkeypatch, flags, words):
+    """One sentence, exit code 2, before any work, and nothing overwritten."""
+    monkeypatch.chdir(runs)
+    if not os.path.exists("data/text"):
+        prepare.Writer("data/text", {})
+        writer = prepare.Writer("data/text", dict(name="text", tokenizer="bytes", row_length=None, vocab_size=257, bos=256, predict_bos=True))
+        for split in ("train", "val"):
+            writer.write(split, np.arange(200) % 257)
+        writer.finish()
+    before = {p: os.stat(p).st_mtime_ns for d, _, files in os.walk("out") for p in [os.path.join(d, f) for f in files]}
+    refused(cli(train, flags), *words)
+    assert before == {p: os.stat(p).st_mtime_ns for d, _, files in os.walk("out") for p in [os.path.join(d, f) for f in files]}
+
+
+def test_checkpoint_describes_itself(runs):
+    ckpt = torch.load(runs / "out/maze-mdlm-gumbel/ckpt.pt", weights_only=True)
+    assert set(sample.CHECKPOINT_KEYS) <= set(ckpt) and ckpt["step"] == 6 and ckpt["tokens_seen"] == 6 * 16 * 11
+    assert not any("teacher" in k for k in ckpt["model"]) and ckpt["config"]["noise"] == "gumbel" and ckpt["meta"]["name"] == "maze"
+    log = [json.loads(line) for line in open(runs / "out/maze-mdlm-gumbel/log.jsonl")]
+    assert log[0]["args"]["gumbel"] and [r["step"] for r in log if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in log if "val_nll_given_noise" in r] == [4, 6] and all(math.isfinite(r.get("loss", 0)) for r in log)
+    assert {"lr", "grad_norm", "tokens_per_s", "nll_masked"} <= set(log[1])
+    assert any("val_nelbo" in line for line in open(runs / "out/maze-mdlm/log.jsonl"))
+
+
+@pytest.mark.parametrize("damage,words", [
+    (lambda c: b"not a checkpoint", ["not a readable checkpoint"]), (lambda c: c[:len(c) // 2], ["not a readable checkpoint"]),
+    (lambda c: {"weights": 1}, ["not a checkpoint of this project", "model"]),
+    (lambda c: dict(c, config=dict(c["config"], n_layer=3)), ["weights that its config describes"]),
+    (lambda c: dict(c, args=dict(c["args"], model="rnn")), ["unknown model 'rnn'", "mdlm"]),
+    (lambda c: dict(c, config=dict(c["config"], colour=3)), ["cannot build", "colour"]),
+])
+def test_damaged_checkpoints_are_refused(runs, tmp_path, cli, damage, words):
+    path = runs / "out/maze-mdlm/ckpt.pt"
+    bad = damage(path.read_bytes()) if "bytes" in str(words) or words[0].startswith("not a readable") else damage(torch.load(path, weights_only=True))
+    if isinstance(bad, bytes):
+        (tmp_path / "ckpt.pt").write_bytes(bad)
+    else:
+        torch.save(bad, tmp_path / "ckpt.pt")
+    refused(cli(sample, f"--ckpt={tmp_path}"), *words)
+    refused(cli(evaluate, f"maze --ckpt {tmp_path}"), *words)
+
+
+def same_checkpoints(a, b):
+    a, b = (torch.load(p, weights_only=True) for p in (a, b))
+
+    def equal(x, y):
+        if isinstance(x, dict):
+            return set(x) == set(y) and all(equal(x[k], y[k]) for k in x)
+        if isinstance(x, list):
+            return len(x) == len(y) and all(map(equal, x, y))
+        return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+    return all(equal(a[k], b[k]) for k in ("model", "ema", "optimizer", "step", "tokens_seen"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_run_continues_bit_for_bit(runs, processes):
+    """kill -9 in the middle, rerun, compare with the run that was left alone: weights, EMA, optimizer, logged losses."""
+    launch = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={29500 + os.getpid() % 400}"]
+    flags = ["--model=mdlm", "--gumbel", "--data=maze", "--teacher=out/maze-ar", "--steps=40", "--save_every=10", "--dropout=0.1",
+             "--micro_batch_size=4", *TINY.split()]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+
+    def start(out):
+        return subprocess.Popen([*launch, f"{HERE}/train.py", *flags, f"--out={out}"], cwd=runs, env=env, start_new_session=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    alone, killed = f"out/alone{processes}", f"out/killed{processes}"
+    p = start(alone)
+    assert p.wait() == 0, p.stderr.read()
+    p = start(killed)
+    log = runs / killed / "log.jsonl"
+    deadline = time.time() + 120
+    while not (runs / killed / "ckpt.pt").exists() or '"step": 13' not in log.read_text():
+        assert p.poll() is None and time.time() < deadline, p.stderr.read()
+        time.sleep(0.005)
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+    assert torch.load(runs / killed / "ckpt.pt", weights_only=True)["step"] < 40
+    p = start(killed)
+    assert p.wait() == 0, p.stderr.read()
+    assert same_checkpoints(runs / alone / "ckpt.pt", runs / killed / "ckpt.pt")
+    losses = [[(r["step"], r["loss"]) for r in map(json.loads, open(runs / d / "log.jsonl")) if "loss" in r] for d in (alone, killed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 40
+
+
+def test_sigterm_saves_and_the_same_command_continues(runs):
+    flags = [sys.executable, f"{HERE}/train.py", "--model=mdlm", "--data=maze", "--steps=3000", "--out=out/term", *TINY.split()]
+    p = subprocess.Popen(flags, cwd=runs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (runs / "out/term/log.jsonl").exists() or '"step": 3,' not in (runs / "out/term/log.jsonl").read_text():
+        assert p.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    p.send_signal(signal.SIGTERM)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 128 + signal.SIGTERM and "saved" in err and "Traceback" not in err
+    step = torch.load(runs / "out/term/ckpt.pt", weights_only=True)["step"]
+    assert 3 <= step < 3000
+    p = subprocess.Popen(flags, cwd=runs, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while f"continuing at step {step}" not in seen:
+        assert (line := p.stderr.readline()), seen
+        seen += line
+    p.send_signal(signal.SIGINT)
+    assert p.wait(60) == 128 + signal.SIGINT
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(runs, cli, monkeypatch):
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    code, out, err = cli(train, f"--model=mdlm --data=maze --steps=100 --lr=1e30 --out=out/nan --save_every=1 {TINY}".replace("--warmup=2", "--warmup=0"))
+    assert code == 2 and err.count("step skipped") == 20 and "20 steps in a row" in err and "--lr" in err
+    saved = torch.load("out/nan/ckpt.pt", weights_only=True)
+    assert all(v.isfinite().all() for v in saved["optimizer"]["state"][0].values())
+
+
+def test_row_order_is_a_permutation_and_a_function_of_the_step():
+    order = train.RowOrder(10, 4, seed=1)
+    rows = np.concatenate([order(s) for s in range(5)])
+    assert sorted(rows[:10]) == list(range(10)) and sorted(rows[10:20]) == list(range(10)) and rows[:10].tolist() != rows[10:20].tolist()
+    assert train.RowOrder(10, 4, 1)(3).tolist() == rows[12:16].tolist() and train.RowOrder(10, 4, 2)(0).tolist() != rows[:4].tolist()
+
+
+def ddp_worker(rank, world, port, path):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    model, x, t, z, noise = ddp_problem()
+    ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    mine = slice(rank * 4, rank * 4 + 4)
+    ddp(x[mine], t[mine], z=z[mine], noise=noise[mine])[0].backward()
+    if rank == 0:
+        torch.save([p.grad for p in model.parameters()], path)
+    torch.distributed.destroy_process_group()
+
+
+def ddp_problem():
+    x = rows_of(8)
+    z = x.masked_fill((torch.rand(8, 6, generator=gen(1)) < 0.5) & (torch.arange(6) > 0), 7)
+    return tiny("gumbel"), x, stratified_t(8, np.random.default_rng(0)), z, sample_gumbel((8, 6, 7), gen())
+
+
+def test_ddp_gives_the_gradients_of_one_process(tmp_path):
+    """Two gloo processes with half the batch each: the gradients of one process with all of it."""
+    torch.multiprocessing.spawn(ddp_worker, (2, 29900 + os.getpid() % 90, str(tmp_path / "g.pt")), nprocs=2)
+    model, x, t, z, noise = ddp_problem()
+    model.loss(x, t, z=z, noise=noise)[0].backward()
+    for got, p in zip(torch.load(tmp_path / "g.pt", weights_only=True), model.parameters()):
+        assert torch.allclose(got, p.grad, atol=1e-6)
+
+
+# --- sample.py, evaluate.py
+
+def test_sample_cli(runs, cli, monkeypatch, tmp_path):
+    monkeypatch.chdir(runs)
+    code, out, err = cli(sample, f"--ckpt=out/maze-mdlm-gumbel --n=3 --steps=2 --prompt=DD --out={tmp_path / 's.jsonl'}")
+    assert code == 0 and out.count("--- sample") == 3 and "# S" in out
+    rows = [json.loads(line) for line in open(tmp_path / "s.jsonl")]
+    assert len(rows) == 3 and all(r["text"].startswith("DD") and len(r["tokens"]) == 10 and r["nfe"] <= 2 for r in rows)
+    assert cli(sample, "--ckpt=out/maze-mdlm-gumbel --n=3 --steps=2 --prompt=DD")[1] == out
+    assert cli(sample, "--ckpt=out/maze-mdlm-gumbel --n=3 --steps=2 --prompt=DD --seed=1")[1] != out
+    code, out, _ = cli(sample, "--ckpt=out/maze-mdlm --n=1 --infill=DD[MASK]R")
+    assert code == 0 and "DD" in out
+    code, out, _ = cli(sample, "--ckpt=out/maze-ar/ckpt.pt --n=2 --prompt=U --weights=raw")
+    assert code == 0 and out.count("nfe 9") == 2
+    for flags, words in [("--ckpt=nowhere", ["nowhere", "no checkpoint"]), ("--ckpt=out/maze-mdlm --tau=0", ["--tau", "above 0"]),
+                         ("--ckpt=out/maze-mdlm --steps=0", ["--steps", "at least 1"]), ("--ckpt=out/maze-mdlm --prompt=DDRRRUUUUUU", ["--prompt", "at most 10"]),
+                         ("--ckpt=out/maze-mdlm --prompt=xyz", ["U D L R"]), ("--ckpt=out/maze-ar --infill=D[MASK]", ["--infill", "masked"]),
+                         ("--ckpt=out/maze-mdlm --top_p=1.5", ["--top_p", "at most 1"]), ("--ckpt=out/maze-mdlm --batch_size=0", ["--batch_size"]),
+                         ("--ckpt=out/maze-mdlm --length=40", ["--length=40", "11"]), ("--ckpt=out/maze-mdlm --order=left_to_right", ["--sampler=fixed"]),
+                         ("--ckpt=out/maze-mdlm --sampler=magic", ["--sampler", "ancestral"]), (f"--ckpt=out/maze-mdlm --out={tmp_path / 's.jsonl'}", ["exists"])]:
+        refused(cli(sample, flags), *words)
+
+
+def test_evaluate_maze_cli(runs, cli, monkeypatch, tmp_path):
+    monkeypatch.chdir(runs)
+    flags = f"maze --ckpt out/maze-ar out/maze-mdlm-gumbel out/maze-mdlm --n=50 --nfe=1,4 --json={tmp_path / 'm.json'}"
+    code, out, _ = cli(evaluate, flags)
+    assert code == 0 and out.startswith("| model | decode | NFE |")
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert {"n", "seed", "seconds", "precision", "device", "git", "args"} <= set(result["meta"])
+    rows = result["rows"]
+    assert [(r["model"], r["decode"], r["nfe"]) for r in rows] == [("teacher", "sample", 10)] + [
+        (m, d, k) for m in ("maze-mdlm-gumbel", "maze-mdlm") for d in ("sample", "greedy") for k in (1, 4)] + [
+        ("theory", "sample", 1), ("theory", "sample", 4)]
+    for r in rows:
+        assert 0 <= r["success"] <= 1 and r["nfe_counted"] <= r["nfe"] and {"stderr", "distinct", "effective"} <= set(r)
+    assert 0 < rows[0]["validity_mass"] < 1 and "agree" in rows[3] and "agree" not in rows[7]
+    code, out, _ = cli(evaluate, "nfe --ckpt out/maze-mdlm-gumbel --n=20 --nfe=1,2")
+    assert code == 0 and "NFE 2" in out and "theory" in out
+    refused(cli(evaluate, "maze --ckpt out/maze-mdlm --nfe=0"), "--nfe", "at least 1")
+    refused(cli(evaluate, "maze --ckpt out/maze-mdlm --decode=best"), "--decode", "greedy")
+    refused(cli(evaluate, "poetry --ckpt out/maze-mdlm"), "'poetry'", "nfe")
+
+
+def test_maze_statistics():
+    """success, and the effective number: about the number of equally likely paths."""
+    paths, rng = prepare.maze_paths(), np.random.default_rng(0)
+    rows = np.concatenate([paths[rng.integers(50, size=3000)], np.zeros((1000, 10), np.uint16)])
+    s = evaluate.maze_statistics(rows)
+    assert s["success"] == 0.75 and s["distinct"] == 50 and abs(s["effective"] - 50) < 3
+    assert abs(s["stderr"] - math.sqrt(0.75 * 0.25 / 4000)) < 1e-9
+    assert evaluate.maze_statistics(rows[-5:])["success"] == 0 and evaluate.maze_statistics(rows[-5:])["effective"] is None
+
+
+def test_exact_teacher_has_all_its_mass_on_valid_paths():
+    class Exact(CountingTeacher):
+        def log_probs(self, tokens):
+            return self.hidden(tokens)
+    assert abs(evaluate.validity_mass(Exact(prepare.maze_paths()), "cpu") - 1) < 1e-4

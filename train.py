@@ -1,0 +1,466 @@
+"""Train a teacher or a student.
+
+    python train.py --model=mdlm --gumbel --data=maze                        # minutes on 2 CPU cores, prints a table
+    torchrun --nproc_per_node=8 train.py --model=mdlm --gumbel --data=DIR --teacher=out/mine-ar
+
+Rerun the same command to continue an interrupted run: on a CPU the result is the same, bit for bit. The row order and
+noise levels of a global batch are functions of (seed, step, row), its masks, noise and dropout of (seed, step, rank,
+micro-step), so nothing but the step needs to be restored.
+"""
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import evaluate
+from data.prepare import BadInput, Parser, Shards, make_maze, number, run_main
+from gumbel import KINDS
+from mdlm import stratified_t
+from sample import MODELS, build, device_and_dtype, load_checkpoint, load_model
+from teacher import LogitsTable
+
+SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))      # n_layer, n_embd, n_head
+
+# what a dataset brings; explicit flags override. The other defaults are the paper's (Appendix C.1).
+MAZE = dict(length=None, n_embd=128, dropout=0.0, warmup=100, schedule="cosine", eval_every=500, save_every=200, log_every=20)
+PRESETS = {("maze", "ar"): dict(MAZE, n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200),
+           ("maze", "mdlm"): dict(MAZE, n_layer=4, n_head=4, batch_size=128, lr=1e-3, steps=1600),
+           ("lm1b", None): dict(length=128)}
+
+# torch's bf16 peak per device without sparsity, FLOP/s, for MFU
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "V100": 125e12}
+
+# flags that may differ when a run is continued: they do not change what is computed
+FREE = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wandb", "compile", "report"}
+
+
+def parse(argv):
+    parser = Parser(description="Train an AR teacher, or a parallel student with or without Gumbel Distillation.")
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--model", choices=list(MODELS), default="mdlm", help="ar: a teacher, or the AR baseline")
+    group.add_argument("--gumbel", action="store_true", help="condition the student on the teacher's noise: the method")
+    group.add_argument("--noise", choices=KINDS, help="implies --gumbel; the others are Table 5's ablations and a control")
+    group.add_argument("--inject", choices=["replace", "add"], default="replace", help="noise in place of, or added to, [MASK]")
+    group.add_argument("--teacher", help="AR checkpoint; on the maze it is found, or trained first, by itself")
+    group.add_argument("--data", default="openwebtext", help="folder of shards, or a name: maze, maze_skewed, or data/NAME")
+    group.add_argument("--length", type=number(int, 2), default=1024, help="tokens of a row, BOS included")
+    group = parser.add_argument_group("network")
+    group.add_argument("--size", choices=SIZES, default="small", help="tiny 8/256/8, small 12/768/12, medium 24/1024/16")
+    group.add_argument("--n_layer", type=number(int, 1), help="overrides --size")
+    group.add_argument("--n_embd", type=number(int, 1), help="overrides --size")
+    group.add_argument("--n_head", type=number(int, 1), help="overrides --size")
+    group.add_argument("--dropout", type=number(float, 0, 1), default=0.1, help="on both residual branches")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--steps", type=number(int, 1), default=1_000_000, help="optimizer steps")
+    group.add_argument("--batch_size", type=number(int, 1), default=512, help="rows per step, over all processes")
+    group.add_argument("--micro_batch_size", type=number(int, 1), help="rows per forward pass and process; default: all, at most 32 on CUDA")
+    group.add_argument("--lr", type=number(float, above=0), default=3e-4, help="AdamW's peak learning rate")
+    group.add_argument("--warmup", type=number(int, 0), default=2500, help="steps of linear warm-up")
+    group.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up; cosine ends at 0")
+    group.add_argument("--clip_norm", type=number(float, above=0), default=1.0, help="gradient norm is clipped to this")
+    group.add_argument("--ema", type=number(float, 0, 0.999999), default=0.9999, help="decay of the averaged weights, after its warm-up")
+    group.add_argument("--t_one", type=number(float, 0, 1), default=0.0, help="fraction of rows fully masked; the loss is then no NELBO")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="initial weights, data order, masks, noise, dropout")
+    group = parser.add_argument_group("running")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="autocast; auto: bfloat16 on CUDA")
+    group.add_argument("--compile", action="store_true", help="torch.compile the transformer")
+    group.add_argument("--out", help="run directory; default out/<data>-<model>[-gumbel]")
+    group.add_argument("--log_every", type=number(int, 1), default=50, help="steps between lines of log.jsonl")
+    group.add_argument("--eval_every", type=number(int, 1), default=5000, help="steps between validations (EMA weights)")
+    group.add_argument("--eval_rows", type=number(int, 1), default=2000, help="validation rows, the same each time")
+    group.add_argument("--save_every", type=number(int, 1), default=1000, help="steps between checkpoints")
+    group.add_argument("--report", type=number(int, 0), default=1000, help="maze: samples per row of the final table; 0: no table")
+    group.add_argument("--wandb", help="also log to this Weights & Biases project (pip install wandb)")
+
+    first = parser.parse_args(argv)
+    name = os.path.basename(first.data.rstrip("/"))
+    family = "maze" if name in ("maze", "maze_skewed") else name
+    parser.set_defaults(**PRESETS.get((family, first.model), PRESETS.get((family, None), {})))
+    args = parser.parse_args(argv)
+    for key, value in zip(("n_layer", "n_embd", "n_head"), SIZES[args.size]):
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.noise = args.noise or ("gumbel" if args.gumbel else None)
+    args.gumbel = args.noise is not None
+    if args.data == name:
+        args.data = os.path.join("data", name)
+    if args.gumbel and args.model == "ar":
+        parser.error("--gumbel and --noise are for students: --model=ar is the teacher")
+    if args.t_one and args.model == "ar":
+        parser.error("--t_one is for masked models, not for --model=ar")
+    if args.teacher and not args.gumbel:
+        parser.error("--teacher is read with --gumbel only: add it, or leave --teacher out")
+    if args.n_embd % (2 * args.n_head):
+        parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = {2 * args.n_head}")
+    args.out = args.out or os.path.join("out", f"{name}-{args.model}" + f"-{args.noise}" * args.gumbel)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# randomness: everything is a function of the seed and of where it is used
+
+def rng(*key):
+    return np.random.default_rng([int(k) for k in key])
+
+
+def torch_seed(*key):
+    return int(np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0] >> 1)
+
+
+ROWS, LEVELS, NOISE, EVAL = range(4)                        # what a draw is for, part of its key
+
+
+class RowOrder:
+    """Row numbers of each global batch: every epoch visits all rows in a seeded permutation; batches run across epochs."""
+
+    def __init__(self, n, batch_size, seed):
+        self.n, self.batch_size, self.seed, self.epoch, self.order = n, batch_size, seed, None, None
+
+    def __call__(self, step):
+        out = []
+        for i in range(step * self.batch_size, (step + 1) * self.batch_size):
+            if i // self.n != self.epoch:
+                self.epoch = i // self.n
+                self.order = rng(self.seed, ROWS, self.epoch).permutation(self.n)
+            out.append(self.order[i % self.n])
+        return np.array(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+class World:
+    """The processes of this run: one, or those of torchrun (nccl on CUDA, gloo on CPU)."""
+
+    def __init__(self, dtype):
+        self.device, self.dtype, self.autocast = device_and_dtype(dtype)
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        if self.device == "cuda":
+            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group("nccl" if "cuda" in self.device else "gloo")
+        self.master = self.rank == 0
+
+    def sum(self, *values):
+        """Floats, summed over the processes."""
+        x = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x.tolist()
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def say(self, text):
+        if self.master:
+            tqdm.write(text, file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def save(path, state):
+    """Written beside, synced, renamed: a crash leaves the old checkpoint or the new one."""
+    with open(path + ".tmp", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def resume(args, meta):
+    """The checkpoint in --out if this command continues it, None if there is none; BadInput if it is another run's."""
+    if not os.path.exists(os.path.join(args.out, "ckpt.pt")):
+        return None
+    ckpt = load_checkpoint(args.out)
+    changed = [f"--{k}: {ckpt['args'].get(k)} there, {v} now" for k, v in vars(args).items()
+               if k not in FREE and k != "steps" and ckpt["args"].get(k) != v]
+    if args.schedule == "cosine" and ckpt["args"]["steps"] != args.steps:
+        changed.append(f"--steps: {ckpt['args']['steps']} there, {args.steps} now, under a cosine schedule")
+    if ckpt["meta"] != meta:
+        changed.append("the data")
+    if changed:
+        raise BadInput(f"{args.out} holds a run with other settings ({'; '.join(changed)}): choose another --out, or "
+                       "repeat its command to continue it")
+    return ckpt
+
+
+def restart_log(path, step):
+    """Keep what log.jsonl says up to `step`: lines of steps that will be run again are dropped, as is a broken last line."""
+    kept = []
+    if os.path.exists(path) and step:
+        with open(path) as f:
+            for line in f:
+                try:
+                    if json.loads(line).get("step", 0) <= step:
+                        kept.append(line)
+                except ValueError:
+                    continue
+    with open(path, "w") as f:
+        f.writelines(kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# teacher
+
+def find_teacher(args, meta, world):
+    """The model that --teacher names; on the maze, the one that `--model=ar` with the same data trains, trained if absent."""
+    path = args.teacher
+    if path is None and meta["tokenizer"] == "maze":
+        path = os.path.join("out", f"{meta['name']}-ar")
+        teacher_args = parse(["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}", "--report=0"])
+        there = load_checkpoint(path) if os.path.exists(os.path.join(path, "ckpt.pt")) else None
+        if there is None or there["step"] < there["args"]["steps"]:
+            world.say(f"teacher: none at {path}, training it first ({teacher_args.steps} steps)")
+            train(teacher_args, world)
+            world.barrier()
+    if path is None:
+        raise BadInput("--gumbel needs --teacher: an AR checkpoint of this vocabulary; train one with "
+                       f"`python train.py --model=ar --data={args.data}`")
+    teacher = load_model(path, device=world.device)
+    if teacher.args["model"] != "ar":
+        raise BadInput(f"--teacher={path} is a {teacher.args['model']} checkpoint: it must be one of --model=ar")
+    for key in ("vocab_size", "bos"):
+        if teacher.config[key] != meta[key]:
+            raise BadInput(f"--teacher={path} has {key} {teacher.config[key]}, the data {meta[key]}: they must be the same")
+    if args.length is not None and args.length > teacher.length:
+        raise BadInput(f"--teacher={path} was trained on rows of {teacher.length} tokens: use --length={teacher.length} or less")
+    return teacher
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+def flops_per_row(model, teacher, L, masked=0.5):
+    """Useful FLOPs of one row, forward and backward: 6 per weight and token, 12 L D per layer for attention; output layer,
+    teacher's head and noise projection at the masked positions only (half of them, on average)."""
+    def network(net, share, passes):
+        blocks = sum(p.numel() for p in net.blocks.parameters())
+        D = net.embed.weight.shape[1]
+        return L * passes * (2 * blocks + 4 * len(net.blocks) * L * D + 2 * share * net.head.weight.numel())
+    total = network(model.transformer, 1.0 if model.transformer.causal else masked, 3)
+    if getattr(model, "noise_embed", None) is not None:
+        total += L * masked * 4 * model.noise_embed.weight.numel()
+    if teacher is not None:
+        total += network(teacher.transformer, masked, 1)
+    return total
+
+
+@torch.no_grad()
+def validate(model, teacher, data, args, world, micro):
+    """Validation loss in nats per predicted token, on fixed rows with fixed draws, shared out over the processes.
+
+    Same value whatever their number. For a student with noise it is the loss given the posterior's noise: no likelihood.
+    """
+    n = min(args.eval_rows, len(data))
+    order, levels = rng(args.seed, EVAL).permutation(len(data))[:n], stratified_t(n, rng(args.seed, EVAL, 1))
+    total = count = 0.0
+    for i, a in enumerate(range(0, n, micro)):
+        if i % world.size != world.rank:
+            continue
+        rows = order[a:a + micro]
+        tokens = torch.from_numpy(data.rows(rows)).to(world.device)
+        kw = {}
+        if args.model != "ar":
+            generator = torch.Generator(world.device).manual_seed(torch_seed(args.seed, EVAL, 2, i))
+            kw = dict(t=levels[a:a + micro].to(world.device), teacher=teacher, generator=generator)
+        with world.autocast:
+            total += model.loss(tokens, **kw)[0].item() * len(rows)
+        count += len(rows)
+    total, count = world.sum(total, count)
+    return total / count
+
+
+def train(args, world):
+    """One run: args -> out/.../ckpt.pt. The loop that everything else in this file serves. Returns the dataset's meta."""
+    if args.batch_size % world.size:
+        raise BadInput(f"--batch_size={args.batch_size} must be a multiple of the number of processes, {world.size}")
+    local = args.batch_size // world.size
+    micro = args.micro_batch_size or (math.gcd(local, 32) if "cuda" in world.device else local)
+    if local % micro:
+        raise BadInput(f"--micro_batch_size={micro} must divide the {local} rows that each process has of a batch")
+
+    # data, teacher, model
+    data = Shards(args.data, "train", args.length)
+    val = Shards(args.data, "val", args.length)
+    meta = data.meta
+    ckpt = resume(args, meta)
+    teacher = find_teacher(args, meta, world) if args.gumbel and args.noise != "unpaired" else None
+    torch.manual_seed(args.seed)
+    config = dict(vocab_size=meta["vocab_size"], bos=meta["bos"], predict_bos=meta["predict_bos"], length=data.length,
+                  n_layer=args.n_layer, n_embd=args.n_embd, n_head=args.n_head, dropout=args.dropout)
+    if args.model != "ar":
+        config |= dict(noise=args.noise, inject=args.inject)
+    model = build(args.model, config).to(world.device)
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)               # EMA: starts from where the run starts
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    step = tokens_seen = 0
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+        averaged.load_state_dict(ckpt["ema"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        step, tokens_seen = ckpt["step"], ckpt["tokens_seen"]
+        world.say(f"{args.out}: " + (f"complete at step {step}" if step >= args.steps else f"continuing at step {step}"))
+        if step >= args.steps:
+            return meta
+    if args.compile:
+        model.transformer.compile()
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+    table = None
+    if teacher is not None and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
+        table = LogitsTable(teacher, data)                                     # a small dataset: one teacher pass for all
+
+    # log
+    flops, peak = flops_per_row(model, None if table else teacher, data.length), None
+    if "cuda" in world.device:
+        name = torch.cuda.get_device_name()
+        peak = next((v for k, v in PEAKS.items() if k in name), None)
+    log = None
+    if world.master:
+        os.makedirs(args.out, exist_ok=True)
+        restart_log(os.path.join(args.out, "log.jsonl"), step)
+        log = open(os.path.join(args.out, "log.jsonl"), "a", buffering=1)
+    board = None
+    if args.wandb and world.master:
+        try:
+            import wandb
+        except ImportError:
+            raise BadInput("--wandb needs the wandb package: pip install wandb, or leave the flag out") from None
+        board = wandb.init(project=args.wandb, name=os.path.basename(args.out), config=vars(args))
+
+    def record(**kw):
+        if log:
+            log.write(json.dumps(kw) + "\n")
+        if board and "step" in kw:
+            board.log(kw, step=kw["step"])
+    if step == 0:
+        record(args=vars(args), config=config, device=world.device, dtype=world.dtype, processes=world.size, micro_batch_size=micro,
+               parameters=sum(p.numel() for p in model.parameters()), threads=torch.get_num_threads(),
+               torch=torch.__version__, git=evaluate.git_commit(), rows=len(data), meta=meta)
+    world.say(f"{args.out}: {args.model}{', ' + args.noise + ' noise' if args.gumbel else ''}, {args.n_layer} layers x {args.n_embd}, "
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(data)} rows of {data.length}, "
+              f"{world.device}, {world.dtype}, {world.size} process{'es' * (world.size > 1)}, micro-batch {micro} of {args.batch_size}")
+
+    def checkpoint():
+        if world.master:
+            save(os.path.join(args.out, "ckpt.pt"), dict(
+                model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                tokens_seen=tokens_seen, rng=torch.get_rng_state(), args=vars(args), config=config, meta=meta,
+                git=evaluate.git_commit()))
+
+    def lr_at(step):
+        if step < args.warmup:
+            return args.lr * (step + 1) / args.warmup
+        if args.schedule == "constant":
+            return args.lr
+        return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+    # SIGTERM and SIGINT: finish the step, save, stop
+    stop = []
+    handlers = {s: signal.signal(s, lambda signum, frame: stop.append(signum)) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    order = RowOrder(len(data), args.batch_size, args.seed)
+    accumulate, bad, began, tokens_then = local // micro, 0, time.time(), tokens_seen
+    bar = tqdm(total=args.steps, initial=step, desc=args.out, unit="step", disable=not world.master, mininterval=1)
+    try:
+        while step < args.steps:
+            rows, levels = order(step), stratified_t(args.batch_size, rng(args.seed, LEVELS, step), args.t_one)
+            loss_sum, extra = 0.0, {}
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step)
+            for m in range(accumulate):
+                a = (m * world.size + world.rank) * micro
+                tokens = torch.from_numpy(data.rows(rows[a:a + micro])).to(world.device)
+                generator = torch.Generator(world.device).manual_seed(torch_seed(args.seed, NOISE, step, world.rank, m))
+                torch.manual_seed(torch_seed(args.seed, NOISE, step, world.rank, m, 1))           # dropout
+                kw = {}
+                if args.model != "ar":
+                    kw = dict(t=levels[a:a + micro].to(world.device), generator=generator,
+                              teacher=table.at(rows[a:a + micro]) if table else teacher)
+                if world.size > 1:
+                    ddp.require_backward_grad_sync = m == accumulate - 1       # before the forward pass, as DDP wants it
+                with world.autocast:
+                    loss, parts = ddp(tokens, **kw)
+                (loss / accumulate).backward()
+                loss_sum += loss.item()
+                for k, v in parts.items():
+                    extra[k] = extra.get(k, 0.0) + v / accumulate
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
+            loss, stopping, *rest = world.sum(loss_sum / accumulate, len(stop), *extra.values())
+            loss, extra = loss / world.size, {k: v / world.size for k, v in zip(extra, rest)}
+            if math.isfinite(loss) and torch.isfinite(norm):
+                bad = 0
+                optimizer.step()
+                decay = min(args.ema, (1 + step) / (10 + step))
+                torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+            else:
+                bad += 1
+                world.say(f"step {step}: loss {loss} and gradient norm {norm.item()} are not both finite, step skipped")
+                if bad == 20:
+                    raise BadInput(f"the loss was not finite for 20 steps in a row, up to step {step}: lower --lr (now "
+                                   f"{args.lr}) and rerun; {args.out} keeps its last checkpoint")
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            tokens_seen += args.batch_size * data.length
+            rate = (tokens_seen - tokens_then) / max(1e-9, time.time() - began)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
+            if step % args.log_every == 0 or step == args.steps or bad:
+                line = dict(step=step, loss=loss, **extra, lr=lr_at(step - 1), grad_norm=norm.item(), tokens=tokens_seen,
+                            tokens_per_s=round(rate), skipped=bool(bad))
+                if peak:
+                    line["mfu"] = round(rate / data.length * flops / (peak * world.size), 4)
+                record(**line)
+                began, tokens_then = time.time(), tokens_seen
+            if step % args.eval_every == 0 or step == args.steps:
+                name = "val_nll" if args.model == "ar" else "val_nll_given_noise" if teacher is not None else "val_nelbo"
+                value = validate(averaged, teacher, val, args, world, micro)
+                record(step=step, **{name: value})
+                world.say(f"{args.out} step {step}: {name} {value:.4f}")
+                began, tokens_then = time.time(), tokens_seen
+            if step % args.save_every == 0 or step == args.steps or stopping:
+                checkpoint()
+            if stopping:
+                world.say(f"{args.out}: stopped at step {step}, saved; the same command continues")
+                sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
+    finally:
+        bar.close()
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        if log:
+            log.close()
+        if board:
+            board.finish()
+    return meta
+
+
+def main():
+    args = parse(sys.argv[1:])
+    world = World(args.dtype)
+    name = os.path.basename(args.data)
+    if name in ("maze", "maze_skewed") and args.data == os.path.join("data", name) and not os.path.exists(args.data):
+        if world.master:
+            make_maze(name)
+        world.barrier()
+    meta = train(args, world)
+    if world.size > 1:
+        dist.destroy_process_group()
+    if meta["tokenizer"] == "maze" and args.report and world.master:
+        ckpts = [args.teacher or os.path.join("out", f"{meta['name']}-ar")] * (args.noise not in (None, "unpaired")) + [args.out]
+        evaluate.main(["maze", f"--n={args.report}", f"--dtype={args.dtype}", "--ckpt", *ckpts])
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.prepare import BadInput, Parser, maze_dataset, maze_keys, maze_paths, maze_valid, number, run_main
-from mdlm import MDLM, reveal_steps, unmask
+from data.prepare import (BadInput, Parser, maze_dataset, maze_keys, maze_paths, maze_valid, number, optional,
+                          run_main)
+from mdlm import reveal_steps, unmask
 from sample import device_and_dtype, generate, load_model, resolve_sampling, sampling_flags
 from teacher import AR, extract_sequential
 
@@ -33,13 +34,16 @@ def git_commit():
         return ""
 
 
+PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position"}
+
+
 def print_table(rows, columns):
-    """Flat dicts as a Markdown table; a column that no row has is left out. Floats in [0, 1] named in PERCENT are in %."""
+    """Flat dicts as a Markdown table, `columns` {key: title}; a column that no row has is left out. Fractions become %."""
     def cell(row, c):
         v = row.get(c)
         if v is None:
             return ""
-        if c in ("success", "stderr", "validity_mass", "agree", "agree_position"):
+        if c in PERCENT:
             return f"{100 * v:.1f}"
         return f"{v:.1f}" if isinstance(v, float) else str(v)
     columns = {c: title for c, title in columns.items() if any(row.get(c) is not None for row in rows)}
@@ -157,7 +161,7 @@ def maze_rows(models, args, device, theory=True):
             rows.append(dict(model="theory", decode=decode, nfe=k, nfe_counted=calls, **maze_statistics(sampled)))
             continue
         sampled, calls = sample_maze(model, args.n, k, decode == "greedy", args, device)
-        row = dict(model="teacher" if isinstance(model, AR) else model.name, decode=decode, nfe=k, nfe_counted=calls,
+        row = dict(model="teacher" if model is teacher else model.name, decode=decode, nfe=k, nfe_counted=calls,
                    **maze_statistics(sampled))
         if isinstance(model, AR):
             row["validity_mass"] = validity_mass(model, device)
@@ -178,46 +182,38 @@ def maze(args, models, device):
 
 def nfe(args, models, device):
     """Success against NFE, one line per model and decoding; runs that differ in nothing but their seed are averaged."""
-    rows = maze_rows(models, args, device)
-    args_of = {m.name: {k: v for k, v in m.args.items() if k not in ("seed", "out")} for m in models}
-    groups = []                                            # [(label, decode, names)]
-    for row in rows:
-        name = "teacher" if row["model"] == "teacher" else row["model"]
-        for label, decode, members in groups:
-            if decode == row["decode"] and (name in members or (name in args_of and args_of[name] == args_of.get(members[0]))):
-                if name not in members:
-                    members.append(name)
-                break
-        else:
-            groups.append((name, row["decode"], [name]))
-    table = []
-    for label, decode, members in groups:
-        line = dict(model=label if len(members) == 1 else f"{label} ({len(members)} seeds)", decode=decode)
-        for k in sorted({row["nfe"] for row in rows if row["model"] in members}):
-            v = [100 * row["success"] for row in rows if row["model"] in members and row["decode"] == decode and row["nfe"] == k]
-            error = np.std(v, ddof=1) if len(v) > 1 else 100 * next(
-                row["stderr"] for row in rows if row["model"] == members[0] and row["decode"] == decode and row["nfe"] == k)
-            line[k] = f"{np.mean(v):.1f} ± {error:.1f}"
-        table.append(line)
-    print_table(table, dict(model="success %", decode="decode") | {k: f"NFE {k}" for k in sorted({10, *args.nfe})})
-    print(f"\n± standard error over {args.n} samples, or standard deviation over seeds.")
     if args.plot:
-        plot_nfe(args.plot, table)
+        optional("matplotlib", "--plot")
+    rows = maze_rows(models, args, device)
+    recipe = {m.name: {k: v for k, v in m.args.items() if k not in ("seed", "out")} for m in models}
+    first = {name: next(other for other in recipe if recipe[other] == recipe[name]) for name in recipe}
+    groups = {}                                            # (model, decode) -> {nfe: [row of each seed]}
+    for row in rows:
+        line = groups.setdefault((first.get(row["model"], row["model"]), row["decode"]), {})
+        line.setdefault(row["nfe"], []).append(row)
+    table, points = [], []
+    for (model, decode), line in groups.items():
+        seeds = len(next(iter(line.values())))
+        label = model + f" and {seeds - 1} other seeds" * (seeds > 1)
+        means = {k: 100 * np.mean([r["success"] for r in rs]) for k, rs in line.items()}
+        errors = {k: 100 * (np.std([r["success"] for r in rs], ddof=1) if seeds > 1 else rs[0]["stderr"])
+                  for k, rs in line.items()}
+        table.append(dict(model=label, decode=decode) | {k: f"{means[k]:.1f} ± {errors[k]:.1f}" for k in line})
+        points.append((f"{label}, {decode}", list(line), [means[k] for k in line], [errors[k] for k in line]))
+    print_table(table, dict(model="success %", decode="decode") | {k: f"NFE {k}" for k in sorted({10, *args.nfe})})
+    print(f"\n± standard error over {args.n} samples ({10 * args.n} for theory), or standard deviation over seeds.")
+    if args.plot:
+        plot_nfe(args.plot, points)
     return rows
 
 
-def plot_nfe(path, table):
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("--plot needs matplotlib: pip install matplotlib") from None
+def plot_nfe(path, points):
+    """points: (label, [nfe], [success %], [error]) per line; written to a .png or .svg."""
+    import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    for line in table:
-        ks = [k for k in line if isinstance(k, int)]
-        ys, es = zip(*[map(float, line[k].split(" ± ")) for k in ks])
-        plt.errorbar(ks, ys, es, label=f"{line['model']}, {line['decode']}", marker="o", capsize=2,
-                     linestyle=":" if line["model"] == "theory" else "-")
+    for label, ks, ys, errors in points:
+        plt.errorbar(ks, ys, errors, label=label, marker="o", capsize=2, linestyle=":" if "theory" in label else "-")
     plt.xscale("log", base=2)
     plt.xlabel("NFE")
     plt.ylabel("success %")
@@ -256,6 +252,9 @@ def main(argv=None):
     began = time.time()
     device, dtype, autocast = device_and_dtype(args.dtype)
     models = [load_model(path, args.weights, device) for path in args.ckpt]
+    if len({m.name for m in models}) < len(models):
+        for path, m in zip(args.ckpt, models):
+            m.name = path                                  # run directories of the same name
     with autocast, torch.no_grad():
         rows = {"maze": maze, "nfe": nfe}[args.what](args, models, device)
     write_json(args.json, rows, args, began, dtype, device)

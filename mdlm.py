@@ -289,8 +289,11 @@ class MDLM(nn.Module):
             g = torch.zeros(B, L, self.transformer.embed.weight.shape[1], device=tokens.device)
             if noise is not None:
                 rows = self.noise_embed(noise[masked])
+            elif teacher is None and self.noise_embed.kind != "unpaired":
+                raise ValueError("a student with noise needs a teacher (or the noise itself)")
             else:
-                rows = self.noise_embed.from_posterior(teacher and teacher.posterior_logits(tokens, masked), x, generator)
+                logits = None if teacher is None else teacher.posterior_logits(tokens, masked)
+                rows = self.noise_embed.from_posterior(logits, x, generator)
             g = g.masked_scatter(masked[:, :, None], rows.to(g.dtype))
         nll = nll_rows(self.logits, self.hidden(z, g)[masked], x, self.mask_id)
         weight = (1 / t)[:, None].expand(B, L)[masked]

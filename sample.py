@@ -25,15 +25,15 @@ CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step", "tokens_seen", "rng", "a
 # ---------------------------------------------------------------------------------------------------------------------
 # loading
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """A checkpoint of train.py (the file, or its run directory) -> its dict; BadInput if it is none."""
     if os.path.isdir(path):
         path = os.path.join(path, "ckpt.pt")
     if not os.path.isfile(path):
         raise BadInput(f"there is no checkpoint {path}: train one with train.py, or correct the path")
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as e:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as e:
         raise BadInput(f"{path} is not a readable checkpoint (truncated, or not a torch file): "
                        f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
     if not isinstance(ckpt, dict) or any(key not in ckpt for key in CHECKPOINT_KEYS):
@@ -54,7 +54,7 @@ def build(kind, config):
 
 def load_model(path, weights="ema", device="cpu"):
     """A trained model, ready for inference: `weights` "ema" or "raw". It carries its run's args and dataset meta."""
-    ckpt = load_checkpoint(path, device)
+    ckpt = load_checkpoint(path)
     model = build(ckpt["args"]["model"], ckpt["config"])
     try:
         model.load_state_dict(ckpt["ema" if weights == "ema" else "model"])

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import evaluate
-from data.prepare import BadInput, Parser, Shards, make_maze, number, run_main
+from data.prepare import BadInput, Parser, Shards, make_maze, number, optional, run_main
 from gumbel import KINDS
 from mdlm import stratified_t
 from sample import MODELS, build, device_and_dtype, load_checkpoint, load_model
@@ -34,6 +34,7 @@ SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))      
 MAZE = dict(length=None, n_embd=128, dropout=0.0, warmup=100, schedule="cosine", eval_every=500, save_every=200, log_every=20)
 PRESETS = {("maze", "ar"): dict(MAZE, n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200),
            ("maze", "mdlm"): dict(MAZE, n_layer=4, n_head=4, batch_size=128, lr=1e-3, steps=1600),
+           ("maze", "mdlm+noise"): dict(MAZE, n_layer=4, n_head=4, batch_size=128, lr=1e-3, steps=1600, t_one=0.5),
            ("lm1b", None): dict(length=128)}
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for MFU
@@ -84,7 +85,8 @@ def parse(argv):
     first = parser.parse_args(argv)
     name = os.path.basename(first.data.rstrip("/"))
     family = "maze" if name in ("maze", "maze_skewed") else name
-    parser.set_defaults(**PRESETS.get((family, first.model), PRESETS.get((family, None), {})))
+    kind = first.model + "+noise" * bool(first.gumbel or first.noise)
+    parser.set_defaults(**next((PRESETS[key] for key in ((family, kind), (family, first.model), (family, None)) if key in PRESETS), {}))
     args = parser.parse_args(argv)
     for key, value in zip(("n_layer", "n_embd", "n_head"), SIZES[args.size]):
         if getattr(args, key) is None:
@@ -291,6 +293,7 @@ def train(args, world):
     micro = args.micro_batch_size or (math.gcd(local, 32) if "cuda" in world.device else local)
     if local % micro:
         raise BadInput(f"--micro_batch_size={micro} must divide the {local} rows that each process has of a batch")
+    wandb = optional("wandb", "--wandb") if args.wandb else None
 
     # data, teacher, model
     data = Shards(args.data, "train", args.length)
@@ -334,10 +337,6 @@ def train(args, world):
         log = open(os.path.join(args.out, "log.jsonl"), "a", buffering=1)
     board = None
     if args.wandb and world.master:
-        try:
-            import wandb
-        except ImportError:
-            raise BadInput("--wandb needs the wandb package: pip install wandb, or leave the flag out") from None
         board = wandb.init(project=args.wandb, name=os.path.basename(args.out), config=vars(args))
 
     def record(**kw):

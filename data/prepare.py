@@ -12,6 +12,7 @@ A training row is [BOS] + the next L - 1 tokens; rows do not overlap.
 """
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from tqdm import tqdm
 HEADER_BYTES, HEADER_MAGIC = 1024, 20240520             # llm.c, modded-nanogpt: 256 int32, then the tokens
 
 
-class BadInput(ValueError):
+class BadInput(Exception):
     """The user's mistake. The message is one sentence that names the flag or file and says what to do."""
 
 
@@ -51,6 +52,14 @@ def number(kind, low=None, high=None, above=None):
             raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds)}")
         return value
     return parse
+
+
+def optional(package, flag):
+    """Import an optional package, or say how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise BadInput(f"{flag} needs {package}: pip install {package.split('.')[0]}, or leave the flag out") from None
 
 
 def run_main(main):

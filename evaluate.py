@@ -27,7 +27,8 @@ from teacher import AR, extract_sequential
 def git_commit():
     """The commit of this code, with + when it was changed since, or "" outside a checkout."""
     def git(*a):
-        return subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *a], capture_output=True, text=True).stdout
+        return subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *a],
+                              capture_output=True, text=True).stdout
     try:
         return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "-uno"))
     except OSError:
@@ -38,7 +39,7 @@ PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position"}
 
 
 def print_table(rows, columns):
-    """Flat dicts as a Markdown table, `columns` {key: title}; a column that no row has is left out. Fractions become %."""
+    """Flat dicts as a Markdown table, `columns` {key: title}; a column no row has is left out. Fractions become %."""
     def cell(row, c):
         v = row.get(c)
         if v is None:
@@ -72,7 +73,8 @@ class ExactDenoiser:
     """
 
     def __init__(self, rows, vocab_size):
-        self.V, self.one_hot = vocab_size, torch.nn.functional.one_hot(torch.as_tensor(rows).long(), vocab_size).float().flatten(1)
+        self.V, self.one_hot = vocab_size, torch.nn.functional.one_hot(
+            torch.as_tensor(rows).long(), vocab_size).float().flatten(1)
 
     def hidden(self, x, rows=None):
         given = torch.nn.functional.one_hot(x, self.V + 1)[..., :self.V].float().flatten(1)       # [MASK] -> zeros
@@ -100,7 +102,8 @@ def sample_maze(model, n, steps, greedy, args, device, batch=1000):
     generator, out, calls = torch.Generator(device).manual_seed(args.seed), [], 0
     for a in range(0, n, batch):
         b = min(batch, n - a)
-        start = torch.full((b, 1 if isinstance(model, AR) else model.length), getattr(model, "mask_id", model.bos), device=device)
+        start = torch.full((b, 1 if isinstance(model, AR) else model.length), getattr(model, "mask_id", model.bos),
+                           device=device)
         start[:, 0] = model.bos
         tokens, nfe = generate(model, start, steps, tau, top_p, greedy, args.sampler, args.order, generator=generator)
         out.append(tokens[:, 1:].cpu().numpy())
@@ -109,11 +112,13 @@ def sample_maze(model, n, steps, greedy, args, device, batch=1000):
 
 
 def maze_theory(name, n, steps, seed):
-    """What a perfect noise-blind MDLM would reach at `steps` ancestral steps: the sampler with the true conditionals."""
-    exact, generator, out, calls = ExactDenoiser(maze_dataset(name).astype(np.int64), 5), torch.Generator().manual_seed(seed), [], 0
+    """What a perfect noise-blind MDLM reaches at `steps` ancestral steps: the sampler with the true conditionals."""
+    exact, generator, out, calls = (ExactDenoiser(maze_dataset(name).astype(np.int64), 5),
+                                    torch.Generator().manual_seed(seed), [], 0)
     for a in range(0, n, 1000):
         x = torch.full((min(1000, n - a), 10), 5)
-        x, nfe = unmask(x, reveal_steps(x == 5, steps, generator=generator), 5, exact.hidden, exact.logits, generator=generator)
+        x, nfe = unmask(x, reveal_steps(x == 5, steps, generator=generator), 5, exact.hidden, exact.logits,
+                        generator=generator)
         out.append(x.numpy())
         calls += int(nfe.sum())
     return np.concatenate(out), calls / n
@@ -128,7 +133,7 @@ def validity_mass(model, device):
 
 
 def map_agreement(student, teacher, n, seed, device):
-    """With fresh noise and everything masked: how often the student's argmax is what the teacher writes from that noise.
+    """With fresh noise and everything masked: how often the student's argmax is what the teacher writes from it.
 
     -> (fraction of sequences, fraction of positions).
     """
@@ -175,8 +180,8 @@ def maze(args, models, device):
     """Success ± standard error per NFE, with diversity (so that success bought by collapse shows). Appendix E.1."""
     rows = maze_rows(models, args, device)
     print_table(rows, MAZE_COLUMNS)
-    print(f"\nn = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM). effective: number of equally "
-          "likely paths that would repeat as often.")
+    print(f"\nn = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM). effective: "
+          "number of equally likely paths that would repeat as often.")
     return rows
 
 
@@ -241,9 +246,11 @@ def main(argv=None):
     for name, function in (("maze", maze), ("nfe", nfe)):
         p = sub.add_parser(name, help=function.__doc__.splitlines()[0])
         p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints or run directories")
-        p.add_argument("--nfe", type=comma_list(int, low=1), default=[1, 2, 4, 8, 16], help="numbers of steps, as in 1,2,4")
+        p.add_argument("--nfe", type=comma_list(int, low=1), default=[1, 2, 4, 8, 16],
+                       help="numbers of steps, as in 1,2,4")
         p.add_argument("--n", type=number(int, 2), default=1000, help="samples per row")
-        p.add_argument("--decode", type=decodes, default=["sample", "greedy"], help="sample (tau 1, top_p 1), greedy (argmax)")
+        p.add_argument("--decode", type=decodes, default=["sample", "greedy"],
+                       help="sample (tau 1, top_p 1), greedy (argmax)")
         p.add_argument("--json", help="also write the rows to this file")
         if name == "nfe":
             p.add_argument("--plot", help="also draw them into this .png or .svg (needs matplotlib)")

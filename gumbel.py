@@ -24,9 +24,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CHUNK = 1 << 22        # noise values held at once; 83 rows of a GPT-2 vocabulary (64 MB with all temporaries in float32)
+CHUNK = 1 << 22        # noise values held at once; 83 rows of a GPT-2 vocabulary (64 MB with all temporaries, float32)
 TINY = 1e-37           # arrival times are clamped here: below it float32's reciprocal overflows
-KINDS = ("gumbel", "gaussian", "uniform", "unpaired")      # Table 5's noises, and the control that carries no information
+KINDS = ("gumbel", "gaussian", "uniform", "unpaired")    # Table 5's noises, and the control that carries no information
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def gumbel_max(logits, noise):
 def _posterior_times(logits, tokens, e):
     """Arrival times of the posterior race. logits [N, V], tokens [N], e [N, V] iid Exp(1) (overwritten) -> T [N, V].
 
-    e_w, which the posterior does not need, serves as E_0. A p_k of 0 gives T_k = E_k. p_w may underflow (T_w is clamped),
+    e_w, not needed by the posterior, serves as E_0. A p_k of 0 gives T_k = E_k. p_w may underflow (T_w is clamped),
     but a token with logit -inf cannot have been drawn: its T is nan, which shows in whatever is computed from it.
     """
     w = tokens.unsqueeze(-1)
@@ -199,8 +199,8 @@ class GumbelEmbedding(nn.Module):
     def from_posterior(self, logits, tokens, generator=None):
         """Noise drawn from its posterior given tokens [N] -> [N, D], with gradient to W.
 
-        `logits(a, b)` returns the teacher's float32 logits [b - a, V] of rows a to b; it is called again in the backward
-        pass and must return the same values. The argmax repair of `posterior_gumbel` is skipped: W reads softmax(noise).
+        `logits(a, b)` returns the teacher's float32 logits [b - a, V], rows a to b; it is called again in the backward
+        pass and must return the same values. `posterior_gumbel`'s argmax repair is skipped: W reads softmax(noise).
         """
         if self.kind == "unpaired":
             return self.from_prior(len(tokens), generator=generator)

@@ -23,7 +23,7 @@ T_MIN = 1e-3                                  # t lives in [T_MIN, 1]: bounds th
 # the transformer (shared: MDLM and BD3-LM bidirectional, the AR model causal)
 
 class KVCache:
-    """Keys and values of all layers, preallocated: [layers, 2, B, H, max_length, head_dim]. `length` counts what is filled."""
+    """Preallocated keys and values of all layers, [layers, 2, B, H, max_length, head_dim]; `length` of it is filled."""
 
     def __init__(self, model, batch, max_length):
         w, h = model.blocks[0].qkv.weight, model.n_head
@@ -38,14 +38,14 @@ class KVCache:
 
 
 def rope_tables(positions, head_dim):
-    """cos and sin of RoPE's angles, base 10^4, laid out for `apply_rope`. positions [L] -> two [L, 1, 1, head_dim], float32."""
+    """RoPE's cos and sin, base 10^4, laid out for `apply_rope`. positions [L] -> two [L, 1, 1, head_dim], float32."""
     freq = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angle = (positions.float()[:, None] * freq)[:, None, None]
     return torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
 
 def apply_rope(x, cos, sin):
-    """Rotate the halves (a, b) of each head (not interleaved pairs): (a cos - b sin, b cos + a sin). x [B, L, 2, H, head_dim]."""
+    """Rotate each head's halves (a, b), not interleaved: (a cos - b sin, b cos + a sin). x [B, L, 2, H, head_dim]."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
@@ -65,7 +65,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, mask, causal, cache=None, layer=0):
         B, L, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.n_head, -1)
-        q, k = apply_rope(qkv[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)                            # each (B, H, L, D/H)
+        q, k = apply_rope(qkv[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)                          # each (B, H, L, D/H)
         v = qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
@@ -106,7 +106,8 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(torch.arange(start, start + L, device=h.device), h.shape[2] // self.n_head)
         causal, mask = self.causal, None
         if causal and start:                  # queries start .. start + L - 1 against keys 0 .. start + L - 1
-            causal, mask = False, torch.ones(L, start + L, dtype=torch.bool, device=h.device).tril(start) if L > 1 else None
+            causal, mask = False, torch.ones(L, start + L, dtype=torch.bool,
+                                             device=h.device).tril(start) if L > 1 else None
         for i, block in enumerate(self.blocks):
             h = block(h, cos, sin, mask, causal, cache, i)
         if cache:
@@ -115,15 +116,16 @@ class Transformer(nn.Module):
 
 
 def nll_rows(logits, h, x, vocab_size):
-    """-log p(x) per row: h [N, D], x [N] -> [N], where logits(h) is [N, vocab_size]. In chunks, which the backward pass computes
-    again, so that [N, V] is never held.
+    """-log p(x) per row: h [N, D], x [N] -> [N], where logits(h) is [N, vocab_size]. In chunks, which the backward pass
+    computes again, so that [N, V] is never held.
     """
     def f(h, x):
         return F.cross_entropy(logits(h), x, reduction="none")
     rows = max(1, 4 * CHUNK // vocab_size)
     if len(h) <= rows:
         return f(h, x)
-    return torch.cat([checkpoint(f, *c, use_reentrant=False, preserve_rng_state=False) for c in zip(h.split(rows), x.split(rows))])
+    return torch.cat([checkpoint(f, *c, use_reentrant=False, preserve_rng_state=False)
+                      for c in zip(h.split(rows), x.split(rows))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,8 +153,8 @@ def reveal_steps(masked, steps, sampler="ancestral", order="random", generator=N
     """When each position is revealed. masked [B, L] bool -> step [B, L] long: 1 .. steps, 0 where nothing is masked.
 
     Without time conditioning this does not depend on the network, so it is drawn beforehand.
-    ancestral      each masked position draws its step uniformly from 1 .. steps: exactly the (t - s)/t rule of ancestral
-                   sampling on a uniform grid of t.
+    ancestral      each masked position draws its step uniformly from 1 .. steps: exactly the (t - s)/t rule of
+                   ancestral sampling on a uniform grid of t.
     fixed          a permutation (`order`), cut evenly into `steps` parts; no part is empty while tokens last.
     first_hitting  one token a step in random order, whatever `steps` is: exact continuous time (Zheng et al. 2024).
     """
@@ -182,7 +184,7 @@ def own_pace(step):
 
 
 def nucleus(logits, top_p):
-    """logits [N, V] -> log-probabilities with -inf outside the smallest set whose mass reaches top_p (crossing token kept)."""
+    """logits [N, V] -> log p with -inf outside the smallest set whose mass reaches top_p (crossing token kept)."""
     p, where = logits.softmax(-1).sort(-1, descending=True)
     outside = p.cumsum(-1) - p >= top_p
     return logits.masked_fill(torch.zeros_like(outside).scatter_(-1, where, outside), -math.inf)
@@ -204,7 +206,7 @@ def draw_tokens(logits, top_p=1.0, greedy=False, noise=None, generator=None):
 def unmask(x, step, mask_id, hidden, logits, order="random", top_p=1.0, greedy=False, generator=None):
     """The sampler loop. x [B, L] with [MASK]s, step [B, L] from `reveal_steps` -> (x, nfe [B]).
 
-    hidden(x, rows) is one network call on x [b, L], the given rows of the batch -> [b, L, D]; logits(h [N, D]) -> [N, V]
+    hidden(x, rows) is one network call on x [b, L], those rows of the batch -> [b, L, D]; logits(h [N, D]) -> [N, V]
     runs at the positions being revealed only. Rows that have nothing left are not computed. nfe counts calls per row.
     `order="confidence"` keeps only how many tokens a step reveals and takes those drawn with the highest probability.
     """
@@ -245,7 +247,8 @@ class MDLM(nn.Module):
             raise ValueError(f"unknown inject {inject!r}: 'replace' or 'add'")
         self.config = dict(vocab_size=vocab_size, length=length, bos=bos, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
                            dropout=dropout, noise=noise, inject=inject, predict_bos=predict_bos)
-        self.mask_id, self.length, self.bos, self.inject, self.predict_bos = vocab_size, length, bos, inject, predict_bos
+        self.mask_id, self.length, self.bos, self.inject, self.predict_bos = (
+            vocab_size, length, bos, inject, predict_bos)
         self.transformer = Transformer(vocab_size + 1, vocab_size, n_layer, n_embd, n_head, dropout)
         self.noise_embed = GumbelEmbedding(vocab_size, n_embd, noise) if noise else None
 
@@ -262,7 +265,7 @@ class MDLM(nn.Module):
         return self.transformer(h)
 
     def logits(self, h):
-        """h [N, D] -> [N, V], float32. [MASK] has no entry (SUBS: its logit is -inf); BOS is -inf where it never occurs."""
+        """h [N, D] -> float32 [N, V]. [MASK] has no entry (SUBS: logit -inf); BOS is -inf where it never occurs."""
         logits = self.transformer.head(h).float()
         if not self.predict_bos:
             logits[..., self.bos] = -math.inf
@@ -271,9 +274,9 @@ class MDLM(nn.Module):
     # training
 
     def loss(self, tokens, t, teacher=None, z=None, noise=None, generator=None):
-        """The NELBO per predicted token, in nats: mean over rows of (1/t) sum_{masked i} -log p(x_i | z, noise) / (L - 1).
+        """NELBO per predicted token, in nats: mean over rows of (1/t) sum_{masked i} -log p(x_i | z, noise) / (L - 1).
 
-        tokens [B, L], t [B] noise levels. What is random can be given: z [B, L] noised tokens, noise [B, L, V]. A student
+        tokens [B, L], t [B] noise levels. Randomness can be given: z [B, L] noised tokens, noise [B, L, V]. A student
         with noise draws it from its posterior under `teacher`, in one teacher pass, at the masked positions only.
         Returns (loss, {"nll_masked": unweighted cross-entropy per masked token}).
         """
@@ -297,13 +300,13 @@ class MDLM(nn.Module):
             g = g.masked_scatter(masked[:, :, None], rows.to(g.dtype))
         nll = nll_rows(self.logits, self.hidden(z, g)[masked], x, self.mask_id)
         weight = (1 / t)[:, None].expand(B, L)[masked]
-        loss = (weight * nll).sum() / (B * (L - 1))      # a constant count, not a local one: the same for any micro-batch
+        loss = (weight * nll).sum() / (B * (L - 1))    # a constant count, not a local one: the same for any micro-batch
         return loss, {"nll_masked": nll.detach().sum().item() / max(1, len(nll))}
 
     forward = loss                                        # what DDP calls
 
     def log_probs(self, tokens, noise=None):
-        """The plain forward, after SUBS: tokens [B, L] with [MASK]s, noise [B, L, V] -> [B, L, V + 1] log-probabilities.
+        """The plain forward after SUBS: tokens [B, L] with [MASK]s, noise [B, L, V] -> [B, L, V + 1] log-probabilities.
 
         An unmasked position copies its token: 0 there, -inf elsewhere.
         """
@@ -319,7 +322,7 @@ class MDLM(nn.Module):
                  noise=None, resample_noise=False, reveal=None, generator=None):
         """Fill in the [MASK]s of tokens [B, L] (BOS first) -> (tokens [B, L], nfe [B], network calls per row).
 
-        Noise is tau * Gumbel(0, 1), drawn once per sample and kept for all steps (`resample_noise` draws it anew at each).
+        Noise is tau * Gumbel(0, 1), drawn once per sample and kept for all steps (`resample_noise`: anew at each).
         `noise` [B, L, V] and `reveal` [B, L] (see `reveal_steps`) replace the draws. Given tokens are never changed.
         """
         if not tau > 0:
@@ -340,7 +343,7 @@ class MDLM(nn.Module):
             D = self.transformer.embed.weight.shape[1]
             rows = self.noise_embed.from_prior(int(masked.sum()), tau, generator)
             return rows.new_zeros(*tokens.shape, D).masked_scatter(masked[:, :, None], rows)
-        g = embed_noise()                                                       # (B, L, D): kept; the noise is thrown away
+        g = embed_noise()                                                    # (B, L, D): kept; the noise is thrown away
 
         def hidden(x, rows):
             g_now = embed_noise() if resample_noise else g
@@ -352,11 +355,11 @@ class MDLM(nn.Module):
 # checkpoints of the authors' networks
 
 def fold_published(src, n_heads=None):
-    """A published checkpoint (path or state dict) -> (our state dict, sizes). Source: the authors' DiT and golden tensors.
+    """A published checkpoint (path or state dict) -> (our state dict, sizes). From the authors' DiT and golden tensors.
 
-    Their adaLN is driven by a constant (no time conditioning), so it folds into LayerNorm and output projections exactly:
+    Their adaLN has a constant input (no time conditioning), so it folds into LayerNorm and output projections exactly:
         c = silu(W2 silu(W1 e + b1) + b2),  e = [1] * 128 ++ [0] * 128   (sinusoidal embedding of sigma = 0)
-        per block (shift, scale, gate) x 2 = A c + a: LN weight <- norm (1 + scale), bias <- shift, output <- gate * output
+        per block (shift, scale, gate) x 2 = A c + a: LN weight <- norm (1 + scale), bias <- shift, output *= gate
     AR files have no adaLN. The output layer's [MASK] row is dropped: its logit is -inf.
     """
     if not isinstance(src, dict):
@@ -364,7 +367,8 @@ def fold_published(src, n_heads=None):
     src = src.get("state_dict", src)
     src = {k.removeprefix("backbone."): v.float() for k, v in src.items() if not k.startswith("teacher_model.")}
     try:
-        head_dim = 2 * len(src["rotary_emb.inv_freq"]) if n_heads is None else src["vocab_embed.embedding"].shape[1] // n_heads
+        head_dim = (2 * len(src["rotary_emb.inv_freq"]) if n_heads is None
+                    else src["vocab_embed.embedding"].shape[1] // n_heads)
         rows, D = src["vocab_embed.embedding"].shape
         c = None
         if "sigma_map.mlp.0.weight" in src:
@@ -399,7 +403,7 @@ def fold_published(src, n_heads=None):
 
 
 def load_published(src, n_heads=None, length=1024, bos=50256, inject="replace"):
-    """The authors' MDLM, with or without Gumbel noise, as our `MDLM` with equal outputs. `src`: a path or a state dict."""
+    """The authors' MDLM, with or without Gumbel noise, as our `MDLM` with equal outputs. `src`: path or state dict."""
     state, sizes, src = fold_published(src, n_heads)
     w = src.get("gumbel_noise_embed.linear.weight")
     model = MDLM(length=length, bos=bos, noise=None if w is None else "gumbel", inject=inject, **sizes)

@@ -59,7 +59,8 @@ def load_model(path, weights="ema", device="cpu"):
     try:
         model.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
     except RuntimeError as e:
-        raise BadInput(f"{path} does not hold the weights that its config describes: {str(e).splitlines()[-1].strip()}") from None
+        raise BadInput(f"{path} does not hold the weights that its config describes: "
+                       f"{str(e).splitlines()[-1].strip()}") from None
     model.args, model.meta, model.step = ckpt["args"], ckpt["meta"], ckpt["step"]
     model.name = os.path.basename(os.path.abspath(path if os.path.isdir(path) else os.path.dirname(path)))
     return model.to(device).eval().requires_grad_(False)
@@ -87,14 +88,17 @@ def generate(model, tokens, steps, tau, top_p, greedy, sampler="ancestral", orde
 def sampling_flags(parser):
     """The flags that every sampling command shares."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sampler", choices=SAMPLERS, default="ancestral", help="fixed: the same number of tokens a step")
+    group.add_argument("--sampler", choices=SAMPLERS, default="ancestral",
+                       help="fixed: the same number of tokens a step")
     group.add_argument("--order", choices=ORDERS, default="random", help="left_to_right needs --sampler=fixed")
     group.add_argument("--tau", type=number(float, above=0), help="noise temperature (AR: the sampling temperature); "
                        "default 1, and 0.85 for a student with noise on text, as the authors released it")
-    group.add_argument("--top_p", type=number(float, above=0, high=1), help="nucleus; default 0.9 on text, 1 on the maze")
+    group.add_argument("--top_p", type=number(float, above=0, high=1),
+                       help="nucleus; default 0.9 on text, 1 on the maze")
     group.add_argument("--seed", type=int, default=0, help="same seed, device and flags: same samples")
     group.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which weights of the checkpoint")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on CUDA")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                       help="auto: bfloat16 on CUDA")
 
 
 def resolve_sampling(args, model):
@@ -110,7 +114,8 @@ def resolve_sampling(args, model):
 
 def start_tokens(model, tokenizer, prompt, infill, length):
     """One row to start from: [BOS] + prompt (+ [MASK]s), or the infill text with its [MASK]s. -> LongTensor [1, *]."""
-    encode = (lambda s: ["UDLR.".index(c) for c in s]) if tokenizer.name == "maze" else (lambda s: tokenizer.encode([s])[0].tolist())
+    encode = ((lambda s: ["UDLR.".index(c) for c in s]) if tokenizer.name == "maze"
+              else (lambda s: tokenizer.encode([s])[0].tolist()))
     ar = isinstance(model, AR)
     try:
         if infill is not None:
@@ -124,8 +129,8 @@ def start_tokens(model, tokenizer, prompt, infill, length):
     except ValueError:
         raise BadInput("the maze's prompts are made of U D L R and . (PAD)") from None
     if len(ids) + 1 > length:
-        raise BadInput(f"--{'infill' if infill is not None else 'prompt'} has {len(ids)} tokens, but a sample of this model "
-                       f"has at most {length - 1}: shorten it")
+        raise BadInput(f"--{'infill' if infill is not None else 'prompt'} has {len(ids)} tokens, but "
+                       f"a sample of this model has at most {length - 1}: shorten it")
     if not ar:
         ids += [model.mask_id] * (length - 1 - len(ids)) if infill is None or tokenizer.name == "maze" else []
     return torch.tensor([[model.bos] + ids])

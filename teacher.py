@@ -66,7 +66,7 @@ class AR(nn.Module):
     def generate(self, tokens, length=None, tau=1.0, top_p=1.0, greedy=False, noise=None, generator=None):
         """Continue tokens [B, P] (BOS first) to `length` -> (tokens [B, length], nfe [B]), by Gumbel-max.
 
-        x_i = argmax(logits + tau * noise_i): tau is the sampling temperature. `noise` [B, length, V], drawn unless given.
+        x_i = argmax(logits + tau * noise_i), tau the sampling temperature. `noise` [B, length, V], drawn unless given.
         """
         length = length or self.length
         B, P = tokens.shape
@@ -114,7 +114,7 @@ def extract_parallel(teacher, tokens, generator=None):
 
 
 def extract_sequential(teacher, n, length=None, generator=None):
-    """n texts of the teacher's own with the noise that produced them: tokens [n, L], noise [n, L, V]; row 0 (BOS) is zero."""
+    """n texts by the teacher with the noise that produced them: tokens [n, L], noise [n, L, V]; row 0 (BOS) is zero."""
     length = length or teacher.length
     device = teacher.transformer.embed.weight.device
     noise = sample_gumbel((n, length, teacher.vocab_size), generator, device)

@@ -34,7 +34,8 @@ from teacher import load_published as load_published_ar
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.environ.get("GUMBEL_SHARED", os.path.join(HERE, "..", "shared"))
-needs_shared = pytest.mark.skipif(not os.path.isdir(os.path.join(SHARED, "golden")), reason="the golden tensors are absent")
+needs_shared = pytest.mark.skipif(not os.path.isdir(os.path.join(SHARED, "golden")),
+                                  reason="the golden tensors are absent")
 
 
 def gen(seed=0):
@@ -57,7 +58,7 @@ def test_gumbel_moments_and_law():
 
 
 def test_tail_has_the_right_frequency_and_is_not_quantised():
-    """P(noise > a) = 1 - exp(-exp(-a)); float32 rand would give nothing above 16.6 and ties on a grid of 2^-24 below."""
+    """P(noise > a) = 1 - exp(-exp(-a)); float32 rand would give none above 16.6 and ties on a grid of 2^-24 below."""
     n, top = 0, []
     for i in range(25):
         x = sample_gumbel((8_000_000,), gen(i))
@@ -78,13 +79,15 @@ def test_tail_has_the_right_frequency_and_is_not_quantised():
 def test_gumbel_max_draws_from_the_softmax():
     logits = torch.randn(6, generator=gen())
     x = gumbel_max(logits.expand(200_000, 6), sample_gumbel((200_000, 6), gen(1)))
-    assert stats.chisquare(torch.bincount(x, minlength=6).numpy(), (200_000 * logits.double().softmax(-1)).numpy()).pvalue > 1e-4
+    assert stats.chisquare(torch.bincount(x, minlength=6).numpy(),
+                           (200_000 * logits.double().softmax(-1)).numpy()).pvalue > 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # gumbel.py: the posterior (Theorem 4.1, Algorithm 1)
 
-@pytest.mark.parametrize("V,rows,scale", [(20, 500_000, 3.0), (1000, 20_000, 8.0), (50257, 512, 3.0), (50257, 512, 20.0)])
+@pytest.mark.parametrize("V,rows,scale", [(20, 500_000, 3.0), (1000, 20_000, 8.0), (50257, 512, 3.0),
+                                          (50257, 512, 20.0)])
 def test_posterior_argmax_is_the_token(V, rows, scale):
     """With certainty, whether the token was drawn from p or is a surprise; inputs are not modified; no inf, no nan."""
     g, step = gen(1), max(1, 20_000_000 // V)
@@ -103,12 +106,12 @@ def test_posterior_argmax_is_the_token(V, rows, scale):
 def test_posterior_argmax_repair_is_needed_and_minimal():
     """Ties in float32 really occur without the repair, which moves noise_w by rounding error only."""
     logits = torch.randn(400_000, 50, generator=gen()) - 90
-    logits[:, 1] = logits[:, 0]                            # equal logits: the winner by less than rounding is common enough
+    logits[:, 1] = logits[:, 0]                            # equal logits: wins by less than rounding are common enough
     w = torch.zeros(400_000, dtype=torch.long)
     noise = posterior_gumbel(logits, w, gen(1))
     e = sample_exponential(logits.shape, gen(1))[:1]
     assert (gumbel_max(logits, noise) == 0).all() and e.isfinite().all()
-    rounded = (logits + noise).argmax(-1)                  # a float32 sum at -90 has steps of 2^-17: that is a wrong use
+    rounded = (logits + noise).argmax(-1)                  # a float32 sum at -90 has steps of 2^-17: that is wrong use
     assert (rounded != 0).float().mean() < 1e-3
 
 
@@ -121,7 +124,7 @@ def test_posterior_extreme_rows():
     w = torch.tensor([1, 5, 7, 0])
     noise = posterior_gumbel(logits, w, gen())
     assert noise.isfinite().all() and (gumbel_max(logits, noise) == w).all()
-    assert 295 < noise[1, 5] < 320                         # -log E_0 - log p_w, not clipped by float32's smallest number
+    assert 295 < noise[1, 5] < 320                         # -log E_0 - log p_w, not clipped by float32's smallest value
     f = gumbel._posterior_times(logits, w, sample_exponential((4, V), gen()))
     s = gumbel.noise_features(f)
     assert s.isfinite().all() and torch.allclose(s.sum(-1), torch.ones(4)) and s[1, 5] > 0.999999
@@ -158,7 +161,7 @@ def test_posterior_noise_is_iid_gumbel():
 
 
 def test_posterior_joint_law_equals_forward_construction():
-    """(w, noise) with w ~ p has the law of (argmax, noise): compared given each w, in the marginals and in the maximum."""
+    """(w, noise) with w ~ p has the law of (argmax, noise): compared given each w, in the marginals and the maximum."""
     p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     (w, a), (x, b) = posterior_pairs(p, 200_000, 5)
     logp = p.log().float()
@@ -172,14 +175,15 @@ def test_posterior_joint_law_equals_forward_construction():
 
 
 def test_posterior_agrees_with_rejection():
-    """Conditioning by brute force: prior noise kept when its argmax is w. A 2-d histogram test of (noise_w, noise_k)."""
+    """Conditioning by brute force: prior noise kept if its argmax is w. A 2-d histogram test of (noise_w, noise_k)."""
     logits = torch.tensor([1.0, 0.0, -1.0, -2.0])
     prior = sample_gumbel((2_000_000, 4), gen())
     kept = prior[gumbel_max(logits.expand_as(prior), prior) == 2]
     ours = posterior_gumbel(logits.expand(len(kept), 4), torch.full((len(kept),), 2), gen(1))
     for i, j in itertools.combinations(range(4), 2):
         edges = [np.quantile(kept[:, k].numpy(), np.linspace(0, 1, 7)[1:-1]) for k in (i, j)]
-        cell = [6 * np.digitize(x[:, i].numpy(), edges[0]) + np.digitize(x[:, j].numpy(), edges[1]) for x in (kept, ours)]
+        cell = [6 * np.digitize(x[:, i].numpy(), edges[0]) + np.digitize(x[:, j].numpy(), edges[1])
+                for x in (kept, ours)]
         table = np.stack([np.bincount(c, minlength=36) for c in cell])
         assert stats.chi2_contingency(table[:, table.sum(0) > 20]).pvalue > 1e-4, (i, j)
 
@@ -206,7 +210,8 @@ def test_noise_features_are_the_softmax_of_the_noise(tau):
     e = sample_exponential((1000, 300), gen())
     want = (-tau * e.double().log()).softmax(-1)
     assert torch.allclose(gumbel.noise_features(e.clone(), "gumbel", tau).double(), want, rtol=1e-5, atol=1e-9)
-    assert torch.allclose(gumbel.noise_features(e.clone(), "uniform", tau).double(), (tau * torch.exp(-e.double())).softmax(-1), rtol=1e-5)
+    assert torch.allclose(gumbel.noise_features(e.clone(), "uniform", tau).double(),
+                          (tau * torch.exp(-e.double())).softmax(-1), rtol=1e-5)
     emb = GumbelEmbedding(300, 16)
     assert torch.allclose(emb(-e.log(), tau), want.float() @ emb.weight.T, rtol=1e-4, atol=1e-6)
 
@@ -231,7 +236,7 @@ def test_embedding_from_posterior_equals_the_plain_formula(monkeypatch):
     control = GumbelEmbedding(V, D, "unpaired")
     assert torch.equal(control.from_posterior(None, w, gen(5)), control.from_prior(n, generator=gen(5)))
     assert emb.from_posterior(lambda a, b: logits[a:b], w[:0], g).shape == (0, D)
-    assert 0.015 < GumbelEmbedding(2000, 64).from_prior(500, generator=gen()).std() < 0.025       # a token embedding's scale
+    assert 0.015 < GumbelEmbedding(2000, 64).from_prior(500, generator=gen()).std() < 0.025  # a token embedding's scale
     with pytest.raises(ValueError, match="gaussian"):
         GumbelEmbedding(V, D, "gauss")
 
@@ -278,7 +283,8 @@ def test_golden_mdlm(name):
             logits = model.logits(model.hidden(z, model.noise_embed(noise, 0.85)))
             assert (logits - d["extra"]["backbone_out_gumbel_temperature_0.85"][..., :100]).abs().max() < 1e-5
             model = load_published({"backbone." + k: v for k, v in d["state_dict"].items()}, n_heads=4, inject="add")
-            assert (model.logits(model.hidden(z, g)) - d["extra"]["backbone_out_inject_add"][..., :100]).abs().max() < 1e-5
+            assert (model.logits(model.hidden(z, g))
+                    - d["extra"]["backbone_out_inject_add"][..., :100]).abs().max() < 1e-5
 
 
 @needs_shared
@@ -310,7 +316,8 @@ def randomise(model, seed=0, std=0.3):
 
 def tiny(noise=None, V=7, L=6, seed=0, predict_bos=True, **kw):
     torch.manual_seed(seed)
-    return randomise(MDLM(V, L, V - 1, n_layer=2, n_embd=32, n_head=2, dropout=0.0, noise=noise, predict_bos=predict_bos, **kw), seed)
+    return randomise(MDLM(V, L, V - 1, n_layer=2, n_embd=32, n_head=2, dropout=0.0, noise=noise,
+                          predict_bos=predict_bos, **kw), seed)
 
 
 def tiny_ar(V=7, L=6, seed=0, **kw):
@@ -343,7 +350,8 @@ def test_causal_and_cached():
     full = model.log_probs(x)
     y = x.clone()
     y[:, 4] = (y[:, 4] + 1) % 6
-    assert torch.equal(model.log_probs(y)[:, :4], full[:, :4]) and not torch.allclose(model.log_probs(y)[:, 4], full[:, 4])
+    assert (torch.equal(model.log_probs(y)[:, :4], full[:, :4])
+            and not torch.allclose(model.log_probs(y)[:, 4], full[:, 4]))
     for parts in ([1] * 6, [2, 3, 1], [4, 2]):
         cache = KVCache(model.transformer, 3, 6)
         got = torch.cat([model.logits(model.hidden(part, cache)) for part in x.split(parts, 1)], 1).log_softmax(-1)
@@ -351,7 +359,7 @@ def test_causal_and_cached():
 
 
 def test_positions_matter_and_only_relatively():
-    """RoPE: a bidirectional network tells its positions apart, and a shifted row gives shifted outputs inside a window."""
+    """RoPE: a bidirectional network tells positions apart, and a shifted row gives shifted outputs inside a window."""
     model = tiny()
     h = model.hidden(torch.full((1, 6), 7))
     assert torch.allclose(h[0, 1], h[0, 4], atol=1e-5)     # all inputs alike: nothing to tell positions by
@@ -368,8 +376,8 @@ def test_stratified_t():
     t = torch.stack([stratified_t(64, np.random.default_rng(i)) for i in range(500)])
     assert t.min() >= 1e-3 and t.max() <= 1
     s = ((t - 1e-3) / (1 - 1e-3)).double().sort(-1).values
-    assert ((s * 64).floor() == torch.arange(64)).float().mean() > 0.98          # one in each stratum (but for the wrap)
-    assert (t.mean(0) - 0.5005).abs().max() < 5 * 0.289 / math.sqrt(500)          # no row gets systematically more noise
+    assert ((s * 64).floor() == torch.arange(64)).float().mean() > 0.98        # one in each stratum (but for the wrap)
+    assert (t.mean(0) - 0.5005).abs().max() < 5 * 0.289 / math.sqrt(500)        # no row gets systematically more noise
     assert (stratified_t(8, np.random.default_rng(0), 0.5) == 1).sum() >= 4
 
 
@@ -391,7 +399,8 @@ def subset_nelbo(model, x, noise=None):
     @functools.cache
     def p(mask):                                           # reveal the masked positions in a uniformly random order
         masked = [i for i in range(n) if mask[i]]
-        return sum(math.exp(logp[mask][i]) * p(mask[:i] + (False,) + mask[i + 1:]) for i in masked) / len(masked) if masked else 1.0
+        return sum(math.exp(logp[mask][i]) * p(mask[:i] + (False,) + mask[i + 1:])
+                   for i in masked) / len(masked) if masked else 1.0
     return nelbo, -math.log(p((True,) * n))
 
 
@@ -406,12 +415,13 @@ def test_loss_is_the_nelbo_and_bounds_the_likelihood():
             loss, info = model.loss(x.expand(n, -1), t, generator=gen())
             assert abs(loss * 3 - nelbo) < 0.03 * nelbo, (loss * 3, nelbo)
             assert info["nll_masked"] > 0
-        total = sum(math.exp(-subset_nelbo(model, torch.tensor((3,) + c))[1]) for c in itertools.product(range(4), repeat=3))
+        total = sum(math.exp(-subset_nelbo(model, torch.tensor((3,) + c))[1])
+                    for c in itertools.product(range(4), repeat=3))
     assert abs(total - 1) < 1e-6                           # the random-order likelihood is a distribution
 
 
 def test_loss_is_tight_for_the_exact_denoiser():
-    """Over an enumerable language, the NELBO of the true conditionals averages to the entropy (mask by mask, exactly)."""
+    """On an enumerable language, the NELBO of the true conditionals averages to the entropy (mask by mask, exactly)."""
     rows = np.array([[0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 0, 0]])
     exact = evaluate.ExactDenoiser(rows, 2)
     total = 0.0
@@ -459,7 +469,7 @@ def test_student_reads_noise_at_masked_positions_only():
 
 
 def test_loss_with_a_teacher_equals_loss_with_its_extracted_noise():
-    """The chunked path of training draws what extract_parallel draws: same law. Alignment: position i reads row i - 1."""
+    """Training's chunked path draws what extract_parallel draws: same law. Alignment: position i reads row i - 1."""
     teacher, model, x = tiny_ar(), tiny("gumbel"), rows_of(1)
     z = x.clone()
     z[:, 1:] = 7                                           # everything masked: rows in the same order in both paths
@@ -491,7 +501,8 @@ def test_nucleus_and_draws():
     assert (nucleus(p.log(), 0.9) > -math.inf).tolist() == [[True, True, False, True]]     # the crossing token is kept
     assert (nucleus(p.log(), 0.3) > -math.inf).tolist() == [[False, True, False, False]]
     x = draw_tokens(p.log().expand(100_000, 4), top_p=0.9, generator=gen())
-    assert stats.chisquare(torch.bincount(x, minlength=4)[[0, 1, 3]].numpy(), 100_000 * np.array([0.35, 0.5, 0.1]) / 0.95).pvalue > 1e-4
+    assert stats.chisquare(torch.bincount(x, minlength=4)[[0, 1, 3]].numpy(),
+                           100_000 * np.array([0.35, 0.5, 0.1]) / 0.95).pvalue > 1e-4
     assert not (x == 2).any() and draw_tokens(p.log(), greedy=True).tolist() == [1]
 
 
@@ -511,19 +522,23 @@ def test_reveal_steps():
             for row, m in zip(s, masked):
                 assert (row[m].diff() >= 0).all()
     big = reveal_steps(torch.ones(20_000, 4, dtype=torch.bool), 3, generator=gen())
-    assert stats.chisquare(torch.bincount((big * 4 ** torch.arange(4)).sum(1)).numpy()[torch.bincount((big * 4 ** torch.arange(4)).sum(1)).numpy() > 0]).pvalue > 1e-4
-    assert own_pace(torch.tensor([[0, 7, 3, 7], [2, 9, 4, 5], [0, 0, 0, 0]])).tolist() == [[0, 2, 1, 2], [1, 4, 2, 3], [0, 0, 0, 0]]
+    assert stats.chisquare(torch.bincount((big * 4 ** torch.arange(4)).sum(1)).numpy()[
+        torch.bincount((big * 4 ** torch.arange(4)).sum(1)).numpy() > 0]).pvalue > 1e-4
+    assert own_pace(torch.tensor([[0, 7, 3, 7], [2, 9, 4, 5], [0, 0, 0, 0]])).tolist() == [
+        [0, 2, 1, 2], [1, 4, 2, 3], [0, 0, 0, 0]]
     with pytest.raises(ValueError, match="steps"):
         reveal_steps(masked, 0)
 
 
-LANGUAGE = np.array([[0, 0, 1, 2], [0, 1, 1, 0], [1, 0, 0, 2], [1, 0, 0, 2], [2, 2, 2, 1], [2, 1, 0, 0], [1, 1, 1, 1], [1, 0, 2, 2]])
+LANGUAGE = np.array([[0, 0, 1, 2], [0, 1, 1, 0], [1, 0, 0, 2], [1, 0, 0, 2],
+                     [2, 2, 2, 1], [2, 1, 0, 0], [1, 1, 1, 1], [1, 0, 2, 2]])
 
 
 def sampled_language(n, steps, sampler, seed=0):
     exact = evaluate.ExactDenoiser(LANGUAGE, 3)
     x = torch.full((n, 4), 3)
-    x, nfe = unmask(x, reveal_steps(x == 3, steps, sampler, generator=gen(seed)), 3, exact.hidden, exact.logits, generator=gen(seed + 1))
+    x, nfe = unmask(x, reveal_steps(x == 3, steps, sampler, generator=gen(seed)), 3,
+                    exact.hidden, exact.logits, generator=gen(seed + 1))
     return x, nfe
 
 
@@ -532,7 +547,7 @@ def test_exact_denoiser_gives_the_true_joint(sampler, steps):
     x, nfe = sampled_language(40_000, steps, sampler)
     keys, want = (x * 3 ** torch.arange(4)).sum(1), (torch.tensor(LANGUAGE) * 3 ** torch.arange(4)).sum(1)
     u, c = want.unique(return_counts=True)
-    assert set(keys.tolist()) <= set(u.tolist())           # 40,000 steps: never two tokens at once, but for 1 in 7,000 rows
+    assert set(keys.tolist()) <= set(u.tolist())           # 40,000 steps: two tokens at once only in 1 of 7,000 rows
     assert stats.chisquare([int((keys == k).sum()) for k in u], (40_000 * c / c.sum()).numpy()).pvalue > 1e-4
     assert (nfe == 4).float().mean() > 0.999
 
@@ -552,7 +567,8 @@ def test_perfect_mdlm_reaches_the_known_figures(name, want):
 
 @pytest.mark.parametrize("noise", [None, "gumbel"])
 @pytest.mark.parametrize("sampler,order", [("ancestral", "random"), ("fixed", "random"), ("fixed", "left_to_right"),
-                                           ("fixed", "confidence"), ("first_hitting", "random"), ("ancestral", "confidence")])
+                                           ("fixed", "confidence"), ("first_hitting", "random"),
+                                           ("ancestral", "confidence")])
 def test_sampler_contract(noise, sampler, order):
     """No [MASK] is left, nothing given is changed, a seed reproduces, nfe is what was spent."""
     model = tiny(noise)
@@ -599,7 +615,8 @@ def test_batch_equals_single_rows(noise):
     reveal = reveal_steps(start == 7, 3, generator=gen(1))
     together, nfe = model.generate(start, 3, greedy=True, noise=xi, reveal=reveal)
     for i in range(16):
-        alone, n = model.generate(start[i:i + 1], 3, greedy=True, noise=None if xi is None else xi[i:i + 1], reveal=reveal[i:i + 1])
+        alone, n = model.generate(start[i:i + 1], 3, greedy=True, noise=None if xi is None else xi[i:i + 1],
+                                  reveal=reveal[i:i + 1])
         assert torch.equal(alone[0], together[i]) and n[0] == nfe[i]
 
 
@@ -626,7 +643,8 @@ def test_ar_samples_follow_its_probabilities():
     logp = model.log_probs(torch.cat([torch.full((16, 1), 3), pairs], 1))
     p = (logp[:, 0].gather(1, pairs[:, :1]) + logp[:, 1].gather(1, pairs[:, 1:])).squeeze(1).double().exp()
     assert abs(p.sum() - 1) < 1e-6
-    assert stats.chisquare(torch.bincount(x[:, 1] * 4 + x[:, 2], minlength=16).numpy(), (60_000 * p / p.sum()).detach().numpy()).pvalue > 1e-4
+    assert stats.chisquare(torch.bincount(x[:, 1] * 4 + x[:, 2], minlength=16).numpy(),
+                           (60_000 * p / p.sum()).detach().numpy()).pvalue > 1e-4
     prompt = torch.tensor([[3, 1]]).expand(50, 2)
     y, nfe = model.generate(prompt, generator=gen())
     assert (y[:, 1] == 1).all() and (nfe == 1).all()
@@ -685,7 +703,8 @@ def test_parallel_on_teacher_text_equals_sequential_extraction():
     # independent across positions, in both: correlation of the winner's noise at neighbours
     for xi in (noise, again):
         w = xi.gather(-1, x[:, :, None]).squeeze(-1)[:, 1:9]
-        assert (torch.corrcoef(w.T) - torch.corrcoef(noise.gather(-1, x[:, :, None]).squeeze(-1)[:, 1:9].T)).abs().max() < 0.05
+        assert (torch.corrcoef(w.T)
+                - torch.corrcoef(noise.gather(-1, x[:, :, None]).squeeze(-1)[:, 1:9].T)).abs().max() < 0.05
         flat = xi[:, 1:].reshape(n, -1)
         assert (torch.corrcoef(flat.T) - torch.eye(flat.shape[1])).abs().max() < 6 / math.sqrt(n)
 
@@ -763,7 +782,8 @@ def refused(result, *words):
     assert len(lines) == 1 and all(w in lines[0] for w in words), (words, err)
 
 
-TINY = "--n_layer=1 --n_embd=16 --n_head=2 --batch_size=16 --warmup=2 --log_every=1 --eval_every=4 --eval_rows=40 --report=0"
+TINY = ("--n_layer=1 --n_embd=16 --n_head=2 --batch_size=16 --warmup=2 "
+        "--log_every=1 --eval_every=4 --eval_rows=40 --report=0")
 
 
 @pytest.fixture(scope="session")
@@ -771,8 +791,8 @@ def runs(tmp_path_factory):
     """A folder with the maze, and with tiny runs on it: out/maze-ar, out/maze-mdlm-gumbel, out/maze-mdlm."""
     root = tmp_path_factory.mktemp("runs")
     for flags in ("--model=ar", "--model=mdlm --gumbel", "--model=mdlm"):
-        done = subprocess.run([sys.executable, f"{HERE}/train.py", "--data=maze", "--steps=6", "--save_every=3", *TINY.split(),
-                               *flags.split()], cwd=root, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, f"{HERE}/train.py", "--data=maze", "--steps=6", "--save_every=3",
+                               *TINY.split(), *flags.split()], cwd=root, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return root
 
@@ -811,10 +831,12 @@ def test_maze_is_the_task(tmp_path, monkeypatch, cli):
     assert len(data) == 2000 and data.length == 11 and (data.rows([0, 1999])[:, 1:] == paths[[0, 1999]]).all()
     assert (data.rows([5])[:, 0] == 5).all()
     refused(cli(prepare, "maze"), "data/maze exists already")
-    assert "leaves the free cells" in prepare.draw_maze([0] * 10) and "reaches T in 5 moves" in prepare.draw_maze(paths[0])
+    assert ("leaves the free cells" in prepare.draw_maze([0] * 10)
+            and "reaches T in 5 moves" in prepare.draw_maze(paths[0]))
 
 
-DOCS = ["First document.\nIt has two lines.", "Zwölf Boxkämpfer jagen Viktor — quer über den Sylter Deich.", "x" * 50 + " y\n\n  z", "fourth"]
+DOCS = ["First document.\nIt has two lines.", "Zwölf Boxkämpfer jagen Viktor — quer über den Sylter Deich.",
+        "x" * 50 + " y\n\n  z", "fourth"]
 
 
 @pytest.fixture
@@ -860,7 +882,8 @@ def test_prepare_text_gpt2(text_file, tmp_path, cli, monkeypatch):
     (tmp_path / "b.txt").write_text(text)
     pieces = list(prepare.documents([tmp_path / "b.txt"], "<|endoftext|>", piece=40))
     assert len(pieces) > 20 and "".join(p for p, _ in pieces) == text.strip("\n")
-    assert np.concatenate(tokenizer.encode([p for p, _ in pieces])).tolist() == tokenizer.encode([text.strip("\n")])[0].tolist()
+    assert (np.concatenate(tokenizer.encode([p for p, _ in pieces])).tolist()
+            == tokenizer.encode([text.strip("\n")])[0].tolist())
 
 
 def test_documents_at_every_block_size(tmp_path):
@@ -882,8 +905,10 @@ def test_prepare_bad_input(text_file, tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(cli(prepare, "text --files nowhere.txt --tokenizer=bytes --out=o"), "nowhere.txt", "not a file")
     refused(cli(prepare, f"text --files {text_file} --tokenizer=bpe --out=o"), "'bpe'", "gpt2", "bytes")
-    refused(cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=o --separator=@@@"), "1 document", "--separator")
-    refused(cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=o --val_fraction=0"), "--val_fraction", "above 0")
+    refused(cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=o --separator=@@@"),
+            "1 document", "--separator")
+    refused(cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=o --val_fraction=0"),
+            "--val_fraction", "above 0")
     refused(cli(prepare, "text --out=o"), "--files")
     refused(cli(prepare, "imagenet"), "'imagenet'", "maze_skewed")
     refused(cli(prepare, "verify nowhere"), "nowhere", "not a folder")
@@ -897,7 +922,8 @@ def test_prepare_bad_input(text_file, tmp_path, cli, monkeypatch):
 def test_shards_bad_input(tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cli(prepare, "maze")
-    good, meta = (tmp_path / "data/maze/train.bin").read_bytes(), json.loads((tmp_path / "data/maze/meta.json").read_text())
+    good, meta = (tmp_path / "data/maze/train.bin").read_bytes(), json.loads(
+        (tmp_path / "data/maze/meta.json").read_text())
 
     def opened(raw, words, **change):
         (tmp_path / "data/maze/train.bin").write_bytes(raw)
@@ -912,11 +938,13 @@ def test_shards_bad_input(tmp_path, cli, monkeypatch):
     refused(cli(train, "--model=ar --data=maze"), "meta.json", "damaged")
     (tmp_path / "data/maze/meta.json").write_text(json.dumps(meta))
     refused(cli(train, "--model=ar --data=maze --length=12"), "--length=12", "--length=11")
-    (tmp_path / "data/maze/train.bin").write_bytes(np.where(np.arange(20_000) == 7, 1, np.frombuffer(good, "<u2")).astype("<u2").tobytes())
+    (tmp_path / "data/maze/train.bin").write_bytes(
+        np.where(np.arange(20_000) == 7, 1, np.frombuffer(good, "<u2")).astype("<u2").tobytes())
     refused(cli(prepare, "verify data/maze"), "sha256")
     # an id that the check at the start does not see is found when its batch is read
     monkeypatch.setattr(prepare.Shards, "_check", lambda *a: None)
-    (tmp_path / "data/maze/train.bin").write_bytes(np.where(np.arange(20_000) == 9_999, 8, np.frombuffer(good, "<u2")).astype("<u2").tobytes())
+    (tmp_path / "data/maze/train.bin").write_bytes(
+        np.where(np.arange(20_000) == 9_999, 8, np.frombuffer(good, "<u2")).astype("<u2").tobytes())
     data = prepare.Shards("data/maze", "train")
     monkeypatch.undo()
     data.rows([998])
@@ -926,7 +954,7 @@ def test_shards_bad_input(tmp_path, cli, monkeypatch):
 
 
 def test_foreign_shards(tmp_path):
-    """nanoGPT's raw .bin, and llm.c's with a header, are read as GPT-2 ids without a meta.json; rows do not cross files."""
+    """nanoGPT's raw .bin and llm.c's with a header are read as GPT-2 ids without a meta.json; no row crosses files."""
     a, b = np.arange(100, dtype="<u2"), np.arange(1000, 1055, dtype="<u2")
     a.tofile(tmp_path / "train_000.bin")
     header = np.zeros(256, "<i4")
@@ -934,7 +962,8 @@ def test_foreign_shards(tmp_path):
     (tmp_path / "train_001.bin").write_bytes(header.tobytes() + b.tobytes())
     a.tofile(tmp_path / "val.bin")
     data = prepare.Shards(str(tmp_path), "train", 11)
-    assert len(data) == 15 and data.rows([10])[0].tolist() == [50256, *range(1000, 1010)] and data.meta["vocab_size"] == 50257
+    assert (len(data) == 15 and data.rows([10])[0].tolist() == [50256, *range(1000, 1010)]
+            and data.meta["vocab_size"] == 50257)
     header[2] = 56
     (tmp_path / "train_001.bin").write_bytes(header.tobytes() + b.tobytes())
     with pytest.raises(prepare.BadInput, match="truncated"):
@@ -957,18 +986,25 @@ def test_defaults_are_the_papers_and_presets_give_way():
     assert (args.n_layer, args.n_embd, args.n_head, args.data, args.out) == (
         12, 768, 12, "data/openwebtext", "out/openwebtext-mdlm-gumbel")
     args = train.parse(["--model=ar", "--data=maze_skewed", "--n_layer=3"])
-    assert (args.n_layer, args.n_embd, args.length, args.data, args.out) == (3, 128, None, "data/maze_skewed", "out/maze_skewed-ar")
+    assert (args.n_layer, args.n_embd, args.length, args.data, args.out) == (
+        3, 128, None, "data/maze_skewed", "out/maze_skewed-ar")
     args = train.parse(["--noise=uniform", "--data", "some/where"])
     assert args.gumbel and args.out == "out/where-mdlm-uniform" and args.data == "some/where"
-    assert train.parse(["--data=lm1b", "--size=medium"]).length == 128
+    args = train.parse(["--data=lm1b", "--size=medium", "--n_head=8"])
+    assert (args.length, args.n_layer, args.n_embd, args.n_head) == (128, 24, 1024, 8)
+    args = train.parse(["--data=maze", "--size=tiny", "--n_layer=2", "--gumbel"])
+    assert (args.length, args.n_layer, args.n_embd, args.t_one) == (None, 2, 256, 0.5)
 
 
 @pytest.mark.parametrize("flags,words", [
-    ("--model=gpt", ["--model", "'gpt'", "mdlm"]), ("--data=maze --size=huge", ["--size", "tiny"]), ("--noise=gauss", ["--noise", "gaussian"]),
+    ("--model=gpt", ["--model", "'gpt'", "mdlm"]), ("--data=maze --size=huge", ["--size", "tiny"]),
+    ("--noise=gauss", ["--noise", "gaussian"]),
     ("--data=nowhere --model=ar", ["data/nowhere", "prepare.py text"]), ("--lr=0 --data=maze", ["--lr", "above 0"]),
-    ("--lr=fast", ["--lr", "not a number"]), ("--steps=0", ["--steps", "at least 1"]), ("--batch_size=0", ["--batch_size", "at least 1"]),
-    ("--steps=1.5", ["--steps", "whole number"]), ("--model=ar --gumbel", ["--gumbel", "students"]), ("--teacher=x", ["--teacher", "--gumbel"]),
-    ("--n_embd=30 --n_head=4", ["--n_embd=30", "multiple"]), ("--batch 3", ["--batch"]), ("--dropout=2", ["--dropout", "at most 1"]),
+    ("--lr=fast", ["--lr", "not a number"]), ("--steps=0", ["--steps", "at least 1"]),
+    ("--batch_size=0", ["--batch_size", "at least 1"]), ("--steps=1.5", ["--steps", "whole number"]),
+    ("--model=ar --gumbel", ["--gumbel", "students"]), ("--teacher=x", ["--teacher", "--gumbel"]),
+    ("--n_embd=30 --n_head=4", ["--n_embd=30", "multiple"]), ("--batch 3", ["--batch"]),
+    ("--dropout=2", ["--dropout", "at most 1"]),
     ("--data=maze --micro_batch_size=7 --out=out/new", ["--micro_batch_size=7", "divide"]),
     ("--data=maze --gumbel --teacher=nowhere --out=out/new", ["nowhere", "no checkpoint"]),
     ("--data=maze --gumbel --teacher=out/maze-mdlm --out=out/new", ["out/maze-mdlm", "--model=ar"]),
@@ -983,28 +1019,33 @@ def test_train_refuses_bad_input(runs, cli, monkeypatch, flags, words):
     monkeypatch.chdir(runs)
     if not os.path.exists("data/text"):
         prepare.Writer("data/text", {})
-        writer = prepare.Writer("data/text", dict(name="text", tokenizer="bytes", row_length=None, vocab_size=257, bos=256, predict_bos=True))
+        writer = prepare.Writer("data/text", dict(name="text", tokenizer="bytes", row_length=None,
+                                                  vocab_size=257, bos=256, predict_bos=True))
         for split in ("train", "val"):
             writer.write(split, np.arange(200) % 257)
         writer.finish()
     before = {p: os.stat(p).st_mtime_ns for d, _, files in os.walk("out") for p in [os.path.join(d, f) for f in files]}
     refused(cli(train, flags), *words)
-    assert before == {p: os.stat(p).st_mtime_ns for d, _, files in os.walk("out") for p in [os.path.join(d, f) for f in files]}
+    assert before == {p: os.stat(p).st_mtime_ns
+                      for d, _, files in os.walk("out") for p in [os.path.join(d, f) for f in files]}
 
 
 def test_checkpoint_describes_itself(runs):
     ckpt = torch.load(runs / "out/maze-mdlm-gumbel/ckpt.pt", weights_only=True)
     assert set(sample.CHECKPOINT_KEYS) <= set(ckpt) and ckpt["step"] == 6 and ckpt["tokens_seen"] == 6 * 16 * 11
-    assert not any("teacher" in k for k in ckpt["model"]) and ckpt["config"]["noise"] == "gumbel" and ckpt["meta"]["name"] == "maze"
+    assert (not any("teacher" in k for k in ckpt["model"])
+            and ckpt["config"]["noise"] == "gumbel" and ckpt["meta"]["name"] == "maze")
     log = [json.loads(line) for line in open(runs / "out/maze-mdlm-gumbel/log.jsonl")]
     assert log[0]["args"]["gumbel"] and [r["step"] for r in log if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in log if "val_nll_given_noise" in r] == [4, 6] and all(math.isfinite(r.get("loss", 0)) for r in log)
+    assert ([r["step"] for r in log if "val_nll_given_noise" in r] == [4, 6]
+            and all(math.isfinite(r.get("loss", 0)) for r in log))
     assert {"lr", "grad_norm", "tokens_per_s", "nll_masked"} <= set(log[1])
     assert any("val_nelbo" in line for line in open(runs / "out/maze-mdlm/log.jsonl"))
 
 
 @pytest.mark.parametrize("damage,words", [
-    (lambda c: b"not a checkpoint", ["not a readable checkpoint"]), (lambda c: c[:len(c) // 2], ["not a readable checkpoint"]),
+    (lambda c: b"not a checkpoint", ["not a readable checkpoint"]),
+    (lambda c: c[:len(c) // 2], ["not a readable checkpoint"]),
     (lambda c: {"weights": 1}, ["not a checkpoint of this project", "model"]),
     (lambda c: dict(c, config=dict(c["config"], n_layer=3)), ["weights that its config describes"]),
     (lambda c: dict(c, args=dict(c["args"], model="rnn")), ["unknown model 'rnn'", "mdlm"]),
@@ -1012,7 +1053,8 @@ def test_checkpoint_describes_itself(runs):
 ])
 def test_damaged_checkpoints_are_refused(runs, tmp_path, cli, damage, words):
     path = runs / "out/maze-mdlm/ckpt.pt"
-    bad = damage(path.read_bytes()) if "bytes" in str(words) or words[0].startswith("not a readable") else damage(torch.load(path, weights_only=True))
+    bad = (damage(path.read_bytes()) if "bytes" in str(words) or words[0].startswith("not a readable")
+           else damage(torch.load(path, weights_only=True)))
     if isinstance(bad, bytes):
         (tmp_path / "ckpt.pt").write_bytes(bad)
     else:
@@ -1035,16 +1077,17 @@ def same_checkpoints(a, b):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_run_continues_bit_for_bit(runs, processes):
-    """kill -9 in the middle, rerun, compare with the run that was left alone: weights, EMA, optimizer, logged losses."""
+    """kill -9 in the middle, rerun, compare with the run left alone: weights, EMA, optimizer, logged losses."""
     launch = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={29500 + os.getpid() % 400}"]
-    flags = ["--model=mdlm", "--gumbel", "--data=maze", "--teacher=out/maze-ar", "--steps=40", "--save_every=10", "--dropout=0.1",
-             "--micro_batch_size=4", *TINY.split()]
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+        f"--master_port={29500 + os.getpid() % 400}"]
+    flags = ["--model=mdlm", "--gumbel", "--data=maze", "--teacher=out/maze-ar", "--steps=40", "--save_every=10",
+             "--dropout=0.1", "--micro_batch_size=4", *TINY.split()]
     env = dict(os.environ, OMP_NUM_THREADS="1")
 
     def start(out):
-        return subprocess.Popen([*launch, f"{HERE}/train.py", *flags, f"--out={out}"], cwd=runs, env=env, start_new_session=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([*launch, f"{HERE}/train.py", *flags, f"--out={out}"], cwd=runs, env=env,
+                                start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     alone, killed = f"out/alone{processes}", f"out/killed{processes}"
     p = start(alone)
     assert p.wait() == 0, p.stderr.read()
@@ -1060,12 +1103,14 @@ def test_killed_run_continues_bit_for_bit(runs, processes):
     p = start(killed)
     assert p.wait() == 0, p.stderr.read()
     assert same_checkpoints(runs / alone / "ckpt.pt", runs / killed / "ckpt.pt")
-    losses = [[(r["step"], r["loss"]) for r in map(json.loads, open(runs / d / "log.jsonl")) if "loss" in r] for d in (alone, killed)]
+    losses = [[(r["step"], r["loss"]) for r in map(json.loads, open(runs / d / "log.jsonl")) if "loss" in r]
+              for d in (alone, killed)]
     assert losses[0] == losses[1] and len(losses[0]) == 40
 
 
 def test_sigterm_saves_and_the_same_command_continues(runs):
-    flags = [sys.executable, f"{HERE}/train.py", "--model=mdlm", "--data=maze", "--steps=3000", "--out=out/term", *TINY.split()]
+    flags = [sys.executable, f"{HERE}/train.py", "--model=mdlm", "--data=maze", "--steps=3000",
+             "--out=out/term", *TINY.split()]
     p = subprocess.Popen(flags, cwd=runs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
     while not (runs / "out/term/log.jsonl").exists() or '"step": 3,' not in (runs / "out/term/log.jsonl").read_text():
@@ -1088,7 +1133,8 @@ def test_sigterm_saves_and_the_same_command_continues(runs):
 def test_nan_stops_the_run_and_keeps_the_checkpoint(runs, cli, monkeypatch):
     monkeypatch.chdir(runs)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
-    code, out, err = cli(train, f"--model=mdlm --data=maze --steps=100 --lr=1e30 --out=out/nan --save_every=1 {TINY}".replace("--warmup=2", "--warmup=0"))
+    code, out, err = cli(train, f"--model=mdlm --data=maze --steps=100 --lr=1e30 --out=out/nan --save_every=1 {TINY}"
+                         .replace("--warmup=2", "--warmup=0"))
     assert code == 2 and err.count("step skipped") == 20 and "20 steps in a row" in err and "--lr" in err
     saved = torch.load("out/nan/ckpt.pt", weights_only=True)
     assert all(v.isfinite().all() for v in saved["optimizer"]["state"][0].values())
@@ -1097,8 +1143,10 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(runs, cli, monkeypatch):
 def test_row_order_is_a_permutation_and_a_function_of_the_step():
     order = train.RowOrder(10, 4, seed=1)
     rows = np.concatenate([order(s) for s in range(5)])
-    assert sorted(rows[:10]) == list(range(10)) and sorted(rows[10:20]) == list(range(10)) and rows[:10].tolist() != rows[10:20].tolist()
-    assert train.RowOrder(10, 4, 1)(3).tolist() == rows[12:16].tolist() and train.RowOrder(10, 4, 2)(0).tolist() != rows[:4].tolist()
+    assert (sorted(rows[:10]) == list(range(10)) and sorted(rows[10:20]) == list(range(10))
+            and rows[:10].tolist() != rows[10:20].tolist())
+    assert (train.RowOrder(10, 4, 1)(3).tolist() == rows[12:16].tolist()
+            and train.RowOrder(10, 4, 2)(0).tolist() != rows[:4].tolist())
 
 
 def ddp_worker(rank, world, port, path):
@@ -1133,7 +1181,8 @@ def test_ddp_gives_the_gradients_of_one_process(tmp_path):
 
 def test_sample_cli(runs, cli, monkeypatch, tmp_path):
     monkeypatch.chdir(runs)
-    code, out, err = cli(sample, f"--ckpt=out/maze-mdlm-gumbel --n=3 --steps=2 --prompt=DD --out={tmp_path / 's.jsonl'}")
+    code, out, err = cli(sample,
+                         f"--ckpt=out/maze-mdlm-gumbel --n=3 --steps=2 --prompt=DD --out={tmp_path / 's.jsonl'}")
     assert code == 0 and out.count("--- sample") == 3 and "# S" in out
     rows = [json.loads(line) for line in open(tmp_path / "s.jsonl")]
     assert len(rows) == 3 and all(r["text"].startswith("DD") and len(r["tokens"]) == 10 and r["nfe"] <= 2 for r in rows)
@@ -1143,12 +1192,18 @@ def test_sample_cli(runs, cli, monkeypatch, tmp_path):
     assert code == 0 and "DD" in out
     code, out, _ = cli(sample, "--ckpt=out/maze-ar/ckpt.pt --n=2 --prompt=U --weights=raw")
     assert code == 0 and out.count("nfe 9") == 2
-    for flags, words in [("--ckpt=nowhere", ["nowhere", "no checkpoint"]), ("--ckpt=out/maze-mdlm --tau=0", ["--tau", "above 0"]),
-                         ("--ckpt=out/maze-mdlm --steps=0", ["--steps", "at least 1"]), ("--ckpt=out/maze-mdlm --prompt=DDRRRUUUUUU", ["--prompt", "at most 10"]),
-                         ("--ckpt=out/maze-mdlm --prompt=xyz", ["U D L R"]), ("--ckpt=out/maze-ar --infill=D[MASK]", ["--infill", "masked"]),
-                         ("--ckpt=out/maze-mdlm --top_p=1.5", ["--top_p", "at most 1"]), ("--ckpt=out/maze-mdlm --batch_size=0", ["--batch_size"]),
-                         ("--ckpt=out/maze-mdlm --length=40", ["--length=40", "11"]), ("--ckpt=out/maze-mdlm --order=left_to_right", ["--sampler=fixed"]),
-                         ("--ckpt=out/maze-mdlm --sampler=magic", ["--sampler", "ancestral"]), (f"--ckpt=out/maze-mdlm --out={tmp_path / 's.jsonl'}", ["exists"])]:
+    for flags, words in [("--ckpt=nowhere", ["nowhere", "no checkpoint"]),
+                         ("--ckpt=out/maze-mdlm --tau=0", ["--tau", "above 0"]),
+                         ("--ckpt=out/maze-mdlm --steps=0", ["--steps", "at least 1"]),
+                         ("--ckpt=out/maze-mdlm --prompt=DDRRRUUUUUU", ["--prompt", "at most 10"]),
+                         ("--ckpt=out/maze-mdlm --prompt=xyz", ["U D L R"]),
+                         ("--ckpt=out/maze-ar --infill=D[MASK]", ["--infill", "masked"]),
+                         ("--ckpt=out/maze-mdlm --top_p=1.5", ["--top_p", "at most 1"]),
+                         ("--ckpt=out/maze-mdlm --batch_size=0", ["--batch_size"]),
+                         ("--ckpt=out/maze-mdlm --length=40", ["--length=40", "11"]),
+                         ("--ckpt=out/maze-mdlm --order=left_to_right", ["--sampler=fixed"]),
+                         ("--ckpt=out/maze-mdlm --sampler=magic", ["--sampler", "ancestral"]),
+                         (f"--ckpt=out/maze-mdlm --out={tmp_path / 's.jsonl'}", ["exists"])]:
         refused(cli(sample, flags), *words)
 
 
@@ -1180,7 +1235,8 @@ def test_maze_statistics():
     s = evaluate.maze_statistics(rows)
     assert s["success"] == 0.75 and s["distinct"] == 50 and abs(s["effective"] - 50) < 3
     assert abs(s["stderr"] - math.sqrt(0.75 * 0.25 / 4000)) < 1e-9
-    assert evaluate.maze_statistics(rows[-5:])["success"] == 0 and evaluate.maze_statistics(rows[-5:])["effective"] is None
+    assert (evaluate.maze_statistics(rows[-5:])["success"] == 0
+            and evaluate.maze_statistics(rows[-5:])["effective"] is None)
 
 
 def test_exact_teacher_has_all_its_mass_on_valid_paths():

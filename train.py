@@ -31,14 +31,16 @@ from teacher import LogitsTable
 SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))      # n_layer, n_embd, n_head
 
 # what a dataset brings; explicit flags override. The other defaults are the paper's (Appendix C.1).
-MAZE = dict(length=None, n_embd=128, dropout=0.0, warmup=100, schedule="cosine", eval_every=500, save_every=200, log_every=20)
+MAZE = dict(length=None, n_embd=128, dropout=0.0, warmup=100, schedule="cosine", eval_every=500,
+            save_every=200, log_every=20)
 PRESETS = {("maze", "ar"): dict(MAZE, n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200),
            ("maze", "mdlm"): dict(MAZE, n_layer=4, n_head=4, batch_size=128, lr=1e-3, steps=1600),
            ("maze", "mdlm+noise"): dict(MAZE, n_layer=4, n_head=4, batch_size=128, lr=1e-3, steps=1600, t_one=0.5),
            ("lm1b", None): dict(length=128)}
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for MFU
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "V100": 125e12}
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+         "4090": 165e12, "V100": 125e12}
 
 # flags that may differ when a run is continued: they do not change what is computed
 FREE = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wandb", "compile", "report"}
@@ -49,13 +51,16 @@ def parse(argv):
     group = parser.add_argument_group("what to train")
     group.add_argument("--model", choices=list(MODELS), default="mdlm", help="ar: a teacher, or the AR baseline")
     group.add_argument("--gumbel", action="store_true", help="condition the student on the teacher's noise: the method")
-    group.add_argument("--noise", choices=KINDS, help="implies --gumbel; the others are Table 5's ablations and a control")
-    group.add_argument("--inject", choices=["replace", "add"], default="replace", help="noise in place of, or added to, [MASK]")
+    group.add_argument("--noise", choices=KINDS,
+                       help="implies --gumbel; the others are Table 5's ablations and a control")
+    group.add_argument("--inject", choices=["replace", "add"], default="replace",
+                       help="noise in place of, or added to, [MASK]")
     group.add_argument("--teacher", help="AR checkpoint; on the maze it is found, or trained first, by itself")
-    group.add_argument("--data", default="openwebtext", help="folder of shards, or a name: maze, maze_skewed, or data/NAME")
+    group.add_argument("--data", default="openwebtext",
+                       help="folder of shards, or a name: maze, maze_skewed, or data/NAME")
     group.add_argument("--length", type=number(int, 2), default=1024, help="tokens of a row, BOS included")
     group = parser.add_argument_group("network")
-    group.add_argument("--size", choices=SIZES, default="small", help="tiny 8/256/8, small 12/768/12, medium 24/1024/16")
+    group.add_argument("--size", choices=SIZES, help="tiny 8/256/8, small 12/768/12 (default), medium 24/1024/16")
     group.add_argument("--n_layer", type=number(int, 1), help="overrides --size")
     group.add_argument("--n_embd", type=number(int, 1), help="overrides --size")
     group.add_argument("--n_head", type=number(int, 1), help="overrides --size")
@@ -63,33 +68,42 @@ def parse(argv):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--steps", type=number(int, 1), default=1_000_000, help="optimizer steps")
     group.add_argument("--batch_size", type=number(int, 1), default=512, help="rows per step, over all processes")
-    group.add_argument("--micro_batch_size", type=number(int, 1), help="rows per forward pass and process; default: all, at most 32 on CUDA")
+    group.add_argument("--micro_batch_size", type=number(int, 1),
+                       help="rows per forward pass and process; default: all, at most 32 on CUDA")
     group.add_argument("--lr", type=number(float, above=0), default=3e-4, help="AdamW's peak learning rate")
     group.add_argument("--warmup", type=number(int, 0), default=2500, help="steps of linear warm-up")
-    group.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up; cosine ends at 0")
+    group.add_argument("--schedule", choices=["constant", "cosine"], default="constant",
+                       help="after the warm-up; cosine ends at 0")
     group.add_argument("--clip_norm", type=number(float, above=0), default=1.0, help="gradient norm is clipped to this")
-    group.add_argument("--ema", type=number(float, 0, 0.999999), default=0.9999, help="decay of the averaged weights, after its warm-up")
-    group.add_argument("--t_one", type=number(float, 0, 1), default=0.0, help="fraction of rows fully masked; the loss is then no NELBO")
-    group.add_argument("--seed", type=number(int, 0), default=0, help="initial weights, data order, masks, noise, dropout")
+    group.add_argument("--ema", type=number(float, 0, 0.999999), default=0.9999,
+                       help="decay of the averaged weights, after its warm-up")
+    group.add_argument("--t_one", type=number(float, 0, 1), default=0.0,
+                       help="fraction of rows fully masked; the loss is then no NELBO")
+    group.add_argument("--seed", type=number(int, 0), default=0,
+                       help="initial weights, data order, masks, noise, dropout")
     group = parser.add_argument_group("running")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="autocast; auto: bfloat16 on CUDA")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                       help="autocast; auto: bfloat16 on CUDA")
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer")
     group.add_argument("--out", help="run directory; default out/<data>-<model>[-gumbel]")
     group.add_argument("--log_every", type=number(int, 1), default=50, help="steps between lines of log.jsonl")
-    group.add_argument("--eval_every", type=number(int, 1), default=5000, help="steps between validations (EMA weights)")
+    group.add_argument("--eval_every", type=number(int, 1), default=5000,
+                       help="steps between validations (EMA weights)")
     group.add_argument("--eval_rows", type=number(int, 1), default=2000, help="validation rows, the same each time")
     group.add_argument("--save_every", type=number(int, 1), default=1000, help="steps between checkpoints")
-    group.add_argument("--report", type=number(int, 0), default=1000, help="maze: samples per row of the final table; 0: no table")
+    group.add_argument("--report", type=number(int, 0), default=1000,
+                       help="maze: samples per row of the final table; 0: no table")
     group.add_argument("--wandb", help="also log to this Weights & Biases project (pip install wandb)")
 
     first = parser.parse_args(argv)
     name = os.path.basename(first.data.rstrip("/"))
     family = "maze" if name in ("maze", "maze_skewed") else name
     kind = first.model + "+noise" * bool(first.gumbel or first.noise)
-    parser.set_defaults(**next((PRESETS[key] for key in ((family, kind), (family, first.model), (family, None)) if key in PRESETS), {}))
+    parser.set_defaults(**next((PRESETS[key] for key in ((family, kind), (family, first.model), (family, None))
+                                if key in PRESETS), {}))
     args = parser.parse_args(argv)
-    for key, value in zip(("n_layer", "n_embd", "n_head"), SIZES[args.size]):
-        if getattr(args, key) is None:
+    for key, value in zip(("n_layer", "n_embd", "n_head"), SIZES[args.size or "small"]):
+        if getattr(first, key) is None and (args.size or getattr(args, key) is None):       # --size overrides a preset
             setattr(args, key, value)
     args.noise = args.noise or ("gumbel" if args.gumbel else None)
     args.gumbel = args.noise is not None
@@ -122,7 +136,7 @@ ROWS, LEVELS, NOISE, EVAL = range(4)                        # what a draw is for
 
 
 class RowOrder:
-    """Row numbers of each global batch: every epoch visits all rows in a seeded permutation; batches run across epochs."""
+    """Row numbers of each global batch: an epoch visits all rows in a seeded permutation; batches run across epochs."""
 
     def __init__(self, n, batch_size, seed):
         self.n, self.batch_size, self.seed, self.epoch, self.order = n, batch_size, seed, None, None
@@ -200,7 +214,7 @@ def resume(args, meta):
 
 
 def restart_log(path, step):
-    """Keep what log.jsonl says up to `step`: lines of steps that will be run again are dropped, as is a broken last line."""
+    """Keep what log.jsonl says up to `step`: lines of steps to be run again are dropped, as is a broken last line."""
     kept = []
     if os.path.exists(path) and step:
         with open(path) as f:
@@ -218,11 +232,12 @@ def restart_log(path, step):
 # teacher
 
 def find_teacher(args, meta, world):
-    """The model that --teacher names; on the maze, the one that `--model=ar` with the same data trains, trained if absent."""
+    """The model of --teacher; on the maze, the one that `--model=ar` with the same data trains, trained if absent."""
     path = args.teacher
     if path is None and meta["tokenizer"] == "maze":
         path = os.path.join("out", f"{meta['name']}-ar")
-        teacher_args = parse(["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}", "--report=0"])
+        teacher_args = parse(["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}",
+                              "--report=0"])
         there = load_checkpoint(path) if os.path.exists(os.path.join(path, "ckpt.pt")) else None
         if there is None or there["step"] < there["args"]["steps"]:
             world.say(f"teacher: none at {path}, training it first ({teacher_args.steps} steps)")
@@ -236,9 +251,11 @@ def find_teacher(args, meta, world):
         raise BadInput(f"--teacher={path} is a {teacher.args['model']} checkpoint: it must be one of --model=ar")
     for key in ("vocab_size", "bos"):
         if teacher.config[key] != meta[key]:
-            raise BadInput(f"--teacher={path} has {key} {teacher.config[key]}, the data {meta[key]}: they must be the same")
+            raise BadInput(f"--teacher={path} has {key} {teacher.config[key]}, the data {meta[key]}: "
+                           "they must be the same")
     if args.length is not None and args.length > teacher.length:
-        raise BadInput(f"--teacher={path} was trained on rows of {teacher.length} tokens: use --length={teacher.length} or less")
+        raise BadInput(f"--teacher={path} was trained on rows of {teacher.length} tokens: "
+                       f"use --length={teacher.length} or less")
     return teacher
 
 
@@ -246,8 +263,8 @@ def find_teacher(args, meta, world):
 # training
 
 def flops_per_row(model, teacher, L, masked=0.5):
-    """Useful FLOPs of one row, forward and backward: 6 per weight and token, 12 L D per layer for attention; output layer,
-    teacher's head and noise projection at the masked positions only (half of them, on average)."""
+    """Useful FLOPs of one row, forward and backward: 6 per weight and token, 12 L D per layer for attention;
+    output layer, teacher's head and noise projection at the masked positions only (half of them, on average)."""
     def network(net, share, passes):
         blocks = sum(p.numel() for p in net.blocks.parameters())
         D = net.embed.weight.shape[1]
@@ -264,7 +281,7 @@ def flops_per_row(model, teacher, L, masked=0.5):
 def validate(model, teacher, data, args, world, micro):
     """Validation loss in nats per predicted token, on fixed rows with fixed draws, shared out over the processes.
 
-    Same value whatever their number. For a student with noise it is the loss given the posterior's noise: no likelihood.
+    Same value whatever their number. For students with noise it is the loss given the posterior's noise: no likelihood.
     """
     n = min(args.eval_rows, len(data))
     order, levels = rng(args.seed, EVAL).permutation(len(data))[:n], stratified_t(n, rng(args.seed, EVAL, 1))
@@ -286,7 +303,7 @@ def validate(model, teacher, data, args, world, micro):
 
 
 def train(args, world):
-    """One run: args -> out/.../ckpt.pt. The loop that everything else in this file serves. Returns the dataset's meta."""
+    """One run: args -> out/.../ckpt.pt. The loop that everything else here serves. Returns the dataset's meta."""
     if args.batch_size % world.size:
         raise BadInput(f"--batch_size={args.batch_size} must be a multiple of the number of processes, {world.size}")
     local = args.batch_size // world.size
@@ -308,14 +325,16 @@ def train(args, world):
         config |= dict(noise=args.noise, inject=args.inject)
     model = build(args.model, config).to(world.device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)               # EMA: starts from where the run starts
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=0.0, fused=True)
     step = tokens_seen = 0
     if ckpt:
         model.load_state_dict(ckpt["model"])
         averaged.load_state_dict(ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
         step, tokens_seen = ckpt["step"], ckpt["tokens_seen"]
-        world.say(f"{args.out}: " + (f"complete at step {step}" if step >= args.steps else f"continuing at step {step}"))
+        world.say(f"{args.out}: "
+                  + (f"complete at step {step}" if step >= args.steps else f"continuing at step {step}"))
         if step >= args.steps:
             return meta
     if args.compile:
@@ -323,7 +342,7 @@ def train(args, world):
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     table = None
     if teacher is not None and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
-        table = LogitsTable(teacher, data)                                     # a small dataset: one teacher pass for all
+        table = LogitsTable(teacher, data)                                     # small dataset: one teacher pass for all
 
     # log
     flops, peak = flops_per_row(model, None if table else teacher, data.length), None
@@ -345,12 +364,14 @@ def train(args, world):
         if board and "step" in kw:
             board.log(kw, step=kw["step"])
     if step == 0:
-        record(args=vars(args), config=config, device=world.device, dtype=world.dtype, processes=world.size, micro_batch_size=micro,
-               parameters=sum(p.numel() for p in model.parameters()), threads=torch.get_num_threads(),
-               torch=torch.__version__, git=evaluate.git_commit(), rows=len(data), meta=meta)
-    world.say(f"{args.out}: {args.model}{', ' + args.noise + ' noise' if args.gumbel else ''}, {args.n_layer} layers x {args.n_embd}, "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(data)} rows of {data.length}, "
-              f"{world.device}, {world.dtype}, {world.size} process{'es' * (world.size > 1)}, micro-batch {micro} of {args.batch_size}")
+        record(args=vars(args), config=config, device=world.device, dtype=world.dtype, processes=world.size,
+               micro_batch_size=micro, parameters=sum(p.numel() for p in model.parameters()),
+               threads=torch.get_num_threads(), torch=torch.__version__, git=evaluate.git_commit(),
+               rows=len(data), meta=meta)
+    world.say(f"{args.out}: {args.model}{', ' + args.noise + ' noise' if args.gumbel else ''}, {args.n_layer} layers "
+              f"x {args.n_embd}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+              f"{len(data)} rows of {data.length}, {world.device}, {world.dtype}, "
+              f"{world.size} process{'es' * (world.size > 1)}, micro-batch {micro} of {args.batch_size}")
 
     def checkpoint():
         if world.master:
@@ -389,7 +410,7 @@ def train(args, world):
                     kw = dict(t=levels[a:a + micro].to(world.device), generator=generator,
                               teacher=table.at(rows[a:a + micro]) if table else teacher)
                 if world.size > 1:
-                    ddp.require_backward_grad_sync = m == accumulate - 1       # before the forward pass, as DDP wants it
+                    ddp.require_backward_grad_sync = m == accumulate - 1       # before the forward pass, as DDP wants
                 with world.autocast:
                     loss, parts = ddp(tokens, **kw)
                 (loss / accumulate).backward()
@@ -417,14 +438,15 @@ def train(args, world):
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
             if step % args.log_every == 0 or step == args.steps or bad:
-                line = dict(step=step, loss=loss, **extra, lr=lr_at(step - 1), grad_norm=norm.item(), tokens=tokens_seen,
-                            tokens_per_s=round(rate), skipped=bool(bad))
+                line = dict(step=step, loss=loss, **extra, lr=lr_at(step - 1), grad_norm=norm.item(),
+                            tokens=tokens_seen, tokens_per_s=round(rate), skipped=bool(bad))
                 if peak:
                     line["mfu"] = round(rate / data.length * flops / (peak * world.size), 4)
                 record(**line)
                 began, tokens_then = time.time(), tokens_seen
             if step % args.eval_every == 0 or step == args.steps:
-                name = "val_nll" if args.model == "ar" else "val_nll_given_noise" if teacher is not None else "val_nelbo"
+                name = ("val_nll" if args.model == "ar" else "val_nll_given_noise" if teacher is not None
+                        else "val_nelbo")
                 value = validate(averaged, teacher, val, args, world, micro)
                 record(step=step, **{name: value})
                 world.say(f"{args.out} step {step}: {name} {value:.4f}")
@@ -457,7 +479,8 @@ def main():
     if world.size > 1:
         dist.destroy_process_group()
     if meta["tokenizer"] == "maze" and args.report and world.master:
-        ckpts = [args.teacher or os.path.join("out", f"{meta['name']}-ar")] * (args.noise not in (None, "unpaired")) + [args.out]
+        ckpts = ([args.teacher or os.path.join("out", f"{meta['name']}-ar")] * (args.noise not in (None, "unpaired"))
+                 + [args.out])
         evaluate.main(["maze", f"--n={args.report}", f"--dtype={args.dtype}", "--ckpt", *ckpts])
 
 

@@ -4,7 +4,7 @@
     python data/prepare.py text --files a.txt b.txt --tokenizer=bytes --out=data/mine
     python data/prepare.py verify data/mine                                # sizes, hashes and ids of every shard
 
-A dataset is a folder of raw little-endian uint16 token ids, `train.bin` and `val.bin` (or `train_000.bin`, ...), beside a
+A dataset is a folder of raw little-endian uint16 token ids, `train.bin` and `val.bin` (or `train_000.bin`, ...), and a
 `meta.json` (tokenizer, vocab_size, bos, row_length, and per file: split, tokens, sha256). It is made in a folder named
 `OUT.partial` and renamed when it is complete: an interrupted run leaves nothing that training would accept. Without a
 meta.json, nanoGPT's .bin files are taken as GPT-2 ids, and llm.c's (256-int32 header) are read too.
@@ -45,7 +45,8 @@ def number(kind, low=None, high=None, above=None):
         try:
             value = kind(text.replace("_", "") if kind is int else text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not "
+                                             f"{'a whole number' if kind is int else 'a number'}") from None
         bounds = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None) \
             + [f"at most {high}"] * (high is not None)
         if not ((low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)):
@@ -89,7 +90,7 @@ START, TARGET = (2, 1), (4, 4)
 
 
 def maze_paths():
-    """All valid sequences, [2000, 10] uint16, sorted by length: free cells only, the target first reached at the end."""
+    """All valid sequences, [2000, 10] uint16, sorted by length: free cells only, target first reached at the end."""
     paths, frontier = [], [((), START)]
     for m in range(1, MAZE_LENGTH + 1):
         step = []
@@ -127,7 +128,7 @@ def maze_dataset(name):
 
 
 def draw_maze(row):
-    """A path on the grid, for the terminal: digits are the order of visits (the latest at a cell), X where it went wrong."""
+    """A path on the grid, for the terminal: digits are the visiting order (latest at a cell), X where it went wrong."""
     grid, at, note = [list(line) for line in MAZE], START, "does not reach T"
     for i, k in enumerate(row):
         if k >= PAD:
@@ -172,7 +173,8 @@ class Tokenizer:
 
     def encode(self, texts):
         if self.name == "gpt2":                          # tiktoken releases the GIL: real threads, order kept
-            return [np.array(t, dtype=np.uint16) for t in self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())]
+            return [np.array(t, dtype=np.uint16)
+                    for t in self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())]
         return [np.frombuffer(t.encode("utf-8", "surrogateescape"), dtype=np.uint8).astype(np.uint16) for t in texts]
 
     def decode(self, ids):
@@ -240,7 +242,8 @@ class Writer:
 
 def make_maze(name, out=None):
     out = out or f"data/{name}"
-    writer = Writer(out, dict(name=name, tokenizer="maze", vocab_size=6, bos=MAZE_BOS, predict_bos=False, row_length=MAZE_LENGTH))
+    writer = Writer(out, dict(name=name, tokenizer="maze", vocab_size=6, bos=MAZE_BOS,
+                              predict_bos=False, row_length=MAZE_LENGTH))
     rows = maze_dataset(name)
     for split in ("train", "val"):                       # the language is finite: the same rows
         writer.write(split, rows.ravel())
@@ -290,8 +293,8 @@ def make_text(files, tokenizer, out, separator, val_fraction, seed):
     try:
         n = sum(end for _, end in documents(files, separator))
         if n < 2:
-            raise BadInput(f"--files hold {n} document{'s' * (n != 1)}, and at least one must go to each of train and val: "
-                           "set --separator to what stands between documents, or split the text into files")
+            raise BadInput(f"--files hold {n} document{'s' * (n != 1)}, and at least one must go to each of train and "
+                           "val: set --separator to what stands between documents, or split the text into files")
         val = set(np.random.default_rng(seed).choice(n, max(1, round(val_fraction * n)), replace=False).tolist())
         doc, batch, tokens = 0, [], 0
         with tqdm(total=size, unit="B", unit_scale=True, desc=out) as bar:
@@ -313,7 +316,8 @@ def make_text(files, tokenizer, out, separator, val_fraction, seed):
             flush()
         writer.finish()
     except UnicodeEncodeError as e:
-        raise BadInput(f"--files hold bytes that are not UTF-8 ({e.reason}): convert them, or use --tokenizer=bytes") from None
+        raise BadInput(f"--files hold bytes that are not UTF-8 ({e.reason}): "
+                       "convert them, or use --tokenizer=bytes") from None
     finally:
         shutil.rmtree(writer.partial, ignore_errors=True)
     print(f"{out}: {n} documents ({len(val)} for validation), {tokens} tokens", file=sys.stderr)
@@ -342,7 +346,8 @@ class Shards:
         for f in files:
             if f["split"] != split:
                 continue
-            data = np.memmap(f["path"], dtype="<u2", mode="r", offset=f["offset"]) if f["tokens"] else np.zeros(0, "<u2")
+            data = (np.memmap(f["path"], dtype="<u2", mode="r", offset=f["offset"])
+                    if f["tokens"] else np.zeros(0, "<u2"))
             self.maps.append((f["path"], data))
             for part in (data[:1 << 19], data[-(1 << 19):]):
                 self._check(part, f["path"])
@@ -350,7 +355,8 @@ class Shards:
         self.ends = np.cumsum([len(data) // (self.length - 1) for _, data in self.maps])
         self.n = int(self.ends[-1]) if self.maps else 0
         if not self.n:
-            raise BadInput(f"{path} holds no {split} row of {self.length - 1} tokens: prepare more text, or use a smaller --length")
+            raise BadInput(f"{path} holds no {split} row of {self.length - 1} tokens: "
+                           "prepare more text, or use a smaller --length")
 
     def _check(self, ids, path):
         if len(ids) and ids.max() >= self.meta["vocab_size"]:
@@ -389,7 +395,8 @@ def read_meta(path):
         except (ValueError, KeyError, TypeError) as e:
             raise BadInput(f"{name} is damaged ({type(e).__name__}: {e}): prepare the data again") from None
     else:
-        meta = dict(name=os.path.basename(os.path.normpath(path)), tokenizer="gpt2", vocab_size=50257, bos=50256, predict_bos=True, row_length=None)
+        meta = dict(name=os.path.basename(os.path.normpath(path)), tokenizer="gpt2", vocab_size=50257, bos=50256,
+                    predict_bos=True, row_length=None)
         names = sorted(f for f in os.listdir(path) if f.endswith(".bin"))
         if not names:
             raise BadInput(f"--data: {path} holds no .bin shards: make them with `python data/prepare.py`")
@@ -412,7 +419,8 @@ def _describe_foreign(f):
     head = np.fromfile(f["path"], dtype="<i4", count=3)
     if size >= HEADER_BYTES and head[0] == HEADER_MAGIC:
         if head[1] != 1:
-            raise BadInput(f"{f['path']} has version {head[1]} of llm.c's shard format: only version 1 (uint16) is read")
+            raise BadInput(f"{f['path']} has version {head[1]} of llm.c's shard format: "
+                           "only version 1 (uint16) is read")
         f.update(offset=HEADER_BYTES, tokens=int(head[2]))
     elif size % 2:
         raise BadInput(f"{f['path']} has {size} bytes, an odd number: not uint16 ids, or truncated")
@@ -447,8 +455,10 @@ def main():
     p.add_argument("--files", nargs="+", required=True, help="text files, read in this order")
     p.add_argument("--tokenizer", default="gpt2", choices=["gpt2", "bytes"], help="bytes: no download, any file")
     p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--separator", default="<|endoftext|>", help="what stands between documents; a file's end always ends one")
-    p.add_argument("--val_fraction", type=number(float, above=0, high=0.5), default=0.02, help="fraction of the documents held out")
+    p.add_argument("--separator", default="<|endoftext|>",
+                   help="what stands between documents; a file's end always ends one")
+    p.add_argument("--val_fraction", type=number(float, above=0, high=0.5), default=0.02,
+                   help="fraction of the documents held out")
     p.add_argument("--seed", type=int, default=0, help="which documents are held out")
     p = sub.add_parser("verify", help="check sizes, hashes and ids of a dataset")
     p.add_argument("path", help="its folder")
@@ -456,7 +466,8 @@ def main():
     if args.what == "verify":
         verify(args.path)
     elif args.what == "text":
-        make_text(args.files, args.tokenizer, args.out, args.separator.encode().decode("unicode_escape"), args.val_fraction, args.seed)
+        make_text(args.files, args.tokenizer, args.out, args.separator.encode().decode("unicode_escape"),
+                  args.val_fraction, args.seed)
     else:
         make_maze(args.what, args.out)
 

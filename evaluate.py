@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.prepare import (BadInput, Parser, maze_dataset, maze_keys, maze_paths, maze_valid, number, optional,
-                          run_main)
+from data.prepare import (BadInput, Parser, check_output, maze_dataset, maze_keys, maze_paths, maze_valid, number,
+                          optional, run_main)
 from mdlm import reveal_steps, unmask
 from sample import device_and_dtype, generate, load_model, resolve_sampling, sampling_flags
 from teacher import AR, extract_sequential
@@ -73,12 +73,13 @@ class ExactDenoiser:
     """
 
     def __init__(self, rows, vocab_size):
+        # float64: exact counts, also under autocast
         self.V, self.one_hot = vocab_size, torch.nn.functional.one_hot(
-            torch.as_tensor(rows).long(), vocab_size).float().flatten(1)
+            torch.as_tensor(rows).long(), vocab_size).double().flatten(1)
 
     def hidden(self, x, rows=None):
-        given = torch.nn.functional.one_hot(x, self.V + 1)[..., :self.V].float().flatten(1)       # [MASK] -> zeros
-        fits = (given @ self.one_hot.T == (x < self.V).sum(1, keepdim=True)).float()               # (B, M)
+        given = torch.nn.functional.one_hot(x, self.V + 1)[..., :self.V].double().flatten(1)       # [MASK] -> zeros
+        fits = (given @ self.one_hot.T == (x < self.V).sum(1, keepdim=True)).double()               # (B, M)
         count = (fits @ self.one_hot).view(*x.shape, self.V)
         p = count / count.sum(-1, keepdim=True)
         return torch.where(count.sum(-1, keepdim=True) > 0, p, torch.full_like(p, 1 / self.V)).log()
@@ -98,7 +99,7 @@ def maze_statistics(rows):
 
 def sample_maze(model, n, steps, greedy, args, device, batch=1000):
     """n samples -> (rows [n, 10] without BOS, mean network calls)."""
-    tau, top_p = resolve_sampling(args, model)
+    tau, top_p = (1.0, 1.0) if isinstance(model, AR) else resolve_sampling(args, model)       # the reference, as it is
     generator, out, calls = torch.Generator(device).manual_seed(args.seed), [], 0
     for a in range(0, n, batch):
         b = min(batch, n - a)
@@ -176,12 +177,19 @@ def maze_rows(models, args, device, theory=True):
     return rows
 
 
+def sampling_note(args, models):
+    """What the numbers depend on besides the checkpoints, for a table's footer."""
+    tau, top_p = resolve_sampling(args, models[-1])
+    return (f"{args.sampler} sampler, {args.order} order, tau {tau}, top_p {top_p}, {args.weights} weights, "
+            f"seed {args.seed}.")
+
+
 def maze(args, models, device):
     """Success ± standard error per NFE, with diversity (so that success bought by collapse shows). Appendix E.1."""
     rows = maze_rows(models, args, device)
     print_table(rows, MAZE_COLUMNS)
     print(f"\nn = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM). effective: "
-          "number of equally likely paths that would repeat as often.")
+          "number of equally likely paths that would repeat as often.\nStudents: " + sampling_note(args, models))
     return rows
 
 
@@ -192,6 +200,8 @@ def nfe(args, models, device):
     rows = maze_rows(models, args, device)
     recipe = {m.name: {k: v for k, v in m.args.items() if k not in ("seed", "out")} for m in models}
     first = {name: next(other for other in recipe if recipe[other] == recipe[name]) for name in recipe}
+    if len({(first[m.name], m.args["seed"]) for m in models}) < len(models):
+        first = {}                                         # the same run twice is no second seed
     groups = {}                                            # (model, decode) -> {nfe: [row of each seed]}
     for row in rows:
         line = groups.setdefault((first.get(row["model"], row["model"]), row["decode"]), {})
@@ -199,14 +209,15 @@ def nfe(args, models, device):
     table, points = [], []
     for (model, decode), line in groups.items():
         seeds = len(next(iter(line.values())))
-        label = model + f" and {seeds - 1} other seeds" * (seeds > 1)
+        label = model + f" and {seeds - 1} other seed{'s' * (seeds > 2)}" * (seeds > 1)
         means = {k: 100 * np.mean([r["success"] for r in rs]) for k, rs in line.items()}
         errors = {k: 100 * (np.std([r["success"] for r in rs], ddof=1) if seeds > 1 else rs[0]["stderr"])
                   for k, rs in line.items()}
         table.append(dict(model=label, decode=decode) | {k: f"{means[k]:.1f} ± {errors[k]:.1f}" for k in line})
         points.append((f"{label}, {decode}", list(line), [means[k] for k in line], [errors[k] for k in line]))
     print_table(table, dict(model="success %", decode="decode") | {k: f"NFE {k}" for k in sorted({10, *args.nfe})})
-    print(f"\n± standard error over {args.n} samples ({10 * args.n} for theory), or standard deviation over seeds.")
+    print(f"\n± standard error over {args.n} samples ({10 * args.n} for theory), or standard deviation over seeds.\n"
+          f"Students: {sampling_note(args, models)}")
     if args.plot:
         plot_nfe(args.plot, points)
     return rows
@@ -228,9 +239,8 @@ def plot_nfe(path, points):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def comma_list(kind, **bounds):
-    parse = number(kind, **bounds) if kind is int else kind
-    return lambda text: [parse(part) for part in text.split(",")]
+def steps_list(text):
+    return sorted({number(int, 1)(part) for part in text.split(",")})
 
 
 def decodes(text):
@@ -246,17 +256,20 @@ def main(argv=None):
     for name, function in (("maze", maze), ("nfe", nfe)):
         p = sub.add_parser(name, help=function.__doc__.splitlines()[0])
         p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints or run directories")
-        p.add_argument("--nfe", type=comma_list(int, low=1), default=[1, 2, 4, 8, 16],
+        p.add_argument("--nfe", type=steps_list, default=[1, 2, 4, 8, 16],
                        help="numbers of steps, as in 1,2,4")
         p.add_argument("--n", type=number(int, 2), default=1000, help="samples per row")
         p.add_argument("--decode", type=decodes, default=["sample", "greedy"],
-                       help="sample (tau 1, top_p 1), greedy (argmax)")
+                       help="sample, greedy (argmax)")
         p.add_argument("--json", help="also write the rows to this file")
         if name == "nfe":
             p.add_argument("--plot", help="also draw them into this .png or .svg (needs matplotlib)")
         sampling_flags(p)
     args = parser.parse_args(argv)
     began = time.time()
+    for flag in ("json", "plot"):
+        if getattr(args, flag, None):
+            check_output("--" + flag, getattr(args, flag))
     device, dtype, autocast = device_and_dtype(args.dtype)
     models = [load_model(path, args.weights, device) for path in args.ckpt]
     if len({m.name for m in models}) < len(models):

@@ -179,9 +179,9 @@ class GumbelEmbedding(nn.Module):
             raise ValueError(f"unknown noise {kind!r}: one of {', '.join(KINDS)}")
         self.kind = kind
         self.weight = nn.Parameter(torch.empty(n_embd, vocab_size))
-        # softmax(noise) is diffuse: scale W so that an entry of g starts with the std of a token embedding's, using
-        # E ||softmax(noise)||^2 measured on a few draws
-        s = noise_features(sample_exponential((256, vocab_size), torch.Generator().manual_seed(0)))
+        # softmax of the noise is diffuse: scale W so that an entry of g starts with the std of a token embedding's,
+        # using E ||softmax(noise)||^2 measured on a few draws
+        s = noise_features(sample_exponential((256, vocab_size), torch.Generator().manual_seed(0)), kind)
         nn.init.normal_(self.weight, std=std / s.square().sum(-1).mean().sqrt().item())
 
     def forward(self, noise, tau=1.0):

@@ -162,9 +162,9 @@ def reveal_steps(masked, steps, sampler="ancestral", order="random", generator=N
         raise ValueError(f"unknown sampler {sampler!r} or order {order!r}: {SAMPLERS}, {ORDERS}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if sampler != "fixed" and order != "random":
+        raise ValueError(f"sampler {sampler!r} reveals at random: order {order!r} goes with sampler 'fixed'")
     if sampler == "ancestral":
-        if order == "left_to_right":
-            raise ValueError("ancestral sampling reveals at random: use sampler 'fixed' with order 'left_to_right'")
         step = torch.randint(1, steps + 1, masked.shape, generator=generator, device=masked.device)
         return step * masked
     key = torch.rand(masked.shape, generator=generator, device=masked.device, dtype=torch.float64)
@@ -310,7 +310,9 @@ class MDLM(nn.Module):
 
         An unmasked position copies its token: 0 there, -inf elsewhere.
         """
-        g = None if noise is None else self.noise_embed(noise)
+        g = None if noise is None or self.noise_embed is None else self.noise_embed(noise)
+        if noise is not None and g is None:
+            raise ValueError("this model was built without noise")
         logp = F.pad(self.logits(self.hidden(tokens, g)).log_softmax(-1), (0, 1), value=-math.inf)
         copy = torch.full_like(logp, -math.inf).scatter_(-1, tokens[:, :, None], 0.0)
         return torch.where((tokens == self.mask_id)[:, :, None], logp, copy)
@@ -329,6 +331,8 @@ class MDLM(nn.Module):
             raise ValueError(f"tau must be positive, got {tau}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+        if noise is not None and (self.noise_embed is None or resample_noise):
+            raise ValueError("noise is given, but the model was built without it, or is told to resample it")
         if (tokens[:, 0] != self.bos).any():
             raise ValueError(f"position 0 must hold BOS (id {self.bos})")
         masked = tokens == self.mask_id

@@ -70,6 +70,8 @@ class AR(nn.Module):
         """
         length = length or self.length
         B, P = tokens.shape
+        if not tau > 0 or not 0 < top_p <= 1:
+            raise ValueError(f"tau must be positive and top_p in (0, 1], got {tau} and {top_p}")
         if not 1 <= P <= length:
             raise ValueError(f"the prompt has {P} tokens, the sample {length}")
         cache, x, new = KVCache(self.transformer, B, length), tokens, tokens
@@ -83,7 +85,7 @@ class AR(nn.Module):
 class LogitsTable:
     """The teacher's logits on every row of a small dataset, computed once: [rows, L - 1, V] float32 on the device.
 
-    In place of the teacher in `MDLM.loss`, with the same numbers: `table.at(rows)` says which rows the batch holds.
+    In place of the teacher in `MDLM.loss`: `table.at(rows)` says which rows the batch holds. Always float32.
     """
 
     def __init__(self, teacher, data, batch=1024):

@@ -39,10 +39,10 @@ PRESETS = {("maze", "ar"): dict(MAZE, n_layer=8, n_head=8, batch_size=64, lr=2e-
            ("lm1b", None): dict(length=128)}
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for MFU
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-         "4090": 165e12, "V100": 125e12}
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
+         "L4": 121e12, "4090": 165e12}
 
-# flags that may differ when a run is continued: they do not change what is computed
+# flags that may differ when a run is continued: they do not change what is computed (compile: but for rounding)
 FREE = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wandb", "compile", "report"}
 
 
@@ -69,7 +69,7 @@ def parse(argv):
     group.add_argument("--steps", type=number(int, 1), default=1_000_000, help="optimizer steps")
     group.add_argument("--batch_size", type=number(int, 1), default=512, help="rows per step, over all processes")
     group.add_argument("--micro_batch_size", type=number(int, 1),
-                       help="rows per forward pass and process; default: all, at most 32 on CUDA")
+                       help="rows per forward pass and process; default: all (CUDA: the largest divisor up to 32)")
     group.add_argument("--lr", type=number(float, above=0), default=3e-4, help="AdamW's peak learning rate")
     group.add_argument("--warmup", type=number(int, 0), default=2500, help="steps of linear warm-up")
     group.add_argument("--schedule", choices=["constant", "cosine"], default="constant",
@@ -79,7 +79,7 @@ def parse(argv):
                        help="decay of the averaged weights, after its warm-up")
     group.add_argument("--t_one", type=number(float, 0, 1), default=0.0,
                        help="fraction of rows fully masked; the loss is then no NELBO")
-    group.add_argument("--seed", type=number(int, 0), default=0,
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0,
                        help="initial weights, data order, masks, noise, dropout")
     group = parser.add_argument_group("running")
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -113,8 +113,10 @@ def parse(argv):
         parser.error("--gumbel and --noise are for students: --model=ar is the teacher")
     if args.t_one and args.model == "ar":
         parser.error("--t_one is for masked models, not for --model=ar")
-    if args.teacher and not args.gumbel:
-        parser.error("--teacher is read with --gumbel only: add it, or leave --teacher out")
+    if args.teacher and args.noise in (None, "unpaired"):
+        parser.error("--teacher is read with --gumbel only (not with --noise=unpaired): add it, or leave --teacher out")
+    if args.inject == "add" and not args.gumbel:
+        parser.error("--inject is read with --gumbel only: add it, or leave --inject out")
     if args.n_embd % (2 * args.n_head):
         parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = {2 * args.n_head}")
     args.out = args.out or os.path.join("out", f"{name}-{args.model}" + f"-{args.noise}" * args.gumbel)
@@ -234,13 +236,13 @@ def restart_log(path, step):
 def find_teacher(args, meta, world):
     """The model of --teacher; on the maze, the one that `--model=ar` with the same data trains, trained if absent."""
     path = args.teacher
-    if path is None and meta["tokenizer"] == "maze":
+    if path is None and os.path.basename(args.data) in ("maze", "maze_skewed"):
         path = os.path.join("out", f"{meta['name']}-ar")
         teacher_args = parse(["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}",
                               "--report=0"])
         there = load_checkpoint(path) if os.path.exists(os.path.join(path, "ckpt.pt")) else None
         if there is None or there["step"] < there["args"]["steps"]:
-            world.say(f"teacher: none at {path}, training it first ({teacher_args.steps} steps)")
+            world.say(f"teacher: {path} is {'not finished' if there else 'not there'}, training it first")
             train(teacher_args, world)
             world.barrier()
     if path is None:
@@ -278,11 +280,12 @@ def flops_per_row(model, teacher, L, masked=0.5):
 
 
 @torch.no_grad()
-def validate(model, teacher, data, args, world, micro):
+def validate(model, teacher, data, args, world):
     """Validation loss in nats per predicted token, on fixed rows with fixed draws, shared out over the processes.
 
     Same value whatever their number. For students with noise it is the loss given the posterior's noise: no likelihood.
     """
+    micro = 32                                             # rows that share a seed: not a flag, so that values compare
     n = min(args.eval_rows, len(data))
     order, levels = rng(args.seed, EVAL).permutation(len(data))[:n], stratified_t(n, rng(args.seed, EVAL, 1))
     total = count = 0.0
@@ -307,10 +310,16 @@ def train(args, world):
     if args.batch_size % world.size:
         raise BadInput(f"--batch_size={args.batch_size} must be a multiple of the number of processes, {world.size}")
     local = args.batch_size // world.size
-    micro = args.micro_batch_size or (math.gcd(local, 32) if "cuda" in world.device else local)
+    micro = args.micro_batch_size or (
+        max(m for m in range(1, 33) if local % m == 0) if "cuda" in world.device else local)
     if local % micro:
         raise BadInput(f"--micro_batch_size={micro} must divide the {local} rows that each process has of a batch")
     wandb = optional("wandb", "--wandb") if args.wandb else None
+    there = os.path.abspath(args.out)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+        raise BadInput(f"--out={args.out} cannot be a run directory, {there} is a file or read-only: choose another")
 
     # data, teacher, model
     data = Shards(args.data, "train", args.length)
@@ -333,6 +342,7 @@ def train(args, world):
         averaged.load_state_dict(ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
         step, tokens_seen = ckpt["step"], ckpt["tokens_seen"]
+        torch.set_rng_state(ckpt["rng"])
         world.say(f"{args.out}: "
                   + (f"complete at step {step}" if step >= args.steps else f"continuing at step {step}"))
         if step >= args.steps:
@@ -424,13 +434,14 @@ def train(args, world):
                 bad = 0
                 optimizer.step()
                 decay = min(args.ema, (1 + step) / (10 + step))
-                torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
             else:
                 bad += 1
                 world.say(f"step {step}: loss {loss} and gradient norm {norm.item()} are not both finite, step skipped")
                 if bad == 20:
-                    raise BadInput(f"the loss was not finite for 20 steps in a row, up to step {step}: lower --lr (now "
-                                   f"{args.lr}) and rerun; {args.out} keeps its last checkpoint")
+                    raise BadInput(f"the loss was not finite for 20 steps in a row, up to step {step}: start again "
+                                   f"with a lower --lr (now {args.lr}) and another --out; {args.out} is left as it was")
             optimizer.zero_grad(set_to_none=True)
             step += 1
             tokens_seen += args.batch_size * data.length
@@ -447,7 +458,7 @@ def train(args, world):
             if step % args.eval_every == 0 or step == args.steps:
                 name = ("val_nll" if args.model == "ar" else "val_nll_given_noise" if teacher is not None
                         else "val_nelbo")
-                value = validate(averaged, teacher, val, args, world, micro)
+                value = validate(averaged, teacher, val, args, world)
                 record(step=step, **{name: value})
                 world.say(f"{args.out} step {step}: {name} {value:.4f}")
                 began, tokens_then = time.time(), tokens_seen
@@ -455,7 +466,10 @@ def train(args, world):
                 checkpoint()
             if stopping:
                 world.say(f"{args.out}: stopped at step {step}, saved; the same command continues")
+                world.barrier()                            # the others wait for the checkpoint
                 sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
+        if stop:                                           # too late for the loop: done, but go no further
+            sys.exit(128 + stop[0])
     finally:
         bar.close()
         for s, handler in handlers.items():
@@ -471,8 +485,8 @@ def main():
     args = parse(sys.argv[1:])
     world = World(args.dtype)
     name = os.path.basename(args.data)
-    if name in ("maze", "maze_skewed") and args.data == os.path.join("data", name) and not os.path.exists(args.data):
-        if world.master:
+    if name in ("maze", "maze_skewed") and args.data == os.path.join("data", name):
+        if world.master and not os.path.exists(args.data):
             make_maze(name)
         world.barrier()
     meta = train(args, world)

@@ -63,6 +63,22 @@ def optional(package, flag):
         raise BadInput(f"{flag} needs {package}: pip install {package.split('.')[0]}, or leave the flag out") from None
 
 
+def unescape(text):
+    """An argparse type: \\n, \\t and the like, as typed in a shell, become the characters they stand for."""
+    try:
+        return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} ends in a lone backslash") from None
+
+
+def check_output(flag, path, fresh=False):
+    """Refuse a file that cannot be written before any work is done; with `fresh`, one that is there already."""
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        raise BadInput(f"{flag}: {path} cannot be written (no such folder, or itself one): choose another file")
+    if fresh and os.path.exists(path):
+        raise BadInput(f"{flag}: {path} exists already: choose another file, or remove it")
+
+
 def run_main(main):
     """Call a script's main: a BadInput becomes one line on stderr and exit code 2."""
     try:
@@ -192,9 +208,10 @@ class Tokenizer:
 class Writer:
     """Writes a dataset into OUT.partial and renames it to OUT when it is complete."""
 
-    def __init__(self, out, meta, shard_tokens=100_000_000, force=False):
+    def __init__(self, out, meta, shard_tokens=100_000_000):
+        out = os.path.normpath(out)
         self.out, self.partial, self.meta, self.shard_tokens = out, out + ".partial", meta, shard_tokens
-        if os.path.isdir(out) and os.listdir(out) and not force:
+        if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
             raise BadInput(f"{out} exists already: choose another --out, or remove it")
         shutil.rmtree(self.partial, ignore_errors=True)
         os.makedirs(self.partial)
@@ -235,9 +252,7 @@ class Writer:
             json.dump(self.meta | {"files": self.files}, f, indent=1)
             f.flush()
             os.fsync(f.fileno())
-        if os.path.isdir(self.out):
-            shutil.rmtree(self.out)
-        os.rename(self.partial, self.out)
+        os.rename(self.partial, self.out)                  # fails if someone filled OUT meanwhile
 
 
 def make_maze(name, out=None):
@@ -251,19 +266,20 @@ def make_maze(name, out=None):
     print(f"{out}: {len(rows)} paths, {len(np.unique(rows, axis=0))} distinct", file=sys.stderr)
 
 
-def documents(files, separator, piece=1 << 20, progress=None):
+def documents(files, separator, piece=1 << 20, errors="surrogateescape", progress=None):
     """The documents of text files, in pieces of bounded size: yields (text, whether it ends its document).
 
-    A long document is cut only between a non-space and a space, where GPT-2's pre-tokenizer never joins: the tokens of
-    the pieces are the tokens of the whole. A file's end ends a document. Empty documents are left out.
+    A long document is cut between a non-space and a space, where GPT-2's pre-tokenizer never joins: the tokens of the
+    pieces are the tokens of the whole (but for a run of `piece` characters without such a place). A file's end ends a
+    document. Empty documents are left out.
     """
     for path in files:
         empty, buffer = True, ""                         # nothing of the current document yielded yet
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as f:
+        with open(path, encoding="utf-8", errors=errors, newline="") as f:
             while True:
                 block = f.read(piece)
                 if progress is not None:
-                    progress(len(block))
+                    progress(len(block.encode("utf-8", errors)))
                 *ended, buffer = (buffer + block).split(separator) if separator else [buffer + block]
                 for text in ended + [buffer] * (not block):
                     text = text.strip("\r\n") if empty else text.rstrip("\r\n")
@@ -273,10 +289,10 @@ def documents(files, separator, piece=1 << 20, progress=None):
                 if not block:
                     break
                 if len(buffer) > piece + len(separator):
-                    cut = len(buffer) - len(separator)   # the separator may have begun
+                    cut = len(buffer) - max(1, len(separator))                  # the separator may have begun
                     while cut > 1 and not (buffer[cut].isspace() and not buffer[cut - 1].isspace()):
                         cut -= 1
-                    cut = cut if cut > 1 else len(buffer) - len(separator)
+                    cut = cut if cut > 1 else len(buffer) - max(1, len(separator))
                     yield (buffer[:cut].lstrip("\r\n") if empty else buffer[:cut]), False
                     empty, buffer = False, buffer[cut:]
 
@@ -287,40 +303,44 @@ def make_text(files, tokenizer, out, separator, val_fraction, seed):
     for path in files:
         if not os.path.isfile(path):
             raise BadInput(f"--files: {path} is not a file")
-    size = sum(os.path.getsize(path) for path in files)
+    errors = "surrogateescape" if tokenizer.name == "bytes" else "strict"
     writer = Writer(out, dict(name=os.path.basename(os.path.normpath(out)), tokenizer=tokenizer.name, row_length=None,
                               vocab_size=tokenizer.vocab_size, bos=tokenizer.bos, predict_bos=True))
+    batch, tokens, doc, draws = [], 0, 0, np.random.default_rng(seed)
+
+    def flush():
+        nonlocal tokens, doc, held, val
+        for ids, (_, ends) in zip(tokenizer.encode([text for text, _ in batch]), batch):
+            writer.write("val" if val else "train", np.append(ids, np.uint16(tokenizer.bos)) if ends else ids)
+            tokens += len(ids) + ends
+            if ends:                                     # the next document: in all `hold` of n, without a list of them
+                held, doc = held + val, doc + 1
+                val = doc < n and draws.random() < (hold - held) / (n - doc)
+        batch.clear()
+        bar.set_postfix(tokens=tokens)
+
     try:
-        n = sum(end for _, end in documents(files, separator))
-        if n < 2:
-            raise BadInput(f"--files hold {n} document{'s' * (n != 1)}, and at least one must go to each of train and "
-                           "val: set --separator to what stands between documents, or split the text into files")
-        val = set(np.random.default_rng(seed).choice(n, max(1, round(val_fraction * n)), replace=False).tolist())
-        doc, batch, tokens = 0, [], 0
-        with tqdm(total=size, unit="B", unit_scale=True, desc=out) as bar:
-            def flush():
-                nonlocal doc, tokens
-                for ids, (text, end) in zip(tokenizer.encode([text for text, _ in batch]), batch):
-                    split = "val" if doc in val else "train"
-                    writer.write(split, np.append(ids, np.uint16(tokenizer.bos)) if end else ids)
-                    doc, tokens = doc + end, tokens + len(ids) + end
-                batch.clear()
-                bar.set_postfix(tokens=tokens)
-            pending = 0
-            for text, end in documents(files, separator, progress=bar.update):
-                batch.append((text, end))
+        with tqdm(total=2 * sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc=out) as bar:
+            n = sum(ends for _, ends in documents(files, separator, errors=errors, progress=bar.update))
+            if n < 2:
+                raise BadInput(f"--files hold {n} document{'s' * (n != 1)}, and at least one must go to each of train "
+                               "and val: set --separator to what stands between documents, or split the text")
+            hold, held = max(1, round(val_fraction * n)), 0
+            val, pending = draws.random() < hold / n, 0
+            for text, ends in documents(files, separator, errors=errors, progress=bar.update):
+                batch.append((text, ends))
                 pending += len(text)
                 if pending > 1 << 22:                    # a few MB in flight, whatever the input's size
                     flush()
                     pending = 0
             flush()
         writer.finish()
-    except UnicodeEncodeError as e:
-        raise BadInput(f"--files hold bytes that are not UTF-8 ({e.reason}): "
+    except UnicodeDecodeError as e:
+        raise BadInput(f"--files hold bytes that are not UTF-8 ({e.reason} at byte {e.start} of a block): "
                        "convert them, or use --tokenizer=bytes") from None
     finally:
         shutil.rmtree(writer.partial, ignore_errors=True)
-    print(f"{out}: {n} documents ({len(val)} for validation), {tokens} tokens", file=sys.stderr)
+    print(f"{out}: {n} documents ({held} for validation), {tokens} tokens", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,23 +403,27 @@ def read_meta(path):
     if not os.path.isdir(path):
         hint = f"python data/prepare.py {os.path.basename(path)}" if os.path.basename(path).startswith("maze") else \
             "python data/prepare.py text --files ... --out=" + path
-        raise BadInput(f"--data: {path} is not a folder of shards: make it with `{hint}`")
+        raise BadInput(f"{path} is not a folder of shards: make it with `{hint}`")
     name = os.path.join(path, "meta.json")
     if os.path.exists(name):
         try:
             with open(name) as f:
                 meta = json.load(f)
-            files = [dict(f, path=os.path.join(path, f["name"]), offset=0) for f in meta.pop("files")]
-            for key in ("name", "tokenizer", "vocab_size", "bos", "predict_bos", "row_length"):
-                meta[key]
-        except (ValueError, KeyError, TypeError) as e:
+            files = [dict(name=f["name"], split=f["split"], tokens=int(f["tokens"]), sha256=f["sha256"],
+                          path=os.path.join(path, f["name"]), offset=0) for f in meta.pop("files")]
+            meta = {key: meta[key] for key in ("name", "tokenizer", "vocab_size", "bos", "predict_bos", "row_length")}
+            if not 0 <= int(meta["bos"]) < int(meta["vocab_size"]) <= 1 << 16:
+                raise ValueError(f"bos {meta['bos']} and vocab_size {meta['vocab_size']} do not fit")
+            if meta["row_length"] and any(f["tokens"] % meta["row_length"] for f in files):
+                raise ValueError(f"the files do not hold whole rows of {meta['row_length']} tokens")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise BadInput(f"{name} is damaged ({type(e).__name__}: {e}): prepare the data again") from None
     else:
         meta = dict(name=os.path.basename(os.path.normpath(path)), tokenizer="gpt2", vocab_size=50257, bos=50256,
                     predict_bos=True, row_length=None)
         names = sorted(f for f in os.listdir(path) if f.endswith(".bin"))
         if not names:
-            raise BadInput(f"--data: {path} holds no .bin shards: make them with `python data/prepare.py`")
+            raise BadInput(f"{path} holds no .bin shards: make them with `python data/prepare.py`")
         files = [dict(name=f, path=os.path.join(path, f), split="val" if "val" in f else "train") for f in names]
         for f in files:
             _describe_foreign(f)
@@ -455,19 +479,18 @@ def main():
     p.add_argument("--files", nargs="+", required=True, help="text files, read in this order")
     p.add_argument("--tokenizer", default="gpt2", choices=["gpt2", "bytes"], help="bytes: no download, any file")
     p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--separator", default="<|endoftext|>",
+    p.add_argument("--separator", default="<|endoftext|>", type=unescape,
                    help="what stands between documents; a file's end always ends one")
     p.add_argument("--val_fraction", type=number(float, above=0, high=0.5), default=0.02,
                    help="fraction of the documents held out")
-    p.add_argument("--seed", type=int, default=0, help="which documents are held out")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="which documents are held out")
     p = sub.add_parser("verify", help="check sizes, hashes and ids of a dataset")
     p.add_argument("path", help="its folder")
     args = parser.parse_args()
     if args.what == "verify":
         verify(args.path)
     elif args.what == "text":
-        make_text(args.files, args.tokenizer, args.out, args.separator.encode().decode("unicode_escape"),
-                  args.val_fraction, args.seed)
+        make_text(args.files, args.tokenizer, args.out, args.separator, args.val_fraction, args.seed)
     else:
         make_maze(args.what, args.out)
 

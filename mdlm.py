@@ -132,7 +132,7 @@ def nll_rows(logits, h, x, vocab_size):
 # noise levels
 
 def stratified_t(n, rng, t_one=0.0):
-    """Noise levels of one global batch: n values in [T_MIN, 1], float32 [n] (METHOD of MDLM's low-discrepancy sampler).
+    """Noise levels of one global batch: n values in [T_MIN, 1], float32 [n] (low-discrepancy, as in MDLM).
 
     t_j = (u + j) / n with one random shift u, assigned to rows at random. `t_one`: this fraction of the rows is fully
     masked instead (t = 1); the loss is then no NELBO. `rng` is a numpy Generator.
@@ -194,20 +194,17 @@ def draw_tokens(logits, top_p=1.0, greedy=False, noise=None, generator=None):
     """One token per row of logits [N, V] -> [N]; `noise` [N, V] is drawn (with an exact tail) unless given."""
     if greedy:
         return logits.argmax(-1)
-    out = []
-    for a in range(0, max(1, len(logits)), rows := max(1, CHUNK // logits.shape[-1])):
-        l = logits[a:a + rows].double()                                         # noqa: E741
-        if top_p < 1:
-            l = nucleus(l, top_p)                                               # noqa: E741
-        out.append(gumbel_max(l, sample_gumbel(l.shape, generator, l.device) if noise is None else noise[a:a + rows]))
-    return torch.cat(out)
+    logits = logits.double()
+    if top_p < 1:
+        logits = nucleus(logits, top_p)
+    return gumbel_max(logits, sample_gumbel(logits.shape, generator, logits.device) if noise is None else noise)
 
 
 def unmask(x, step, mask_id, hidden, logits, order="random", top_p=1.0, greedy=False, generator=None):
     """The sampler loop. x [B, L] with [MASK]s, step [B, L] from `reveal_steps` -> (x, nfe [B]).
 
     hidden(x, rows) is one network call on x [b, L], those rows of the batch -> [b, L, D]; logits(h [N, D]) -> [N, V]
-    runs at the positions being revealed only. Rows that have nothing left are not computed. nfe counts calls per row.
+    runs at the positions being revealed only, in chunks. Rows that have nothing left are not computed. nfe: calls.
     `order="confidence"` keeps only how many tokens a step reveals and takes those drawn with the highest probability.
     """
     x, step = x.clone(), own_pace(step)
@@ -218,10 +215,15 @@ def unmask(x, step, mask_id, hidden, logits, order="random", top_p=1.0, greedy=F
         h = hidden(x[rows], rows)
         if order == "confidence":
             count, now = now.sum(-1, keepdim=True), x[rows] == mask_id
-        z = logits(h[now])
-        new = draw_tokens(z, top_p, greedy, generator=generator)
+        new, logp = [], []
+        for part in h[now].split(max(1, CHUNK // mask_id)):
+            z = logits(part)
+            new.append(draw_tokens(z, top_p, greedy, generator=generator))
+            if order == "confidence":
+                logp.append(z.float().log_softmax(-1).gather(-1, new[-1][:, None]).squeeze(1))
+        new = torch.cat(new)
         if order == "confidence":
-            logp = z.float().log_softmax(-1).gather(-1, new[:, None]).squeeze(1)
+            logp = torch.cat(logp)
             score = torch.full(now.shape, -math.inf, device=x.device).masked_scatter(now, logp)
             keep = (score.argsort(-1, descending=True).argsort(-1) < count) & now
             new, now = new[keep[now]], keep

@@ -33,9 +33,10 @@ SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))      
 # what a dataset brings; explicit flags override. The other defaults are the paper's (Appendix C.1).
 MAZE = dict(length=None, n_embd=128, dropout=0.0, warmup=100, schedule="cosine", eval_every=500,
             save_every=200, log_every=20)
+MAZE_STUDENT = dict(MAZE, n_layer=4, n_head=4, batch_size=128, lr=1e-3, steps=1600)
 PRESETS = {("maze", "ar"): dict(MAZE, n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200),
-           ("maze", "mdlm"): dict(MAZE, n_layer=4, n_head=4, batch_size=128, lr=1e-3, steps=1600),
-           ("maze", "mdlm+noise"): dict(MAZE, n_layer=4, n_head=4, batch_size=128, lr=1e-3, steps=1600, t_one=0.5),
+           ("maze", "mdlm"): MAZE_STUDENT,
+           ("maze", "mdlm+noise"): dict(MAZE_STUDENT, t_one=0.5),
            ("lm1b", None): dict(length=128)}
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for MFU
@@ -441,7 +442,7 @@ def train(args, world):
                 world.say(f"step {step}: loss {loss} and gradient norm {norm.item()} are not both finite, step skipped")
                 if bad == 20:
                     raise BadInput(f"the loss was not finite for 20 steps in a row, up to step {step}: start again "
-                                   f"with a lower --lr (now {args.lr}) and another --out; {args.out} is left as it was")
+                                   f"with a lower --lr (now {args.lr}) and another --out; {args.out} keeps its weights")
             optimizer.zero_grad(set_to_none=True)
             step += 1
             tokens_seen += args.batch_size * data.length

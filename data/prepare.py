@@ -11,6 +11,7 @@ meta.json, nanoGPT's .bin files are taken as GPT-2 ids, and llm.c's (256-int32 h
 A training row is [BOS] + the next L - 1 tokens; rows do not overlap.
 """
 import argparse
+import functools
 import hashlib
 import importlib
 import json
@@ -105,6 +106,7 @@ MOVE_NAMES, PAD, MAZE_BOS, MAZE_LENGTH = "UDLR", 4, 5, 10
 START, TARGET = (2, 1), (4, 4)
 
 
+@functools.cache                                         # half a second, and every table row asks for it
 def maze_paths():
     """All valid sequences, [2000, 10] uint16, sorted by length: free cells only, target first reached at the end."""
     paths, frontier = [], [((), START)]
@@ -120,7 +122,9 @@ def maze_paths():
                 else:
                     step.append((path + (k,), at))
         frontier = step
-    return np.array(paths, dtype=np.uint16)
+    paths = np.array(paths, dtype=np.uint16)
+    paths.setflags(write=False)
+    return paths
 
 
 def maze_keys(rows):

@@ -2,6 +2,8 @@
 
     python evaluate.py maze --ckpt out/maze-ar out/maze-mdlm-gumbel              # success with diversity, row by row
     python evaluate.py nfe  --ckpt out/maze-mdlm-gumbel out/maze-mdlm            # success against NFE, a row per model
+    python evaluate.py genppl --judge=gpt2-large --ckpt out/mine-mdlm-gumbel     # samples under an AR judge, + entropy
+    python evaluate.py ppl --ckpt out/mine-mdlm-gumbel out/mine-mdlm out/mine-ar # bounds on the likelihood of data
 """
 import json
 import math
@@ -14,11 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.prepare import (BadInput, Parser, check_output, maze_dataset, maze_keys, maze_paths, maze_valid, number,
-                          optional, run_main)
-from mdlm import reveal_steps, unmask
-from sample import device_and_dtype, generate, load_model, resolve_sampling, sampling_flags
-from teacher import AR, extract_sequential
+from data.prepare import (BadInput, Parser, Shards, Tokenizer, check_output, maze_dataset, maze_keys, maze_paths,
+                          maze_valid, number, optional, run_main)
+from mdlm import reveal_steps, stratified_t, unmask
+from sample import (device_and_dtype, entropy, generate, load_ar, load_model, load_verifier, resolve_sampling,
+                    sampling_flags)
+from teacher import CausalLM, extract_sequential
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,6 +39,7 @@ def git_commit():
 
 
 PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position"}
+DIGITS = dict(gen_ppl=2, entropy=2, entropy_set=2, nll=3, nll_stderr=3, teacher_nll=3, ppl=2)
 
 
 def print_table(rows, columns):
@@ -46,7 +50,7 @@ def print_table(rows, columns):
             return ""
         if c in PERCENT:
             return f"{100 * v:.1f}"
-        return f"{v:.1f}" if isinstance(v, float) else str(v)
+        return f"{v:.{DIGITS.get(c, 1)}f}" if isinstance(v, float) else str(v)
     columns = {c: title for c, title in columns.items() if any(row.get(c) is not None for row in rows)}
     print("| " + " | ".join(columns.values()) + " |\n|" + "---|" * len(columns))
     for row in rows:
@@ -97,19 +101,22 @@ def maze_statistics(rows):
                 effective=float(n * (n - 1) / pairs) if pairs else None)
 
 
-def sample_maze(model, n, steps, greedy, args, device, batch=1000):
-    """n samples -> (rows [n, 10] without BOS, mean network calls)."""
-    tau, top_p = (1.0, 1.0) if isinstance(model, AR) else resolve_sampling(args, model)       # the reference, as it is
-    generator, out, calls = torch.Generator(device).manual_seed(args.seed), [], 0
+def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, batch=1000):
+    """n samples from nothing -> (rows [n, L - 1] without BOS, mean network calls, mean verifier calls or None)."""
+    reference = isinstance(model, CausalLM) and model.meta["tokenizer"] == "maze"             # the teacher, as it is
+    tau, top_p = (1.0, 1.0) if reference else resolve_sampling(args, model)
+    generator, out, calls = torch.Generator(device).manual_seed(args.seed), [], []
+    length = length or min(model.length, 1024)
     for a in range(0, n, batch):
         b = min(batch, n - a)
-        start = torch.full((b, 1 if isinstance(model, AR) else model.length), getattr(model, "mask_id", model.bos),
+        start = torch.full((b, 1 if isinstance(model, CausalLM) else length), getattr(model, "mask_id", model.bos),
                            device=device)
         start[:, 0] = model.bos
-        tokens, nfe = generate(model, start, steps, tau, top_p, greedy, args.sampler, args.order, generator=generator)
+        tokens, *nfe = generate(model, start, steps, tau, top_p, greedy, args.sampler, args.order, length=length,
+                                generator=generator, apd=apd)
         out.append(tokens[:, 1:].cpu().numpy())
-        calls += int(nfe.sum())
-    return np.concatenate(out), calls / n
+        calls.append([c.sum().item() for c in nfe])
+    return np.concatenate(out), *(np.sum(calls, 0) / n), *[None] * (2 - len(nfe))
 
 
 def maze_theory(name, n, steps, seed):
@@ -146,8 +153,9 @@ def map_agreement(student, teacher, n, seed, device):
     return float(same.all(1).float().mean()), float(same.float().mean())
 
 
-MAZE_COLUMNS = dict(model="model", decode="decode", nfe="NFE", nfe_counted="calls", success="success %", stderr="±",
-                    distinct="distinct", effective="effective", validity_mass="validity mass %",
+MAZE_COLUMNS = dict(model="model", decode="decode", nfe="NFE", nfe_counted="calls", verifier_calls="verifier",
+                    success="success %", stderr="±", distinct="distinct", effective="effective",
+                    validity_mass="validity mass %",
                     agree="map agreement, paths %", agree_position="positions %")
 
 
@@ -156,9 +164,10 @@ def maze_rows(models, args, device, theory=True):
     names = {model.meta["name"] for model in models}
     if len(names) > 1 or not names <= {"maze", "maze_skewed"}:
         raise BadInput(f"--ckpt: these were trained on {', '.join(sorted(names))}: give checkpoints of one maze")
-    teacher = next((m for m in models if isinstance(m, AR)), None)
-    jobs = [(m, d, k) for m in models for d in (["sample"] if isinstance(m, AR) else args.decode)
-            for k in ([10] if isinstance(m, AR) else args.nfe)]
+    teacher = next((m for m in models if isinstance(m, CausalLM)), None)
+    apd = load_verifier(args, models, device)
+    jobs = [(m, d, k) for m in models for d in (["sample"] if isinstance(m, CausalLM) else args.decode)
+            for k in ([10] if isinstance(m, CausalLM) else args.nfe)]
     jobs += [("theory", "sample", k) for k in args.nfe] * theory
     rows = []
     for model, decode, k in tqdm(jobs, desc="maze", unit="row", disable=not sys.stderr.isatty()):
@@ -166,10 +175,10 @@ def maze_rows(models, args, device, theory=True):
             sampled, calls = maze_theory(next(iter(names)), 10 * args.n, k, args.seed)
             rows.append(dict(model="theory", decode=decode, nfe=k, nfe_counted=calls, **maze_statistics(sampled)))
             continue
-        sampled, calls = sample_maze(model, args.n, k, decode == "greedy", args, device)
+        sampled, calls, checks = sample_rows(model, args.n, k, decode == "greedy", args, device, apd)
         row = dict(model="teacher" if model is teacher else model.name, decode=decode, nfe=k, nfe_counted=calls,
-                   **maze_statistics(sampled))
-        if isinstance(model, AR):
+                   verifier_calls=checks, **maze_statistics(sampled))
+        if isinstance(model, CausalLM):
             row["validity_mass"] = validity_mass(model, device)
         elif teacher and model.noise_embed is not None and (decode, k) == ("greedy", 1):
             row["agree"], row["agree_position"] = map_agreement(model, teacher, args.n, args.seed, device)
@@ -200,7 +209,7 @@ def nfe(args, models, device):
     rows = maze_rows(models, args, device)
     recipe = {m.name: {k: v for k, v in m.args.items() if k not in ("seed", "out")} for m in models}
     first = {name: next(other for other in recipe if recipe[other] == recipe[name]) for name in recipe}
-    if len({(first[m.name], m.args["seed"]) for m in models}) < len(models):
+    if len({(first[m.name], m.args.get("seed")) for m in models}) < len(models):
         first = {}                                         # the same run twice is no second seed
     groups = {}                                            # (model, decode) -> {nfe: [row of each seed]}
     for row in rows:
@@ -238,6 +247,126 @@ def plot_nfe(path, points):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# text
+
+@torch.no_grad()
+def judge_nll(judge, samples, device, batch=32):
+    """-log p of each sample (id arrays, without BOS) under an AR judge -> (nats [n], counted tokens [n]).
+
+    EOS targets (the judge's BOS id) are left out. Samples longer than the judge's rows: windows, stride half of one.
+    """
+    nll, count = np.zeros(len(samples)), np.zeros(len(samples), dtype=int)
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
+    for a in range(0, len(order), batch):
+        some = order[a:a + batch]
+        x = torch.full((len(some), 1 + len(samples[some[-1]])), judge.bos, device=device)
+        for row, i in zip(x, some):
+            row[1:1 + len(samples[i])] = torch.as_tensor(np.asarray(samples[i], dtype=np.int64))
+        start = done = 0                                   # row entries before `done + 1` are scored
+        while done < x.shape[1] - 1:
+            part = x[:, start:start + judge.length]
+            target, skip = part[:, 1:], done - start
+            h = judge.hidden(part[:, :-1])[:, skip:]
+            target = target[:, skip:]
+            logp = torch.cat([judge.logits(r).log_softmax(-1).gather(-1, t[:, None]).squeeze(1)[None]
+                              for r, t in zip(h, target)])
+            keep = target != judge.bos                     # EOS, and the padding after a shorter sample
+            nll[some] -= (logp.double() * keep).sum(1).cpu().numpy()
+            count[some] += keep.sum(1).cpu().numpy()
+            done = start + part.shape[1] - 1
+            start += judge.length // 2
+    return nll, count
+
+
+GENPPL_COLUMNS = dict(model="model", decode="decode", nfe="NFE", nfe_counted="calls", verifier_calls="verifier",
+                      gen_ppl="GenPPL", entropy="entropy", entropy_set="entropy of the set")
+
+
+def genppl(args, models, device):
+    """Generative perplexity of samples under an AR judge, always with their entropy (lower entropy lowers GenPPL)."""
+    judge = load_model(args.judge, device=device)
+    if not isinstance(judge, CausalLM):
+        raise BadInput(f"--judge={args.judge} is a {judge.args['model']} checkpoint: it must be an AR model")
+    names = {m.meta["tokenizer"] for m in models}
+    if len(names) > 1:
+        raise BadInput(f"--ckpt: these have the tokenizers {', '.join(sorted(names))}: give checkpoints of one")
+    tokenizer = Tokenizer(models[0].meta["tokenizer"], models[0].config["vocab_size"])
+    other = Tokenizer(judge.meta["tokenizer"]) if judge.meta["tokenizer"] != tokenizer.name else None
+    apd = load_verifier(args, models, device)
+    length = args.length or min(min(m.length for m in models), 1024)
+    jobs = [("data", "", 0)] * bool(args.data) + [
+        (m, d, k) for m in models for d in args.decode
+        for k in ([length - 1] if isinstance(m, CausalLM) or args.sampler == "apd" else args.nfe)]
+    rows = []
+    for model, decode, k in tqdm(jobs, desc="genppl", unit="row", disable=not sys.stderr.isatty()):
+        if model == "data":
+            data = Shards(args.data, "val", length)
+            sampled = data.rows(np.random.default_rng(args.seed).permutation(len(data))[:args.n])[:, 1:]
+            row = dict(model="data", decode="", nfe=None)
+        else:
+            sampled, calls, checks = sample_rows(model, args.n, k, decode == "greedy", args, device, apd, length,
+                                                 batch=args.batch_size)
+            row = dict(model=model.name, decode=decode, nfe=k, nfe_counted=calls, verifier_calls=checks)
+        ids = other.encode([tokenizer.decode(r) for r in sampled]) if other else sampled
+        nll, count = judge_nll(judge, ids, device)
+        rows.append(row | dict(gen_ppl=float(np.exp(nll.sum() / max(1, count.sum()))), n=len(sampled),
+                               entropy=float(np.mean([entropy(r) for r in sampled])), entropy_set=entropy(sampled)))
+    print_table(rows, GENPPL_COLUMNS)
+    print(f"\nn = {args.n} samples a row of {length - 1} tokens, judge {judge.name}; entropy: of the tokens of a sample"
+          f" (mean), and of the whole set, in nats.\nStudents: {sampling_note(args, models)}")
+    return rows
+
+
+PPL_COLUMNS = dict(model="model", kind="what", nll="nats per token", nll_stderr="±", teacher_nll="teacher's nats",
+                   ppl="perplexity (bound)")
+
+
+def ppl(args, models, device):
+    """Bounds on the data's likelihood: nll of an AR model, NELBO of a plain student, for a Gumbel student ppl_bound.
+
+    -log p(x) <= E_q[-log p(x | noise)] - log p_teacher(x), q the posterior of the noise: its KL to the prior is the
+    teacher's nll exactly. The first term alone (nll_given_noise) is no likelihood.
+    """
+    rows = []
+    for model in models:
+        data = Shards(args.data or model.args.get("data") or "", "val", min(model.config["length"], 1024))
+        for key in ("vocab_size", "bos"):
+            if data.meta[key] != model.config[key]:
+                raise BadInput(f"--data={data.path} has {key} {data.meta[key]}, {model.name} {model.config[key]}: "
+                               "prepare it with the tokenizer of the checkpoint")
+        noise = model.config.get("noise")
+        paired = noise not in (None, "unpaired")
+        path = args.teacher or model.args.get("teacher") or (
+            os.path.join("out", f"{data.meta['name']}-ar") if data.meta["tokenizer"] == "maze" else "gpt2-large")
+        teacher = load_ar("--teacher", path, data.meta, data.length, device) if paired else None
+        n = min(args.n, len(data))
+        draws = np.random.default_rng(args.seed)
+        order, levels = draws.permutation(len(data))[:n], stratified_t(n, draws)
+        losses, references, weights = [], [], []
+        for i, a in enumerate(tqdm(range(0, n, args.batch_size), desc=model.name, leave=False)):
+            tokens = torch.from_numpy(data.rows(order[a:a + args.batch_size])).to(device)
+            kw = {} if isinstance(model, CausalLM) else dict(
+                t=levels[a:a + args.batch_size].to(device), teacher=teacher,
+                generator=torch.Generator(device).manual_seed(args.seed + i))
+            losses.append(model.loss(tokens, **kw)[0].item())
+            references.append(teacher.loss(tokens)[0].item() if teacher else 0.0)
+            weights.append(len(tokens))
+        w = np.array(weights) / n
+        nll, reference = float(w @ losses), float(w @ references)
+        error = float(np.sqrt((w ** 2 * (np.array(losses) - nll) ** 2).sum())) if len(w) > 1 else None
+        rows.append(dict(model=model.name, nll=nll, nll_stderr=error, n=n, ppl=math.exp(nll + reference)) | (
+            dict(kind="nll_given_noise", teacher_nll=reference) if paired else
+            dict(kind="nll" if isinstance(model, CausalLM) else "nelbo")))
+        if paired:
+            rows[-1]["ppl_bound"] = rows[-1]["ppl"]
+    print_table(rows, PPL_COLUMNS)
+    print("\nperplexity: exp(nats + teacher's nats), an upper bound except for an AR model, where it is exact. "
+          f"Up to {args.n} rows of validation data, noise and masks drawn once.\n"
+          "nll_given_noise is no likelihood: its noise is drawn given the text.")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def steps_list(text):
     return sorted({number(int, 1)(part) for part in text.split(",")})
@@ -252,16 +381,33 @@ def decodes(text):
 
 def main(argv=None):
     parser = Parser(description="Evaluate checkpoints.")
-    sub = parser.add_subparsers(dest="what", required=True, metavar="maze|nfe", parser_class=Parser)
-    for name, function in (("maze", maze), ("nfe", nfe)):
+    functions = dict(maze=maze, nfe=nfe, genppl=genppl, ppl=ppl)
+    sub = parser.add_subparsers(dest="what", required=True, metavar="|".join(functions), parser_class=Parser)
+    for name, function in functions.items():
+        text = name in ("genppl", "ppl")
         p = sub.add_parser(name, help=function.__doc__.splitlines()[0])
         p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints or run directories")
-        p.add_argument("--nfe", type=steps_list, default=[1, 2, 4, 8, 16],
-                       help="numbers of steps, as in 1,2,4")
-        p.add_argument("--n", type=number(int, 2), default=1000, help="samples per row")
-        p.add_argument("--decode", type=decodes, default=["sample", "greedy"],
-                       help="sample, greedy (argmax)")
+        p.add_argument("--n", type=number(int, 2), default=dict(genppl=300, ppl=2000).get(name, 1000),
+                       help="validation rows" if name == "ppl" else "samples per row")
         p.add_argument("--json", help="also write the rows to this file")
+        if text:
+            p.add_argument("--data", help="shards: " + ("validation text; default: the run's own" if name == "ppl" else
+                                                        "adds a row for their validation text"))
+            p.add_argument("--batch_size", type=number(int, 1), default=32, help="rows at once")
+        if name == "ppl":
+            p.add_argument("--teacher", help="of students with noise; default: the one that they were trained with")
+            p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="rows, masks, noise")
+            p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which weights of the checkpoint")
+            p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                           help="auto: bfloat16 on CUDA")
+            continue
+        p.add_argument("--nfe", type=steps_list, default=[8, 64] if text else [1, 2, 4, 8, 16],
+                       help="numbers of steps, as in 1,2,4")
+        p.add_argument("--decode", type=decodes, default=["sample"] if text else ["sample", "greedy"],
+                       help="sample, greedy (argmax)")
+        if name == "genppl":
+            p.add_argument("--judge", required=True, help="AR checkpoint, gpt2[-medium|-large|-xl], or hf:NAME")
+            p.add_argument("--length", type=number(int, 2), help="tokens of a sample, BOS included")
         if name == "nfe":
             p.add_argument("--plot", help="also draw them into this .png or .svg (needs matplotlib)")
         sampling_flags(p)
@@ -276,7 +422,7 @@ def main(argv=None):
         for path, m in zip(args.ckpt, models):
             m.name = path                                  # run directories of the same name
     with autocast, torch.no_grad():
-        rows = {"maze": maze, "nfe": nfe}[args.what](args, models, device)
+        rows = functions[args.what](args, models, device)
     write_json(args.json, rows, args, began, dtype, device)
 
 

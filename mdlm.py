@@ -7,8 +7,13 @@ is the error that Gumbel Distillation removes, by giving each masked position th
 
 Shapes: B batch, L length, V vocabulary (without [MASK], whose id is V), D width, H heads, N rows (masked positions).
 """
+import json
 import math
+import os
+import pickle
+import zipfile
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -50,22 +55,23 @@ def apply_rope(x, cos, sin):
 
 
 class Block(nn.Module):
-    """Pre-LN attention (no biases) and MLP x 4 with tanh-GELU; dropout on both residual branches, as in DiT."""
+    """Pre-LN attention (`bias`: GPT-2's) and MLP x 4 with tanh-GELU; dropout on both residual branches, as in DiT."""
 
-    def __init__(self, n_embd, n_head, dropout):
+    def __init__(self, n_embd, n_head, dropout, bias=False):
         super().__init__()
         self.n_head, self.dropout = n_head, dropout
         self.norm1 = nn.LayerNorm(n_embd)
-        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
-        self.attn_out = nn.Linear(n_embd, n_embd, bias=False)
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)
+        self.attn_out = nn.Linear(n_embd, n_embd, bias=bias)
         self.norm2 = nn.LayerNorm(n_embd)
         self.fc = nn.Linear(n_embd, 4 * n_embd)
         self.proj = nn.Linear(4 * n_embd, n_embd)
 
-    def forward(self, x, cos, sin, mask, causal, cache=None, layer=0):
+    def forward(self, x, rope, mask, causal, cache=None, layer=0):
         B, L, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.n_head, -1)
-        q, k = apply_rope(qkv[:, :, :2], cos, sin).permute(2, 0, 3, 1, 4)                          # each (B, H, L, D/H)
+        qk = apply_rope(qkv[:, :, :2], *rope) if rope else qkv[:, :, :2]
+        q, k = qk.permute(2, 0, 3, 1, 4)                                                           # each (B, H, L, D/H)
         v = qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
@@ -81,51 +87,69 @@ class Transformer(nn.Module):
 
     Residual output projections and the output layer start at zero: the network starts as the identity and predicts
     the uniform distribution, as the published networks do through their zero gates (adaLN driven by a constant).
+    `learned`, GPT-2's variant: that many learned positions in place of RoPE, biases in attention, a tied head.
     """
 
-    def __init__(self, vocab_in, vocab_out, n_layer, n_embd, n_head, dropout, causal=False):
+    def __init__(self, vocab_in, vocab_out, n_layer, n_embd, n_head, dropout, causal=False, learned=0):
         super().__init__()
         if n_embd % (2 * n_head):
             raise ValueError(f"n_embd={n_embd} must be a multiple of 2 * n_head={2 * n_head} (RoPE rotates pairs)")
         self.n_head, self.causal = n_head, causal
         self.embed = nn.Embedding(vocab_in, n_embd)
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
+        self.positions = nn.Embedding(learned, n_embd) if learned else None
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, bias=bool(learned)) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd)
-        self.head = nn.Linear(n_embd, vocab_out)
+        self.head = nn.Linear(n_embd, vocab_out, bias=not learned)
         nn.init.normal_(self.embed.weight, std=0.02)
         for block in self.blocks:
-            nn.init.zeros_(block.attn_out.weight)
-            nn.init.zeros_(block.proj.weight)
-            nn.init.zeros_(block.proj.bias)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+            for layer in (block.attn_out, block.proj):
+                nn.init.zeros_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        if learned:
+            self.head.weight = self.embed.weight
+        else:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     def forward(self, h, cache=None):
         """Input embeddings h [B, L, D] -> hidden states [B, L, D]. With a cache, h continues what the cache holds."""
         L, start = h.shape[1], cache.length if cache else 0
-        cos, sin = rope_tables(torch.arange(start, start + L, device=h.device), h.shape[2] // self.n_head)
+        if self.positions is None:
+            rope = rope_tables(torch.arange(start, start + L, device=h.device), h.shape[2] // self.n_head)
+        else:
+            rope, h = None, h + self.positions.weight[start:start + L]
         causal, mask = self.causal, None
         if causal and start:                  # queries start .. start + L - 1 against keys 0 .. start + L - 1
             causal, mask = False, torch.ones(L, start + L, dtype=torch.bool,
                                              device=h.device).tril(start) if L > 1 else None
         for i, block in enumerate(self.blocks):
-            h = block(h, cos, sin, mask, causal, cache, i)
+            h = block(h, rope, mask, causal, cache, i)
         if cache:
             cache.length += L
         return self.norm(h)
 
 
-def nll_rows(logits, h, x, vocab_size):
-    """-log p(x) per row: h [N, D], x [N] -> [N], where logits(h) is [N, vocab_size]. In chunks, which the backward pass
-    computes again, so that [N, V] is never held.
+def row_losses(logits, h, x, vocab_size, teacher=None):
+    """-log p(x) per row, and KL(teacher || p): h [N, D], x [N] -> [N], [N], where logits(h) is [N, vocab_size] and
+    teacher(a, b) are the teacher's logits of rows a to b (None: KL 0). In chunks, which the backward pass computes
+    again, so that [N, V] is never held.
     """
-    def f(h, x):
-        return F.cross_entropy(logits(h), x, reduction="none")
+    def f(a, h, x):
+        z = logits(h)
+        nll = F.cross_entropy(z, x, reduction="none")
+        if teacher is None:
+            return nll, torch.zeros_like(nll)
+        with torch.no_grad():
+            q = teacher(a, a + len(h)).log_softmax(-1)
+        # a token impossible for both contributes 0, not inf - inf
+        return nll, ((q - z.log_softmax(-1)).masked_fill(q == -math.inf, 0) * q.exp()).sum(-1)
     rows = max(1, 4 * CHUNK // vocab_size)
     if len(h) <= rows:
-        return f(h, x)
-    return torch.cat([checkpoint(f, *c, use_reentrant=False, preserve_rng_state=False)
-                      for c in zip(h.split(rows), x.split(rows))])
+        return f(0, h, x)
+    parts = [checkpoint(f, a, h[a:a + rows], x[a:a + rows], use_reentrant=False, preserve_rng_state=False)
+             for a in range(0, len(h), rows)]
+    return tuple(torch.cat(p) for p in zip(*parts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,18 +263,19 @@ class MDLM(nn.Module):
 
     h_i = (1 - M_i) Emb(z_i) + M_i g_i: the embedding of a masked position is its noise embedding, in place of that of
     [MASK] ("replace") or on top of it ("add"). Nothing else changes: no noise is the baseline, on the same path.
-    Position 0 is BOS: given, never masked, no noise, no loss.
+    Position 0 is BOS: given, never masked, no noise, no loss. `shift`: the output for position i is read at i - 1, as
+    in an AR model, for students that start from one's weights (train.py's --init_from).
     """
 
     def __init__(self, vocab_size, length, bos, n_layer=12, n_embd=768, n_head=12, dropout=0.1, noise=None,
-                 inject="replace", predict_bos=True):
+                 inject="replace", predict_bos=True, shift=False):
         super().__init__()
         if inject not in ("replace", "add"):
             raise ValueError(f"unknown inject {inject!r}: 'replace' or 'add'")
         self.config = dict(vocab_size=vocab_size, length=length, bos=bos, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
-                           dropout=dropout, noise=noise, inject=inject, predict_bos=predict_bos)
-        self.mask_id, self.length, self.bos, self.inject, self.predict_bos = (
-            vocab_size, length, bos, inject, predict_bos)
+                           dropout=dropout, noise=noise, inject=inject, predict_bos=predict_bos, shift=shift)
+        self.mask_id, self.length, self.bos, self.inject, self.predict_bos, self.shift = (
+            vocab_size, length, bos, inject, predict_bos, shift)
         self.transformer = Transformer(vocab_size + 1, vocab_size, n_layer, n_embd, n_head, dropout)
         self.noise_embed = GumbelEmbedding(vocab_size, n_embd, noise) if noise else None
 
@@ -264,7 +289,8 @@ class MDLM(nn.Module):
         if g is not None:
             masked = (z == self.mask_id)[:, :, None]
             h = torch.where(masked, g.to(h.dtype), h) if self.inject == "replace" else h + masked * g
-        return self.transformer(h)
+        h = self.transformer(h)
+        return h.roll(1, 1) if self.shift else h              # row 0, the only one that wraps around, is BOS's
 
     def logits(self, h):
         """h [N, D] -> float32 [N, V]. [MASK] has no entry (SUBS: logit -inf); BOS is -inf where it never occurs."""
@@ -275,12 +301,13 @@ class MDLM(nn.Module):
 
     # training
 
-    def loss(self, tokens, t, teacher=None, z=None, noise=None, generator=None):
+    def loss(self, tokens, t, teacher=None, z=None, noise=None, kd=0.0, generator=None):
         """NELBO per predicted token, in nats: mean over rows of (1/t) sum_{masked i} -log p(x_i | z, noise) / (L - 1).
 
         tokens [B, L], t [B] noise levels. Randomness can be given: z [B, L] noised tokens, noise [B, L, V]. A student
         with noise draws it from its posterior under `teacher`, in one teacher pass, at the masked positions only.
-        Returns (loss, {"nll_masked": unweighted cross-entropy per masked token}).
+        `kd` adds kd * KL(teacher's p(x_i | x_<i) || p(x_i | z)) with the same weights: token-level distillation (Table
+        4). Returns (loss, {"nll_masked": unweighted cross-entropy per masked token [, "kl_masked"]}).
         """
         B, L = tokens.shape
         if z is None:
@@ -289,6 +316,7 @@ class MDLM(nn.Module):
             z = tokens.masked_fill(masked, self.mask_id)
         masked = z == self.mask_id
         x = tokens[masked]                                                      # (N)
+        kd_logits = teacher.posterior_logits(tokens, masked) if kd else None
         g = None
         if self.noise_embed is not None:
             g = torch.zeros(B, L, self.transformer.embed.weight.shape[1], device=tokens.device)
@@ -300,10 +328,12 @@ class MDLM(nn.Module):
                 logits = None if teacher is None else teacher.posterior_logits(tokens, masked)
                 rows = self.noise_embed.from_posterior(logits, x, generator)
             g = g.masked_scatter(masked[:, :, None], rows.to(g.dtype))
-        nll = nll_rows(self.logits, self.hidden(z, g)[masked], x, self.mask_id)
+        nll, kl = row_losses(self.logits, self.hidden(z, g)[masked], x, self.mask_id, kd_logits)
         weight = (1 / t)[:, None].expand(B, L)[masked]
-        loss = (weight * nll).sum() / (B * (L - 1))    # a constant count, not a local one: the same for any micro-batch
-        return loss, {"nll_masked": nll.detach().sum().item() / max(1, len(nll))}
+        # divided by a constant count, not a local one: the same for any micro-batch
+        loss = (weight * (nll + kd * kl)).sum() / (B * (L - 1))
+        means = {"nll_masked": nll, "kl_masked": kl} if kd else {"nll_masked": nll}
+        return loss, {k: v.detach().sum().item() / max(1, len(v)) for k, v in means.items()}
 
     forward = loss                                        # what DDP calls
 
@@ -329,6 +359,13 @@ class MDLM(nn.Module):
         Noise is tau * Gumbel(0, 1), drawn once per sample and kept for all steps (`resample_noise`: anew at each).
         `noise` [B, L, V] and `reveal` [B, L] (see `reveal_steps`) replace the draws. Given tokens are never changed.
         """
+        hidden = self._noisy_hidden(tokens, tau, top_p, noise, resample_noise, generator)
+        if reveal is None:
+            reveal = reveal_steps(tokens == self.mask_id, steps, sampler, order, generator)
+        return unmask(tokens, reveal, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
+
+    def _noisy_hidden(self, tokens, tau, top_p, noise, resample_noise, generator):
+        """Checks what a sampler was given -> hidden(x, rows), one network call on rows of the batch, with its noise."""
         if not tau > 0:
             raise ValueError(f"tau must be positive, got {tau}")
         if not 0 < top_p <= 1:
@@ -338,8 +375,6 @@ class MDLM(nn.Module):
         if (tokens[:, 0] != self.bos).any():
             raise ValueError(f"position 0 must hold BOS (id {self.bos})")
         masked = tokens == self.mask_id
-        if reveal is None:
-            reveal = reveal_steps(masked, steps, sampler, order, generator)
 
         def embed_noise():
             if self.noise_embed is None:
@@ -354,14 +389,167 @@ class MDLM(nn.Module):
         def hidden(x, rows):
             g_now = embed_noise() if resample_noise else g
             return self.hidden(x, None if g_now is None else g_now[rows])
-        return unmask(tokens, reveal, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
+        return hidden
+
+    @torch.no_grad()
+    def generate_apd(self, tokens, verifier, ratio=0.5, max_lookahead=10, tau=1.0, top_p=1.0, greedy=False, noise=None,
+                     resample_noise=False, generator=None):
+        """Adaptive parallel decoding (Israel et al. 2025) -> (tokens [B, L], nfe [B], verifier calls [B]).
+
+        Left to right. From the first masked position on, for up to `max_lookahead` positions: draft x_i =
+        argmax(student logits + zeta_i), run the AR `verifier` once on the draft, and accept the longest prefix with
+        x_i = y_i, where y_i = argmax(ratio * student logits + (1 - ratio) * AR logits + the same zeta_i). The first
+        drafted token is always accepted. `greedy`: zeta = 0. The rest as in `generate`; nfe leaves out the verifier.
+        """
+        hidden = self._noisy_hidden(tokens, tau, top_p, noise, resample_noise, generator)
+        if not 0 <= ratio <= 1 or max_lookahead < 1:
+            raise ValueError(f"ratio must lie in [0, 1] and max_lookahead be at least 1, got {ratio}, {max_lookahead}")
+        x, position = tokens.clone(), torch.arange(tokens.shape[1], device=tokens.device)
+        nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        while len(rows := (x == self.mask_id).any(1).nonzero().squeeze(1)):
+            masked = x[rows] == self.mask_id
+            first = masked.int().argmax(1, keepdim=True)                                           # (b, 1)
+            draft = masked & (position < first + max_lookahead)                                    # (b, L)
+            logits = self.logits(hidden(x[rows], rows)[draft]).double()               # (N, V), N <= b * max_lookahead
+            if top_p < 1:
+                logits = nucleus(logits, top_p)
+            zeta = 0 if greedy else sample_gumbel(logits.shape, generator, x.device)
+            new = (logits + zeta).argmax(-1)
+            filled = x[rows].masked_scatter(draft, new)
+            end = int(draft.nonzero()[:, 1].max())
+            before = draft[:, 1:end + 1]                      # causal: what stands beyond a row's draft does not matter
+            ar = verifier.logits(verifier.hidden(filled[:, :end].masked_fill(filled[:, :end] == self.mask_id,
+                                                                             self.bos))[before])
+            target = torch.where(logits == -math.inf, logits, ratio * logits + (1 - ratio) * ar.double())
+            same = torch.ones_like(draft).masked_scatter(draft, (target + zeta).argmax(-1) == new)
+            same.scatter_(1, first, True)
+            x[rows] = torch.where(draft & same.cumprod(1).bool(), filled, x[rows])
+            nfe[rows] += 1
+        return x, nfe, nfe.clone()                            # one verifier call with each network call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weights from other projects: safetensors, torch files, Lightning checkpoints
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """A .safetensors file -> {name: tensor}, memmapped: 8 bytes of header size, a JSON header, then the data."""
+    data = np.memmap(path, np.uint8, mode="c")             # copy-on-write: torch wants writable memory
+    try:
+        n = int.from_bytes(data[:8].tobytes(), "little")
+        if not 2 <= n <= len(data) - 8:
+            raise ValueError(f"its header should have {n} bytes, the file has {len(data)}")
+        header = json.loads(data[8:8 + n].tobytes())
+        data, out = data[8 + n:], {}
+        for name, t in header.items():
+            if name == "__metadata__":
+                continue
+            a, b = t["data_offsets"]
+            dtype = DTYPES[t["dtype"]]
+            if not 0 <= a <= b <= len(data) or b - a != math.prod(t["shape"]) * dtype.itemsize:
+                raise ValueError(f"{name} should lie at bytes {a} to {b} of {len(data)}, shape {t['shape']}")
+            out[name] = torch.frombuffer(data, dtype=dtype, offset=a, count=math.prod(t["shape"])).view(t["shape"]) \
+                if b > a else torch.empty(t["shape"], dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is no complete safetensors file ({type(e).__name__}: {e})") from None
+    return out
+
+
+class _Inert:
+    """What any class of a Lightning file's pickled configuration becomes: holds its state, runs nothing."""
+
+    def __init__(self, *args, **kw):
+        self.state = {}
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def __setitem__(self, key, value):
+        pass
+
+    append = extend = add = __init__
+
+
+def _setting(node, *keys):
+    """A value of an OmegaConf tree read as `_Inert`s (children in `_content`, a leaf in `_val`), or None."""
+    for key in (*keys, None):
+        state = node.state if isinstance(node, _Inert) and isinstance(node.state, dict) else {"_content": node}
+        node = state.get("_val", node) if key is None else state.get("_content")
+        if key is not None:
+            node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+class _InertPickle:
+    """A `pickle_module` for torch.load: tensors are rebuilt, every other class and function becomes `_Inert`."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if (module, name) in (("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"),
+                                  ("torch._utils", "_rebuild_parameter")):
+                return super().find_class(module, name)
+            return _Inert
+
+
+def read_weights(path):
+    """Published weights -> (state dict, settings). A .safetensors or torch file, or a folder with one of them as
+    Hugging Face names it (settings: its config.json). ValueError says what is wrong.
+    """
+    settings = {}
+    if os.path.isdir(path):
+        names = [n for n in ("model.safetensors", "pytorch_model.bin") if os.path.exists(os.path.join(path, n))]
+        if not names:
+            raise ValueError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+        if os.path.exists(config := os.path.join(path, "config.json")):
+            with open(config) as f:
+                settings = json.load(f)
+        path = os.path.join(path, names[0])
+    if path.endswith(".safetensors"):
+        return read_safetensors(path), settings
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:                                 # foreign files fail in a dozen ways
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a readable torch file: {why}") from None
+    return state.get("state_dict", state), settings
+
+
+def read_lightning(path, weights=None):
+    """The authors' Lightning .ckpt -> (state dict of the network, settings), its pickled objects not executed.
+
+    `weights`: "raw", or "ema", whose `shadow_params` are a list in the order of the network's parameters; None: EMA
+    where the file has them.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a Lightning checkpoint (a zip archive): truncated?")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle, mmap=True)
+        state = {k: v for k, v in ckpt["state_dict"].items() if not k.startswith("teacher_model.")}
+    except Exception as e:
+        raise ValueError(f"{path} is not a readable Lightning checkpoint: "
+                         f"{(str(e) or type(e).__name__).splitlines()[0]}") from None
+    shadow = (ckpt.get("ema") or {}).get("shadow_params")
+    if weights == "ema" or weights is None and shadow:
+        names = [k for k in state if not k.endswith(("inv_freq", "block_diff_mask"))]                  # not the buffers
+        if not shadow:
+            raise ValueError(f"{path} holds no EMA weights: use its raw ones")
+        if [p.shape for p in shadow] != [state[k].shape for k in names]:
+            raise ValueError(f"{path}: its {len(shadow)} EMA tensors do not match the {len(names)} of its network")
+        state |= dict(zip(names, shadow))
+    config = (ckpt.get("hyper_parameters") or {}).get("config")
+    settings = dict(model_length=_setting(config, "model", "length"), n_heads=_setting(config, "model", "n_heads"),
+                    block_size=_setting(config, "block_size"), inject=_setting(config, "model", "gumbel_inject_mode"))
+    return state, {k: v for k, v in settings.items() if isinstance(v, (int, str))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints of the authors' networks
 
 def fold_published(src, n_heads=None):
-    """A published checkpoint (path or state dict) -> (our state dict, sizes). From the authors' DiT and golden tensors.
+    """A published checkpoint (path or state dict) -> (our state dict, sizes, their state dict).
 
     Their adaLN has a constant input (no time conditioning), so it folds into LayerNorm and output projections exactly:
         c = silu(W2 silu(W1 e + b1) + b2),  e = [1] * 128 ++ [0] * 128   (sinusoidal embedding of sigma = 0)
@@ -369,7 +557,8 @@ def fold_published(src, n_heads=None):
     AR files have no adaLN. The output layer's [MASK] row is dropped: its logit is -inf.
     """
     if not isinstance(src, dict):
-        src = torch.load(src, map_location="cpu", weights_only=True)
+        src, settings = read_lightning(src) if str(src).endswith(".ckpt") else read_weights(src)
+        n_heads = n_heads or settings.get("n_heads")
     src = src.get("state_dict", src)
     src = {k.removeprefix("backbone."): v.float() for k, v in src.items() if not k.startswith("teacher_model.")}
     try:

@@ -3,18 +3,23 @@
     python sample.py --ckpt=out/maze-mdlm-gumbel --n=3 --steps=1 --greedy
     python sample.py --ckpt=out/mine-mdlm --prompt="The state of" --steps=64
     python sample.py --ckpt=out/mine-mdlm --infill="The [MASK][MASK][MASK][MASK] of the Union"
+    python sample.py --ckpt=out/mine-mdlm --sampler=apd --verifier=out/mine-ar
+    python sample.py --ckpt=gpt2-large --shards=data/gpt2-written --n=100000 --length=1024 --batch_size=64
 """
 import json
 import os
 import sys
 import time
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.prepare import BadInput, Parser, Tokenizer, check_output, draw_maze, number, run_main
+import mdlm
+import teacher
+from data.prepare import BadInput, Parser, Tokenizer, Writer, check_output, draw_maze, number, run_main
 from mdlm import MDLM, ORDERS, SAMPLERS
-from teacher import AR
+from teacher import AR, GPT2, GPT2_SIZES, HF, CausalLM
 
 MODELS = {"ar": AR, "mdlm": MDLM}
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step", "tokens_seen", "rng", "args", "config", "meta", "git")
@@ -51,17 +56,55 @@ def build(kind, config):
 
 
 def load_model(path, weights="ema", device="cpu"):
-    """A trained model, ready for inference: `weights` "ema" or "raw". It carries its run's args and dataset meta."""
-    ckpt = load_checkpoint(path)
-    model = build(ckpt["args"]["model"], ckpt["config"])
-    try:
-        model.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
-    except RuntimeError as e:
-        raise BadInput(f"{path} does not hold the weights that its config describes: "
-                       f"{str(e).splitlines()[-1].strip()}") from None
-    model.args, model.meta, model.step = ckpt["args"], ckpt["meta"], ckpt["step"]
-    model.name = os.path.basename(os.path.abspath(path if os.path.isdir(path) else os.path.dirname(path)))
+    """A model ready for inference, with its run's args and dataset meta. `path`: a checkpoint of train.py or its run
+    directory; gpt2, gpt2-medium, gpt2-large, gpt2-xl; a folder as Hugging Face has it (GPT-2, or the authors' MDLM); a
+    Lightning .ckpt of the authors' code; hf:NAME. `weights`: "ema" or "raw", where a file has both.
+    """
+    if path.startswith("hf:") or path in GPT2_SIZES or path.endswith((".ckpt", ".safetensors")) or os.path.isdir(path) \
+            and not os.path.exists(os.path.join(path, "ckpt.pt")) and os.path.exists(os.path.join(path, "config.json")):
+        model = load_foreign(path, weights)
+    else:
+        ckpt = load_checkpoint(path)
+        model = build(ckpt["args"]["model"], ckpt["config"])
+        try:
+            model.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
+        except RuntimeError as e:
+            raise BadInput(f"{path} does not hold the weights that its config describes: "
+                           f"{str(e).splitlines()[-1].strip()}") from None
+        model.args, model.meta, model.step = ckpt["args"], ckpt["meta"], ckpt["step"]
+    model.name = os.path.basename(os.path.abspath(path if not path.endswith(".pt") else os.path.dirname(path)))
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_foreign(path, weights):
+    """A model that train.py did not write, described as if it had."""
+    tokenizer = None
+    try:
+        if path.startswith("hf:"):
+            model, tokenizer = HF(path[3:]), path
+        elif path in GPT2_SIZES:
+            model = GPT2.from_pretrained(path)
+        else:
+            state, settings = mdlm.read_lightning(path, weights) if path.endswith(".ckpt") else mdlm.read_weights(path)
+            if any(k.endswith("wte.weight") for k in state):
+                model = GPT2.from_state(state, settings)
+            else:
+                names = {k.removeprefix("backbone."): k for k in state}
+                bos = len(state[names["vocab_embed.embedding"]]) - 2 if "vocab_embed.embedding" in names else 0
+                kw = dict(n_heads=settings.get("n_heads"), bos=bos, length=settings.get("model_length", 1024))
+                if "sigma_map.mlp.0.weight" not in names:
+                    model = teacher.load_published(state, **kw)
+                elif settings.get("block_size", kw["length"]) != kw["length"]:
+                    raise ValueError(f"a BD3-LM of block size {settings['block_size']}, which is no MDLM")
+                else:
+                    model = mdlm.load_published(state, inject=settings.get("inject", "replace"), **kw)
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{path} cannot be loaded: {e}") from None
+    V = model.config["vocab_size"]
+    model.meta = dict(name=os.path.basename(path), tokenizer=tokenizer or ("gpt2" if V == 50257 else "ids"),
+                      vocab_size=V, bos=model.bos, predict_bos=True, row_length=None)
+    model.args, model.step = dict(model="ar" if isinstance(model, CausalLM) else "mdlm"), None
+    return model
 
 
 def device_and_dtype(dtype):
@@ -75,10 +118,16 @@ def device_and_dtype(dtype):
 # sampling
 
 def generate(model, tokens, steps, tau, top_p, greedy, sampler="ancestral", order="random", resample_noise=False,
-             length=None, generator=None):
-    """`model.generate` for any kind of model: an AR model continues the prompt and ignores what is about steps."""
-    if isinstance(model, AR):
+             length=None, generator=None, apd=None):
+    """`model.generate` for any kind of model: an AR model continues the prompt and ignores what is about steps.
+
+    `apd`: a dict with `verifier`, `ratio`, `max_lookahead`, for sampler "apd". -> (tokens, nfe [, verifier calls]).
+    """
+    if isinstance(model, CausalLM):
         return model.generate(tokens, length, tau=tau, top_p=top_p, greedy=greedy, generator=generator)
+    if sampler == "apd":
+        return model.generate_apd(tokens, **apd, tau=tau, top_p=top_p, greedy=greedy, resample_noise=resample_noise,
+                                  generator=generator)
     return model.generate(tokens, steps, sampler, order, tau=tau, top_p=top_p, greedy=greedy,
                           resample_noise=resample_noise, generator=generator)
 
@@ -86,9 +135,13 @@ def generate(model, tokens, steps, tau, top_p, greedy, sampler="ancestral", orde
 def sampling_flags(parser):
     """The flags that every sampling command shares."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sampler", choices=SAMPLERS, default="ancestral",
-                       help="fixed: the same number of tokens a step")
+    group.add_argument("--sampler", choices=[*SAMPLERS, "apd"], default="ancestral",
+                       help="fixed: the same number of tokens a step; apd: left to right, checked by --verifier")
     group.add_argument("--order", choices=ORDERS, default="random", help="another than random needs --sampler=fixed")
+    group.add_argument("--verifier", help="apd: AR checkpoint or gpt2[-medium|-large|-xl] of the same vocabulary")
+    group.add_argument("--apd_ratio", type=number(float, 0, 1), default=0.5,
+                       help="apd: R, the weight of the student's logits against the verifier's")
+    group.add_argument("--max_lookahead", type=number(int, 1), default=10, help="apd: tokens drafted at once")
     group.add_argument("--tau", type=number(float, above=0), help="noise temperature (AR: the sampling temperature); "
                        "default 1, and 0.85 for a student with noise on text, as the authors released it")
     group.add_argument("--top_p", type=number(float, above=0, high=1),
@@ -106,15 +159,42 @@ def resolve_sampling(args, model):
     tau = args.tau if args.tau is not None else 0.85 if text and noisy else 1.0
     top_p = args.top_p if args.top_p is not None else 0.9 if text else 1.0
     if args.order != "random" and args.sampler != "fixed":
-        raise BadInput(f"--order={args.order} needs --sampler=fixed: the other samplers reveal at random")
+        raise BadInput(f"--order={args.order} needs --sampler=fixed: the other samplers reveal at random or, apd, left "
+                       "to right")
     return tau, top_p
+
+
+def load_verifier(args, models, device):
+    """What `generate` wants as `apd`, or None; BadInput where the verifier does not fit the models."""
+    if args.sampler != "apd":
+        if args.verifier:
+            raise BadInput("--verifier is read with --sampler=apd only: add it, or leave --verifier out")
+        return None
+    if not args.verifier:
+        raise BadInput("--sampler=apd needs --verifier: an AR checkpoint of the same vocabulary, or gpt2")
+    return dict(verifier=load_ar("--verifier", args.verifier, models[0].meta, models[0].length, device),
+                ratio=args.apd_ratio, max_lookahead=args.max_lookahead)
+
+
+def load_ar(flag, path, meta, length, device="cpu"):
+    """The AR model that a flag names, checked to fit data with this meta, in rows of `length` tokens."""
+    model = load_model(path, device=device)
+    if not isinstance(model, CausalLM):
+        raise BadInput(f"{flag}={path} is a {model.args['model']} checkpoint: it must be one of --model=ar")
+    for key in ("vocab_size", "bos"):
+        if model.config[key] != meta[key]:
+            raise BadInput(f"{flag}={path} has {key} {model.config[key]}, the data {meta[key]}: they must be the same")
+    if length is not None and length > model.length:
+        raise BadInput(f"{flag}={path} was trained on rows of {model.length} tokens: "
+                       f"use --length={model.length} or less")
+    return model
 
 
 def start_tokens(model, tokenizer, prompt, infill, length):
     """One row to start from: [BOS] + prompt (+ [MASK]s), or the infill text with its [MASK]s. -> LongTensor [1, *]."""
-    encode = ((lambda s: ["UDLR.".index(c) for c in s]) if tokenizer.name == "maze"
-              else (lambda s: tokenizer.encode([s])[0].tolist()))
-    ar = isinstance(model, AR)
+    def encode(text):
+        return tokenizer.encode([text])[0].tolist()
+    ar = isinstance(model, CausalLM)
     try:
         if infill is not None:
             if ar:
@@ -125,7 +205,8 @@ def start_tokens(model, tokenizer, prompt, infill, length):
         else:
             ids = encode(prompt)
     except ValueError:
-        raise BadInput("the maze's prompts are made of U D L R and . (PAD)") from None
+        raise BadInput("prompts of this model are made of "
+                       + ("U D L R and . (PAD)" if tokenizer.name == "maze" else "token ids")) from None
     if len(ids) + 1 > length:
         raise BadInput(f"--{'infill' if infill is not None else 'prompt'} has {len(ids)} tokens, but "
                        f"a sample of this model has at most {length - 1}: shorten it")
@@ -134,9 +215,56 @@ def start_tokens(model, tokenizer, prompt, infill, length):
     return torch.tensor([[model.bos] + ids])
 
 
+def entropy(ids):
+    """Unigram entropy of token ids in nats: repetition shows as a low value."""
+    _, count = np.unique(np.asarray(ids), return_counts=True)
+    p = count / count.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def write_shards(model, args, device, autocast):
+    """Sequential extraction: n rows of the AR model's own text, drawn at tau 1 and top_p 1, as a dataset for training.
+
+    The noise is not stored: given these rows, parallel extraction redraws it with exactly the law it had (Section 4.1).
+    Each batch has its own seed, so that an interrupted run continues with what it would have written.
+    """
+    if not isinstance(model, CausalLM):
+        raise BadInput(f"--shards is the teacher's text: {args.ckpt} must be an AR model")
+    for flag in ("tau", "top_p"):
+        if getattr(args, flag) not in (None, 1.0):
+            raise BadInput(f"--shards draws at --{flag}=1: only so is the noise that is extracted later the true one")
+    if args.prompt or args.greedy or args.out or args.infill is not None:
+        raise BadInput("--shards goes with none of --prompt, --infill, --greedy, --out")
+    length = args.length or min(model.length, 1024)
+    held = max(1, round(0.02 * args.n))
+    if args.n < 2:
+        raise BadInput("--n must be at least 2 with --shards: a row for each of train and val")
+    name = os.path.basename(os.path.normpath(args.shards))
+    key = {k: getattr(args, k) for k in ("ckpt", "n", "batch_size", "length", "seed", "weights", "dtype")}
+    writer = Writer(args.shards, dict(name=name, **{k: model.meta[k] for k in (
+        "tokenizer", "vocab_size", "bos", "predict_bos")}, row_length=length - 1), key | {"step": model.step})
+    with tqdm(total=args.n, initial=writer.done, unit="row", desc=args.shards) as bar:
+        while (done := writer.done) < args.n:
+            b = min(args.batch_size, args.n - done)
+            seed = int(np.random.SeedSequence([args.seed, done]).generate_state(1, np.uint64)[0] >> 1)
+            with autocast:
+                tokens, _ = model.generate(torch.full((b, 1), model.bos, device=device), length,
+                                           generator=torch.Generator(device).manual_seed(seed))
+            rows = tokens[:, 1:].cpu().numpy()
+            for split, part in (("val", rows[:max(0, held - done)]), ("train", rows[max(0, held - done):])):
+                writer.write(split, part.ravel())
+            writer.commit(done + b)
+            bar.update(b)
+            bar.set_postfix(tokens_per_s=f"{(bar.n - bar.initial) * (length - 1) / bar.format_dict['elapsed']:,.0f}")
+    writer.finish()
+    print(f"{args.shards}: {args.n} rows of {length - 1} tokens by {model.name}, {held} of them for validation",
+          file=sys.stderr)
+
+
 def main():
     parser = Parser(description="Draw samples from a checkpoint.")
-    parser.add_argument("--ckpt", required=True, help="checkpoint, or its run directory")
+    parser.add_argument("--ckpt", required=True, help="checkpoint or its run directory, gpt2[-medium|-large|-xl], "
+                        "hf:NAME, or a published .ckpt or folder")
     parser.add_argument("--n", type=number(int, 1), default=4, help="number of samples")
     parser.add_argument("--batch_size", type=number(int, 1), default=16, help="samples drawn at once")
     parser.add_argument("--steps", type=number(int, 1), help="steps of a masked model; default: the length of a row")
@@ -146,6 +274,7 @@ def main():
     parser.add_argument("--greedy", action="store_true", help="argmax instead of a draw: the natural choice with noise")
     parser.add_argument("--resample_noise", action="store_true", help="draw the noise anew at each step")
     parser.add_argument("--out", help="also write the samples to this .jsonl file")
+    parser.add_argument("--shards", help="write n rows of an AR model's text to this folder, as a dataset to train on")
     sampling_flags(parser)
     args = parser.parse_args()
 
@@ -157,9 +286,14 @@ def main():
     model = load_model(args.ckpt, args.weights, device)
     if args.length and args.length > model.length:
         raise BadInput(f"--length={args.length} is more than the {model.length} tokens that this model was trained on")
-    length = args.length or model.length
+    if args.shards:
+        return write_shards(model, args, device, autocast)
+    length = args.length or min(model.length, 1024)
     tau, top_p = resolve_sampling(args, model)
-    tokenizer = Tokenizer(model.meta["tokenizer"])
+    if args.sampler == "apd" and isinstance(model, CausalLM):
+        raise BadInput("--sampler=apd needs a masked model to draft: --ckpt is an AR model")
+    apd = load_verifier(args, [model], device)
+    tokenizer = Tokenizer(model.meta["tokenizer"], model.config["vocab_size"])
     start = start_tokens(model, tokenizer, args.prompt, args.infill, length).to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
     began, done = time.time(), 0
@@ -168,16 +302,21 @@ def main():
         while done < args.n:
             b = min(args.batch_size, args.n - done)
             with autocast:
-                tokens, nfe = generate(model, start.expand(b, -1), args.steps or length, tau, top_p, args.greedy,
-                                       args.sampler, args.order, args.resample_noise, length, generator)
-            for row, calls in zip(tokens[:, 1:].tolist(), nfe.tolist()):
+                tokens, nfe, *checks = generate(
+                    model, start.expand(b, -1), args.steps or length, tau, top_p, args.greedy, args.sampler, args.order,
+                    args.resample_noise, length, generator, apd)
+            for i, row in enumerate(tokens[:, 1:].tolist()):
                 text = tokenizer.decode(row)
-                print(f"--- sample {done}, nfe {calls}\n{draw_maze(row) if tokenizer.name == 'maze' else text}")
+                facts = dict(nfe=int(nfe[i])) | ({"verifier_calls": int(checks[0][i])} if checks else {})
+                if tokenizer.name != "maze":
+                    facts["entropy"] = round(entropy(row), 3)
+                print(f"--- sample {done}, {', '.join(f'{k} {v}' for k, v in facts.items())}\n"
+                      f"{draw_maze(row) if tokenizer.name == 'maze' else text}")
                 if out:
-                    out.write(json.dumps(dict(text=text, tokens=row, nfe=calls)) + "\n")
+                    out.write(json.dumps(dict(text=text, tokens=row) | facts) + "\n")
                 done += 1
             bar.update(b)
-    print(f"{args.n} samples from {model.name} (step {model.step}) in {time.time() - began:.1f} s: "
+    print(f"{args.n} samples from {model.name} (step {model.step or 'unknown'}) in {time.time() - began:.1f} s: "
           f"tau {tau}, top_p {top_p}, {'greedy' if args.greedy else 'sampled'}", file=sys.stderr)
 
 

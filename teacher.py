@@ -6,6 +6,7 @@ token there) comes from the teacher's logits at position i - 1.
 Shapes: B batch, L length, V vocabulary, D width, N rows.
 """
 import math
+import os
 from contextlib import nullcontext
 from functools import partial
 
@@ -13,34 +14,32 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.prepare import BadInput, optional
 from gumbel import posterior_gumbel, sample_gumbel
-from mdlm import KVCache, Transformer, draw_tokens, fold_published, nll_rows
+from mdlm import KVCache, Transformer, draw_tokens, fold_published, read_weights, row_losses
+
+GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
+GPT2_SIZES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20),
+              "gpt2-xl": (48, 1600, 25)}                  # n_layer, n_embd, n_head
 
 
-class AR(nn.Module):
-    """The student's transformer made causal: a teacher, a baseline of student size, a verifier or a judge."""
+class CausalLM(nn.Module):
+    """What every AR model here does: a teacher, a baseline of student size, a verifier or a judge.
 
-    def __init__(self, vocab_size, length, bos, n_layer=12, n_embd=768, n_head=12, dropout=0.1, predict_bos=True):
+    A subclass gives `config` (vocab_size, length, bos, ...), `hidden` and `logits`.
+    """
+
+    def __init__(self, **config):
         super().__init__()
-        self.config = dict(vocab_size=vocab_size, length=length, bos=bos, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
-                           dropout=dropout, predict_bos=predict_bos)
-        self.vocab_size, self.length, self.bos, self.predict_bos = vocab_size, length, bos, predict_bos
-        self.transformer = Transformer(vocab_size, vocab_size, n_layer, n_embd, n_head, dropout, causal=True)
+        self.config = config
+        self.vocab_size, self.length, self.bos = config["vocab_size"], config["length"], config["bos"]
 
-    def hidden(self, tokens, cache=None):
-        """tokens [B, L] -> [B, L, D]; with a KVCache, the tokens that follow what it holds."""
-        return self.transformer(self.transformer.embed(tokens), cache)
+    @property
+    def device(self):
+        return next(self.parameters()).device
 
-    def logits(self, h, exact=True):
-        """h [N, D] -> [N, V], in float32 even under autocast: a bf16 logit near -60 is off by up to a quarter.
-
-        `exact=False` (in training, where the error averages out) follows autocast.
-        """
-        with torch.autocast(h.device.type, enabled=False) if exact else nullcontext():
-            logits = self.transformer.head(h.float()).float()
-        if not self.predict_bos:
-            logits[..., self.bos] = -math.inf
-        return logits
+    def new_cache(self, batch, length):
+        return KVCache(self.transformer, batch, length)
 
     def log_probs(self, tokens):
         """tokens [B, L] -> [B, L, V]; row i is the distribution of token i + 1."""
@@ -49,7 +48,7 @@ class AR(nn.Module):
     def loss(self, tokens):
         """Mean negative log-likelihood in nats over the L - 1 tokens after BOS. Returns (loss, {})."""
         h = self.hidden(tokens[:, :-1]).flatten(0, 1)
-        return nll_rows(partial(self.logits, exact=False), h, tokens[:, 1:].flatten(), self.vocab_size).mean(), {}
+        return row_losses(partial(self.logits, exact=False), h, tokens[:, 1:].flatten(), self.vocab_size)[0].mean(), {}
 
     forward = loss                                        # what DDP calls
 
@@ -74,12 +73,142 @@ class AR(nn.Module):
             raise ValueError(f"tau must be positive and top_p in (0, 1], got {tau} and {top_p}")
         if not 1 <= P <= length:
             raise ValueError(f"the prompt has {P} tokens, the sample {length}")
-        cache, x, new = KVCache(self.transformer, B, length), tokens, tokens
+        if length > self.length:
+            raise ValueError(f"{length} tokens wanted, this model was made for rows of at most {self.length}")
+        cache, x, new = self.new_cache(B, length), tokens, tokens
         for i in range(P, length):
             logits = self.logits(self.hidden(new, cache)[:, -1]) / tau
             new = draw_tokens(logits, top_p, greedy, None if noise is None else noise[:, i], generator)[:, None]
             x = torch.cat([x, new], 1)
         return x, torch.full((B,), length - P, device=tokens.device)
+
+
+class AR(CausalLM):
+    """The student's transformer made causal."""
+
+    def __init__(self, vocab_size, length, bos, n_layer=12, n_embd=768, n_head=12, dropout=0.1, predict_bos=True,
+                 learned=0):
+        super().__init__(vocab_size=vocab_size, length=length, bos=bos, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
+                         dropout=dropout, predict_bos=predict_bos)
+        self.predict_bos = predict_bos
+        self.transformer = Transformer(vocab_size, vocab_size, n_layer, n_embd, n_head, dropout, True, learned)
+
+    def hidden(self, tokens, cache=None):
+        """tokens [B, L] -> [B, L, D]; with a KVCache, the tokens that follow what it holds."""
+        return self.transformer(self.transformer.embed(tokens), cache)
+
+    def logits(self, h, exact=True):
+        """h [N, D] -> [N, V], in float32 even under autocast: a bf16 logit near -60 is off by up to a quarter.
+
+        `exact=False` (in training, where the error averages out) follows autocast.
+        """
+        with torch.autocast(h.device.type, enabled=False) if exact else nullcontext():
+            logits = self.transformer.head(h.float()).float()
+        if not self.predict_bos:
+            logits[..., self.bos] = -math.inf
+        return logits
+
+
+class GPT2(AR):
+    """GPT-2 of any size, from the published files: `GPT2.from_pretrained("gpt2-large")`. model(tokens) -> logits."""
+
+    def forward(self, tokens):
+        """tokens [B, L] -> logits [B, L, V]; row i is about token i + 1."""
+        return self.logits(self.hidden(tokens))
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir):
+        """A name of GPT2_SIZES, downloaded once (to $GUMBEL_CACHE, default ~/.cache/gumbel), or a folder that holds
+        model.safetensors or pytorch_model.bin (+ config.json). Raises BadInput. In evaluation mode, float32.
+        """
+        folder = name_or_dir
+        if name_or_dir in GPT2_SIZES and not os.path.isdir(name_or_dir):
+            folder = os.path.join(os.environ.get("GUMBEL_CACHE") or os.path.expanduser("~/.cache/gumbel"), name_or_dir)
+            path = os.path.join(folder, "model.safetensors")
+            if not os.path.exists(path):
+                os.makedirs(folder, exist_ok=True)
+                try:
+                    torch.hub.download_url_to_file(GPT2_URL.format(name_or_dir), path)
+                except OSError as e:
+                    raise BadInput(f"could not download {name_or_dir} ({e}): go online once, or give a folder that "
+                                   "holds its model.safetensors or pytorch_model.bin") from None
+        try:
+            return cls.from_state(*read_weights(folder))
+        except (OSError, ValueError) as e:
+            raise BadInput(f"{name_or_dir} is no GPT-2: {e}") from None
+
+    @classmethod
+    def from_state(cls, state, config):
+        """Published names and settings -> our model. Names with and without `transformer.`, buffers left out; the
+        published layers are Conv1D, stored [in, out]."""
+        for key, value in dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None,
+                               scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                               tie_word_embeddings=True).items():
+            if config.get(key, value) != value:
+                raise ValueError(f"its config.json has {key} = {config[key]!r}, GPT-2 has {value!r}")
+        state = {k.removeprefix("transformer."): v.float() for k, v in state.items()
+                 if not k.endswith((".attn.bias", ".attn.masked_bias")) and k != "lm_head.weight"}
+        names = {"wte": "embed", "wpe": "positions", "ln_f": "norm", "ln_1": "norm1", "ln_2": "norm2",
+                 "attn.c_attn": "qkv", "attn.c_proj": "attn_out", "mlp.c_fc": "fc", "mlp.c_proj": "proj"}
+        out = {}
+        for key, w in state.items():
+            parts = key.split(".")
+            prefix, name, kind = ("blocks." + parts[1] + ".", ".".join(parts[2:-1]), parts[-1]) if parts[0] == "h" \
+                else ("", ".".join(parts[:-1]), parts[-1])
+            if name not in names:
+                raise ValueError(f"unknown weight {key}")
+            out["transformer." + prefix + names[name] + "." + kind] = w.t() if "c_" in name and kind == "weight" else w
+        try:
+            (V, D), n_layer = state["wte.weight"].shape, 1 + max(int(k.split(".")[1]) for k in state if k[:2] == "h.")
+            bos = config.get("bos_token_id")
+            with torch.device("meta"):                     # no memory, no initial draws: the weights replace it all
+                model = cls(V, len(state["wpe.weight"]), V - 1 if bos is None else bos, n_layer, D,
+                            config.get("n_head") or D // 64, 0.0, learned=len(state["wpe.weight"]))
+            out["transformer.head.weight"] = out["transformer.embed.weight"]
+            model.load_state_dict(out, assign=True)
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise ValueError(f"its weights are not GPT-2's: {str(e).splitlines()[-1].strip()}") from None
+        model.transformer.head.weight = model.transformer.embed.weight
+        return model.eval().requires_grad_(False)
+
+
+class HF(CausalLM):
+    """Any Hugging Face causal LM as a teacher, through `transformers` (optional): a name, a folder, or a .gguf file."""
+
+    def __init__(self, name):
+        transformers = optional("transformers", f"hf:{name}")
+        where, kw = (os.path.split(name) if name.endswith(".gguf") else (name, None))
+        try:
+            lm = transformers.AutoModelForCausalLM.from_pretrained(where or ".", dtype=torch.float32,
+                                                                   **({"gguf_file": kw} if kw else {}))
+        except (OSError, ValueError, ImportError) as e:
+            why = (str(e) or type(e).__name__).splitlines()[0]
+            raise BadInput(f"transformers cannot load hf:{name}: {why}") from None
+        c = lm.config
+        super().__init__(vocab_size=c.vocab_size, length=getattr(c, "max_position_embeddings", None) or 1 << 30,
+                         bos=c.eos_token_id if c.bos_token_id is None else c.bos_token_id)
+        self.lm = lm.eval().requires_grad_(False)
+        self.new_cache = lambda batch, length: transformers.DynamicCache()
+        probe = torch.arange(4)[None]
+        if not torch.allclose(self.logits(self.hidden(probe)), lm(probe).logits, atol=1e-3):
+            raise BadInput(f"hf:{name} scales or caps the logits of its output layer, which this wrapper does not: "
+                           "use another teacher")
+
+    def hidden(self, tokens, cache=None):
+        return self.lm.base_model(tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+
+    def logits(self, h, exact=True):
+        with torch.autocast(h.device.type, enabled=False) if exact else nullcontext():
+            return self.lm.get_output_embeddings()(h.float()).float()
+
+
+def body_to_bfloat16(teacher):
+    """The frozen teacher's layers in bf16 (half the memory, no cast at each pass); embeddings and head stay float32."""
+    blocks = teacher.lm.base_model if isinstance(teacher, HF) else teacher.transformer.blocks
+    for m in blocks.modules():
+        if isinstance(m, nn.Linear):
+            m.to(torch.bfloat16)
+    return teacher
 
 
 class LogitsTable:
@@ -89,7 +218,7 @@ class LogitsTable:
     """
 
     def __init__(self, teacher, data, batch=1024):
-        device = teacher.transformer.embed.weight.device
+        device = teacher.device
         with torch.no_grad():
             self.table = torch.cat([teacher.logits(teacher.hidden(
                 torch.from_numpy(data.rows(range(a, min(a + batch, len(data))))).to(device)[:, :-1]))
@@ -118,7 +247,7 @@ def extract_parallel(teacher, tokens, generator=None):
 def extract_sequential(teacher, n, length=None, generator=None):
     """n texts by the teacher with the noise that produced them: tokens [n, L], noise [n, L, V]; row 0 (BOS) is zero."""
     length = length or teacher.length
-    device = teacher.transformer.embed.weight.device
+    device = teacher.device
     noise = sample_gumbel((n, length, teacher.vocab_size), generator, device)
     noise[:, 0] = 0
     tokens, _ = teacher.generate(torch.full((n, 1), teacher.bos, device=device), length, noise=noise)

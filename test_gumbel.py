@@ -8,15 +8,19 @@ taken from GUMBEL_SHARED, and is ../shared by default.
 import argparse
 import copy
 import functools
+import gzip
 import importlib.util
+import io
 import itertools
 import json
+import lzma
 import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -33,7 +37,7 @@ import train
 from data import prepare
 from gumbel import GumbelEmbedding, gumbel_max, posterior_gumbel, sample_exponential, sample_gumbel
 from mdlm import MDLM, KVCache, draw_tokens, load_published, nucleus, own_pace, reveal_steps, stratified_t, unmask
-from teacher import AR, LogitsTable, extract_parallel, extract_sequential
+from teacher import AR, GPT2, HF, LogitsTable, body_to_bfloat16, extract_parallel, extract_sequential
 from teacher import load_published as load_published_ar
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -787,6 +791,383 @@ def test_two_token_toy():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# GPT-2, other teachers, and weights from other projects
+
+def save_gpt2(folder, V=301, L=40, spelling="plain", config=True, safetensors=True):
+    """A randomly initialised GPT-2 of `transformers`, saved in `folder` -> the transformers model."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    torch.manual_seed(0)
+    lm = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=2, n_embd=128, n_head=2, vocab_size=V, n_positions=L, bos_token_id=V - 1, eos_token_id=V - 1)).eval()
+    for name, p in lm.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "ln_" in name and "weight" in name else 0.0, std=0.15)
+    os.makedirs(folder, exist_ok=True)
+    state = dict(lm.state_dict())
+    if spelling == "plain":                               # as the openai-community files: no prefix, no head, buffers
+        state = {k.removeprefix("transformer."): v for k, v in state.items() if k != "lm_head.weight"}
+        state |= {f"h.{i}.attn.bias": torch.ones(1, 1, L, L).tril() for i in range(2)}
+    else:
+        state |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    if safetensors:
+        pytest.importorskip("safetensors.torch").save_file({k: v.clone() for k, v in state.items()},
+                                                           f"{folder}/model.safetensors", {"format": "pt"})
+    else:
+        torch.save(state, f"{folder}/pytorch_model.bin")
+    if config:
+        lm.config.save_pretrained(folder)
+    return lm
+
+
+@pytest.mark.parametrize("spelling,config,safetensors", [("plain", True, True), ("plain", False, False),
+                                                         ("prefixed", True, False), ("prefixed", False, True)])
+def test_gpt2_equals_transformers(tmp_path, spelling, config, safetensors):
+    lm = save_gpt2(tmp_path, spelling=spelling, config=config, safetensors=safetensors)
+    model = GPT2.from_pretrained(str(tmp_path))
+    x = torch.randint(301, (3, 40), generator=gen())
+    with torch.no_grad():
+        want = lm(x).logits
+    assert want.std() > 1 and (model(x) - want).abs().max() < 1e-4
+    cache = model.new_cache(3, 40)
+    parts = [model.logits(model.hidden(part, cache)) for part in x.split([7, 1, 1, 20, 11], 1)]
+    assert (torch.cat(parts, 1) - want).abs().max() < 1e-4
+    assert (model.log_probs(x) - want.log_softmax(-1)).abs().max() < 1e-4
+    assert model.config["n_head"] == 2 and (model.vocab_size, model.length, model.bos) == (301, 40, 300)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_gpt2_sizes_and_download(tmp_path, monkeypatch):
+    """The four published sizes; a name is downloaded once, to the folder that the variable names."""
+    import teacher
+    assert {k: round(12 * n * d * d / 1e6) for k, (n, d, _) in teacher.GPT2_SIZES.items()} == {
+        "gpt2": 85, "gpt2-medium": 302, "gpt2-large": 708, "gpt2-xl": 1475}
+    save_gpt2(tmp_path / "source")
+    calls = []
+
+    def download(url, dst, **kw):
+        calls.append(url)
+        shutil.copy(tmp_path / "source" / "model.safetensors", dst)
+    monkeypatch.setenv("GUMBEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        assert GPT2.from_pretrained("gpt2-large").vocab_size == 301
+    assert len(calls) == 1 and "gpt2-large" in calls[0] and calls[0].startswith("https://")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(prepare.BadInput, match="could not download gpt2-xl.*no route"):
+        GPT2.from_pretrained("gpt2-xl")
+
+
+def test_gpt2_bad_files(tmp_path):
+    lm = save_gpt2(tmp_path / "a")
+    path = tmp_path / "a" / "model.safetensors"
+    good = path.read_bytes()
+    header = int.from_bytes(good[:8], "little")
+    for bad in (good[:-5], good[:100], b"", good[:8] + b"x" + good[9:], (1 << 60).to_bytes(8, "little") + good[8:],
+                good.replace(b'"F32"', b'"F99"', 1), good.replace(b"[301,128]", b"[128,301,9]"[:9], 1),
+                b"\x02" + bytes(7) + b"[]", good[:8] + good[8:8 + header].replace(b"data_offsets", b"data_offse**")):
+        path.write_bytes(bad)
+        with pytest.raises(prepare.BadInput, match="no GPT-2"):
+            GPT2.from_pretrained(str(tmp_path / "a"))
+    os.remove(path)
+    with pytest.raises(prepare.BadInput, match="neither model.safetensors nor pytorch_model.bin"):
+        GPT2.from_pretrained(str(tmp_path / "a"))
+    (tmp_path / "a" / "pytorch_model.bin").write_bytes(b"no torch file")
+    with pytest.raises(prepare.BadInput, match="not a readable torch file"):
+        GPT2.from_pretrained(str(tmp_path / "a"))
+    state = dict(lm.state_dict())
+    for change, words in (({"transformer.h.0.attn.c_attn.weight": None}, "Missing key"),
+                          ({"transformer.h.0.extra.weight": torch.zeros(2)}, "unknown weight h.0.extra"),
+                          ({"transformer.ln_f.weight": torch.zeros(3)}, "size mismatch")):
+        with pytest.raises(ValueError, match=words):
+            GPT2.from_state({k: v for k, v in (state | change).items() if v is not None}, {})
+    with pytest.raises(ValueError, match="activation_function"):
+        GPT2.from_state(state, {"activation_function": "relu"})
+
+
+def test_safetensors_reader(tmp_path):
+    st = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+    tensors = {str(d): torch.randn(3, 4, generator=gen()).mul(5).to(d) for d in mdlm.DTYPES.values()}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "odd": torch.arange(3, dtype=torch.uint8),
+                "after odd": torch.randn(5, dtype=torch.float64, generator=gen())}
+    st.save_file(tensors, tmp_path / "x.safetensors", {"k": "v"})
+    got = mdlm.read_safetensors(tmp_path / "x.safetensors")
+    assert got.keys() == tensors.keys()
+    assert all(got[k].dtype == v.dtype and torch.equal(got[k], v) for k, v in tensors.items())
+
+
+def test_teacher_body_in_bfloat16_keeps_a_float32_head(tmp_path):
+    save_gpt2(tmp_path)
+    model = GPT2.from_pretrained(str(tmp_path))
+    x = torch.randint(301, (2, 20), generator=gen())
+    want = model.log_probs(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        body_to_bfloat16(model)
+        h = model.hidden(x)
+        logits = model.posterior_logits(x, torch.ones_like(x, dtype=torch.bool).index_fill(1, torch.tensor(0), False))
+        assert logits(0, 5).dtype == torch.float32
+        got = model.logits(h)
+    assert model.transformer.embed.weight.dtype == torch.float32 == model.transformer.head.weight.dtype
+    assert model.transformer.blocks[0].fc.weight.dtype == torch.bfloat16
+    # the head is exact on the h it gets; the bf16 body costs a few per cent of the logits' scale
+    assert torch.allclose(got, h.float() @ model.transformer.embed.weight.T, atol=1e-5)
+    assert 0 < (got.log_softmax(-1) - want).abs().mean() < 0.05 * want.std()
+
+
+def test_hugging_face_teacher(tmp_path, cli, monkeypatch, text_file):
+    """Any causal LM: its logits; shards with its tokenizer; a student trained on both; what does not fit is refused."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    torch.manual_seed(0)
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)).eval()
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator([" ".join(DOCS)], tokenizers.trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"]))
+    n = bpe.get_vocab_size()
+    lm.resize_token_embeddings(n)
+    lm.save_pretrained(tmp_path / "lm")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(
+        tmp_path / "lm")
+    model = HF(str(tmp_path / "lm"))
+    x = torch.randint(n, (2, 30), generator=gen())
+    with torch.no_grad():
+        want = lm(x).logits
+        assert (model.logits(model.hidden(x)) - want).abs().max() < 1e-5
+        cache = model.new_cache(2, 30)
+        assert (torch.cat([model.logits(model.hidden(p, cache)) for p in x.split([9, 1, 20], 1)], 1)
+                - want).abs().max() < 1e-4
+    assert (model.vocab_size, model.bos, model.length) == (n, 1, 64)
+    monkeypatch.chdir(tmp_path)
+    assert cli(prepare, f"text --files {text_file} --tokenizer=hf:lm --out=data/mine")[0] == 0
+    meta, _ = prepare.read_meta("data/mine")
+    assert (meta["tokenizer"], meta["vocab_size"], meta["bos"]) == ("hf:lm", n, 1)
+    small = f"--data=data/mine --length=12 --steps=3 {TINY}"
+    assert cli(train, f"--gumbel --teacher=hf:lm --out=out/a {small}")[0] == 0
+    code, out, _ = cli(sample, "--ckpt=out/a --n=1 --steps=3")
+    assert code == 0 and "sample 0" in out
+    code, out, _ = cli(sample, "--ckpt=hf:lm --n=1 --length=9")
+    assert code == 0 and "nfe 8" in out
+    assert cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=data/b")[0] == 0
+    refused(cli(train, f"--gumbel --teacher=hf:lm --out=out/b {small.replace('mine', 'b')}"), "vocab_size", "257")
+    refused(cli(train, f"--gumbel --teacher=hf:nowhere --out=out/b {small}"), "hf:nowhere", "cannot load")
+    capped = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5))
+    capped.save_pretrained(tmp_path / "capped")
+    with pytest.raises(prepare.BadInput, match="scales or caps"):
+        HF(str(tmp_path / "capped"))
+
+
+class _Bomb:
+    """A pickled object that would leave a trace if it were executed."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+class _Node:
+    """Pickles as OmegaConf's containers and leaves do: an object with a state dict."""
+
+    def __init__(self, **state):
+        self.__dict__.update(state)
+
+
+def _config(tree):
+    if isinstance(tree, dict):
+        return _Node(_metadata=_Node(x=1), _content={k: _config(v) for k, v in tree.items()}, _parent=None)
+    return _Node(_metadata=_Node(x=1), _val=tree)
+
+
+def lightning_file(path, name, bomb=None, ema=True, **change):
+    """A .ckpt as the authors' code writes it, from a golden state dict. EMA weights differ from the raw ones."""
+    g = golden(name)
+    state = {"backbone." + k: v for k, v in g["state_dict"].items()}
+    state["teacher_model.wte.weight"] = torch.zeros(3)
+    ckpt = {"epoch": 1, "global_step": 7, "state_dict": state, "loops": {"x": _Node(y=2)}, "callbacks": {},
+            "hyper_parameters": {"config": _config(g["config"] | change), "tokenizer": bomb or _Node(z=3)}}
+    if ema:
+        names = [k for k in g["state_dict"] if not k.endswith("inv_freq")]
+        ckpt["ema"] = {"decay": 0.9999, "num_updates": 7, "shadow_params": [
+            torch.nn.Parameter(g["state_dict"][k] + 0.01 * (i % 3 == 0), False) for i, k in enumerate(names)]}
+    torch.save(ckpt, path)
+    return g
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["mdlm", "mdlm_gumbel", "ar"])
+def test_published_lightning_checkpoints(tmp_path, name, cli):
+    """Raw weights equal the golden output; EMA weights are the shadow list; nothing pickled is executed."""
+    trace, path = tmp_path / "executed", str(tmp_path / "x.ckpt")
+    g = lightning_file(path, name, _Bomb(trace))
+    x = g["inputs"]["indices"]
+    noise = (F.pad(g["inputs"]["gumbel"], (0, 0, 1, 0)),) if name == "mdlm_gumbel" else ()
+    raw = sample.load_model(path, "raw")
+    want = g["log_probs"][..., :raw.config["vocab_size"]]
+    got = raw.log_probs(x, *noise)[..., :raw.config["vocab_size"]]
+    masked = x == raw.config["vocab_size"] if name != "ar" else torch.ones_like(x, dtype=torch.bool)
+    # (the authors normalise the AR output over V + 1 ids: compare up to a constant)
+    drift = (got - want)[masked] - (got - want)[masked][:, :1] * (name == "ar")
+    assert drift.abs().max() < 1e-4
+    ema = sample.load_model(path, "ema")
+    state = {k: v + 0.01 * (i % 3 == 0) for i, (k, v) in enumerate(
+        (k, v) for k, v in g["state_dict"].items() if not k.endswith("inv_freq"))}
+    state["rotary_emb.inv_freq"] = g["state_dict"]["rotary_emb.inv_freq"]
+    again = (load_published_ar if name == "ar" else load_published)(state, length=32, bos=99)
+    assert torch.equal(ema.log_probs(x, *noise), again.log_probs(x, *noise))
+    assert not torch.equal(ema.log_probs(x, *noise), raw.log_probs(x, *noise))
+    assert (ema.config["length"], ema.bos, ema.config["n_head"]) == (32, 99, 4) and not trace.exists()
+    code, out, err = cli(sample, f"--ckpt={path} --n=2 --steps=4 --length=8")
+    assert code == 0 and out.count("--- sample") == 2 and "entropy" in out, err
+    lightning_file(path, name, ema=False)
+    refused(cli(sample, f"--ckpt={path} --n=1"), "no EMA weights")
+    assert cli(sample, f"--ckpt={path} --n=1 --weights=raw --steps=2")[0] == 0
+
+
+@needs_shared
+def test_published_folders_and_what_is_refused(tmp_path, cli):
+    st = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+    g = golden("mdlm")
+    state = {"backbone." + k: v.clone() for k, v in g["state_dict"].items()}
+    folder = tmp_path / "mdlm-owt"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(model_type="mdlm", model_length=32, n_heads=4, n_blocks=3,
+                                                        hidden_dim=64, vocab_size=101)))
+    st.save_file(state, folder / "model.safetensors")
+    model = sample.load_model(str(folder))
+    x = g["inputs"]["indices"]
+    assert (model.log_probs(x)[..., :100] - g["log_probs"][..., :100])[x == 100].abs().max() < 1e-4
+    assert model.config["length"] == 32
+    code, out, _ = cli(sample, f"--ckpt={folder} --n=1 --steps=4 --prompt=5")
+    assert code == 0 and out.splitlines()[1].startswith("5 ")
+    lightning_file(tmp_path / "block.ckpt", "bd3lm")
+    refused(cli(sample, f"--ckpt={tmp_path / 'block.ckpt'} --n=1"), "BD3-LM", "block size 4")
+    (tmp_path / "bad.ckpt").write_bytes(b"no zip")
+    refused(cli(sample, f"--ckpt={tmp_path / 'bad.ckpt'} --n=1"), "bad.ckpt", "not a Lightning checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "empty.ckpt")
+    refused(cli(sample, f"--ckpt={tmp_path / 'empty.ckpt'} --n=1 --weights=raw"), "not a published")
+    ckpt = lightning_file(tmp_path / "short.ckpt", "mdlm")
+    ckpt = {"state_dict": {"backbone." + k: v for k, v in ckpt["state_dict"].items()},
+            "ema": {"shadow_params": [torch.zeros(2)]}}
+    torch.save(ckpt, tmp_path / "short.ckpt")
+    refused(cli(sample, f"--ckpt={tmp_path / 'short.ckpt'} --n=1"), "1 EMA tensors do not match the 40")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# baselines: token-level distillation, starting from other weights, APD
+
+@pytest.mark.parametrize("predict_bos", [True, False])
+def test_token_kd_is_its_formula(monkeypatch, predict_bos):
+    """loss = NELBO + kd * (1/t) sum KL(teacher(x_i | x_<i) || student(x_i | z)); in chunks too; finite gradients."""
+    student, teacher = tiny(predict_bos=predict_bos), tiny_ar(predict_bos=predict_bos)
+    rows, t = rows_of(5), torch.tensor([0.2, 0.5, 0.7, 0.9, 1.0])
+    z = rows.masked_fill(torch.rand(rows.shape, generator=gen(1)) < 0.6, 7)
+    z[:, 0] = rows[:, 0]
+    p = student.log_probs(z)[..., :7]
+    q = teacher.log_probs(rows)
+    kl = torch.tensor(0.0)
+    for b, i in (z == 7).nonzero().tolist():
+        for k in range(7):
+            if q[b, i - 1, k] > -math.inf:
+                kl += q[b, i - 1, k].exp() * (q[b, i - 1, k] - p[b, i, k]) / t[b] / (5 * 5)
+    plain = student.loss(rows, t, z=z)[0]
+    grads = []
+    for chunk in (1 << 22, 7):
+        monkeypatch.setattr(mdlm, "CHUNK", chunk)
+        loss, parts = student.loss(rows, t, teacher, z=z, kd=0.7)
+        assert torch.allclose(loss, plain + 0.7 * kl, atol=1e-5) and kl > 0.1 and parts["kl_masked"] > 0
+        student.zero_grad()
+        loss.backward()
+        grads.append([p.grad.clone() for p in student.parameters()])
+        assert all(g.isfinite().all() for g in grads[-1])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
+
+
+def test_student_from_an_ar_model_computes_what_it_did():
+    """--init_from an AR checkpoint: made causal again, the student's row i is the AR model's row i - 1."""
+    ar = tiny_ar()
+    for noise in (None, "gumbel"):
+        student = MDLM(**{k: v for k, v in ar.config.items() if k != "predict_bos"}, noise=noise, shift=True)
+        before = copy.deepcopy(student.state_dict())
+        train.initial_weights(student, ar, argparse.Namespace(model="mdlm", init_from="x"))
+        assert torch.equal(student.transformer.embed.weight[:-1], ar.transformer.embed.weight)
+        assert torch.equal(student.transformer.embed.weight[-1], before["transformer.embed.weight"][-1])
+        student.eval().transformer.causal = True
+        rows = rows_of(4)
+        g = torch.zeros(4, 6, 32) if noise else None
+        got = student.logits(student.hidden(rows, g)).log_softmax(-1)
+        assert torch.allclose(got[:, 1:], ar.log_probs(rows)[:, :-1], atol=1e-5)
+    with pytest.raises(prepare.BadInput, match="another kind or shape"):
+        train.initial_weights(tiny(V=8), ar, argparse.Namespace(model="mdlm", init_from="x"))
+    with pytest.raises(prepare.BadInput, match="another kind or shape"):
+        train.initial_weights(tiny(), tiny("gumbel"), argparse.Namespace(model="mdlm", init_from="x"))
+
+
+def apd_by_hand(student, verifier, row, ratio, look, top_p, greedy, generator, g=None):
+    """Section 4 of Israel et al. as a plain loop over one row."""
+    x, calls, V = row.clone(), 0, student.mask_id
+    while (x == V).any():
+        first = int((x == V).nonzero()[0])
+        where = [i for i in range(first, min(first + look, len(x))) if x[i] == V]
+        logits = student.logits(student.hidden(x[None], g)[0])[where].double()
+        if top_p < 1:
+            logits = nucleus(logits, top_p)
+        zeta = torch.zeros(()) if greedy else sample_gumbel(logits.shape, generator)
+        draft = (logits + zeta).argmax(-1)
+        y = x.clone()
+        y[where] = draft
+        y[y == V] = 0
+        ar = torch.stack([verifier.log_probs(y[None])[0, i - 1] for i in where]).double()
+        for j, i in enumerate(where):
+            target = torch.where(logits[j] == -math.inf, -math.inf, ratio * logits[j].log_softmax(-1)
+                                 + (1 - ratio) * ar[j])
+            if j and (target + (zeta if greedy else zeta[j])).argmax() != draft[j]:
+                break
+            x[i] = draft[j]
+        calls += 1
+    return x, calls
+
+
+@pytest.mark.parametrize("noise", [None, "gumbel"])
+def test_apd_is_its_definition(noise):
+    student, verifier = tiny(noise, L=12), tiny_ar(L=12)
+    kept = 0
+    for seed, (ratio, look, top_p, greedy) in enumerate([
+            (0.5, 4, 1.0, False), (0.0, 11, 1.0, False), (0.7, 3, 0.6, False), (0.3, 5, 1.0, True),
+            (0.5, 1, 1.0, False)] * 4):
+        row = rows_of(1, L=12, seed=seed)[0]
+        row[torch.rand(12, generator=gen(seed)) < 0.8] = 7
+        row[0] = student.bos
+        xi = sample_gumbel((1, 12, 7), gen(seed)) if noise else None
+        got, nfe, checks = student.generate_apd(row[None], verifier, ratio, look, 1.0, top_p, greedy, xi,
+                                                generator=gen(seed + 50))
+        g = student.noise_embed(xi) if noise else None
+        want, calls = apd_by_hand(student, verifier, row, ratio, look, top_p, greedy, gen(seed + 50), g)
+        assert torch.equal(got[0], want) and nfe.tolist() == [calls] == checks.tolist()
+        assert torch.equal(got[0][row != 7], row[row != 7])
+        kept += int((row == 7).sum()) - calls
+    assert kept > 5                                        # some drafts were longer than one token
+
+
+def test_apd_limits():
+    """R = 1 accepts every draft; a batch goes at its own pace; bad values are refused."""
+    student, verifier = tiny(L=12), tiny_ar(L=12)
+    start = torch.full((3, 12), 7)
+    start[:, 0] = student.bos
+    start[1, 1:6] = 2
+    start[2] = rows_of(1, L=12)[0]
+    x, nfe, checks = student.generate_apd(start, verifier, 1.0, 4, generator=gen())
+    assert nfe.tolist() == [3, 2, 0] == checks.tolist() and (x < 7).all() and torch.equal(x[2], start[2])
+    for kw in (dict(ratio=1.5), dict(max_lookahead=0), dict(tau=0.0), dict(top_p=0.0)):
+        with pytest.raises(ValueError):
+            student.generate_apd(start, verifier, **kw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the scripts: run in this process unless a signal or several processes are what is tested
 
 @pytest.fixture
@@ -911,7 +1292,7 @@ def test_prepare_text_gpt2(text_file, tmp_path, cli, monkeypatch):
     # cut into pieces, a document has the same tokens
     text = (DOCS[0] + "\n\n  " + DOCS[2] + " don't  stop\t\tnow 123 45.6\n") * 20
     (tmp_path / "b.txt").write_text(text)
-    pieces = list(prepare.documents([tmp_path / "b.txt"], "<|endoftext|>", piece=40))
+    pieces = list(prepare.documents(open(tmp_path / "b.txt"), "<|endoftext|>", piece=40))
     assert len(pieces) > 20 and "".join(p for p, _ in pieces) == text.strip("\n")
     assert (np.concatenate(tokenizer.encode([p for p, _ in pieces])).tolist()
             == tokenizer.encode([text.strip("\n")])[0].tolist())
@@ -920,16 +1301,15 @@ def test_prepare_text_gpt2(text_file, tmp_path, cli, monkeypatch):
 def test_documents_at_every_block_size(tmp_path):
     """The separator may straddle blocks anywhere; empty documents vanish; bytes that are not UTF-8 survive."""
     body = b"a b c\n<|endoftext|>\n\n<|endoftext|>d \xff e" + b" w" * 30 + b"<|endoftext|>f\n"
-    (tmp_path / "a").write_bytes(body)
-    (tmp_path / "b").write_bytes(b"second file")
     for piece in range(1, 90):
         docs, current = [], ""
-        for text, end in prepare.documents([tmp_path / "a", tmp_path / "b"], "<|endoftext|>", piece=piece):
+        text_file = io.TextIOWrapper(io.BytesIO(body), encoding="utf-8", errors="surrogateescape", newline="")
+        for text, end in prepare.documents(text_file, "<|endoftext|>", piece=piece):
             current += text
             if end:
                 docs.append(current.encode("utf-8", "surrogateescape"))
                 current = ""
-        assert docs == [b"a b c", b"d \xff e" + b" w" * 30, b"f", b"second file"] and not current, piece
+        assert docs == [b"a b c", b"d \xff e" + b" w" * 30, b"f"] and not current, piece
 
 
 def test_prepare_bad_input(text_file, tmp_path, cli, monkeypatch):
@@ -959,7 +1339,160 @@ def test_prepare_bad_input(text_file, tmp_path, cli, monkeypatch):
     # an interruption leaves nothing that training accepts
     monkeypatch.setattr(prepare.Writer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=o")[0] == 130
-    assert not os.path.exists("o") and not os.path.exists("o.partial")
+    assert not os.path.exists("o") and os.path.exists("o.partial")
+    with pytest.raises(prepare.BadInput, match="not a folder of shards"):
+        prepare.Shards("o", "train", 5)
+
+
+def same_dataset(a, b):
+    files = sorted(os.listdir(a))
+    return files == sorted(os.listdir(b)) and all(open(f"{a}/{f}", "rb").read().replace(b'"a"', b'"b"')
+                                                  == open(f"{b}/{f}", "rb").read() for f in files)
+
+
+def interrupt_after(monkeypatch, commits):
+    """Make the writer's commit raise after it has done its work so many times."""
+    commit, count = prepare.Writer.commit, []
+
+    def stop(self, done):
+        commit(self, done)
+        count.append(done)
+        if len(count) == commits:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(prepare.Writer, "commit", stop)
+    monkeypatch.setattr(prepare, "COMMIT", 1)
+
+
+LONG = [f"Document {i}: " + " ".join(f"w{i * k % 97}" for k in range(60)) for i in range(400)]
+
+
+@pytest.mark.parametrize("what", ["text", "openwebtext"])
+def test_prepare_continues_where_it_was_interrupted(tmp_path, cli, monkeypatch, what):
+    """The same bytes as in one go; garbage after the last commit is dropped; other flags start over."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in LONG))
+    extra = "--val_documents=7" if what == "openwebtext" else ""
+    flags = f"{what} --files x.jsonl --tokenizer=bytes {extra}"
+    real = prepare.write_text
+    monkeypatch.setattr(prepare, "write_text", lambda *a, **kw: real(*a, **kw, batch_chars=9000))
+    monkeypatch.setattr(prepare.Writer.__init__, "__defaults__", (None, 0, 10_000))                # small shards
+    assert cli(prepare, f"{flags} --out=a")[0] == 0
+    with monkeypatch.context() as m:
+        interrupt_after(m, 5)
+        assert cli(prepare, f"{flags} --out=b")[0] == 130
+    last = sorted(f for f in os.listdir("b.partial") if f.endswith(".bin"))[-1]
+    with open(f"b.partial/{last}", "ab") as f:
+        f.write(b"garbage")
+    assert json.load(open("b.partial/progress.json"))["done"] > 10
+    code, _, err = cli(prepare, f"{flags} --out=b")
+    assert code == 0 and "continuing after" in err and same_dataset("a", "b")
+    with monkeypatch.context() as m:
+        interrupt_after(m, 5)
+        assert cli(prepare, f"{flags} --out=b2")[0] == 130
+    with open("x.jsonl", "a") as f:                          # the input changed: nothing of it is reused
+        f.write(json.dumps({"text": "one more"}) + "\n")
+    code, _, err = cli(prepare, f"{flags} --out=b2")
+    assert code == 0 and "continuing" not in err
+    assert cli(prepare, "verify a")[0] == 0
+
+
+def read_back(path, split):
+    meta, files = prepare.read_meta(path)
+    ids = np.concatenate([np.fromfile(f["path"], dtype="<u2") for f in files if f["split"] == split])
+    assert ids[-1] == meta["bos"]
+    return [bytes(p[p != 256].astype(np.uint8)).decode() for p in np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1]]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "txt", "folder", "tar", "tar.xz", "owt", "hub"])
+def test_openwebtext_from_any_file_and_the_last_documents_held_out(tmp_path, cli, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    docs = LONG[:40]
+    lines = "".join(json.dumps({"text": d}) + "\n" for d in docs)
+    os.mkdir("d")
+    for i, d in enumerate(docs):
+        (tmp_path / "d" / f"{i:03d}.txt").write_text(d)
+    name, source = f"x.{kind}", ""
+    if kind == "jsonl":
+        (tmp_path / name).write_text(lines)
+    elif kind == "jsonl.gz":
+        (tmp_path / name).write_bytes(gzip.compress(lines.encode()))
+    elif kind in ("parquet", "hub"):
+        pa = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+        import pyarrow.parquet
+        os.makedirs("hub", exist_ok=True)
+        name = "hub/train.parquet"
+        pyarrow.parquet.write_table(pa.table({"other": [1] * 40, "text": docs}), name, row_group_size=7)
+        if kind == "hub":
+            pytest.importorskip("datasets", reason="pip install datasets")
+            source = "--hub=./hub"
+    elif kind == "txt":
+        (tmp_path / name).write_text("x")
+        name = " ".join(f"d/{i:03d}.txt" for i in range(40))
+    elif kind == "folder":
+        name = "d"
+    else:
+        with tarfile.open("inner.tar", "w") as tar:
+            for i in range(40):
+                tar.add(f"d/{i:03d}.txt")
+        packed = lzma.compress((tmp_path / "inner.tar").read_bytes())
+        if kind == "tar":
+            name = "inner.tar"
+        elif kind == "tar.xz":
+            (tmp_path / name).write_bytes(packed)
+        else:                                              # OpenWebText's own: a tar of xz-packed tars
+            (tmp_path / "urlsf_subset00_data.xz").write_bytes(packed)
+            name = "openwebtext.tar"
+            with tarfile.open(name, "w") as tar:
+                tar.add("urlsf_subset00_data.xz")
+    source = source or f"--files {name}"
+    code, _, err = cli(prepare, f"openwebtext {source} --tokenizer=bytes --val_documents=3 --out=o")
+    assert code == 0, err
+    assert read_back("o", "train") == docs[:-3] and read_back("o", "val") == docs[-3:]
+    assert cli(prepare, "verify o")[0] == 0
+    if kind == "jsonl":
+        refused(cli(prepare, f"openwebtext {source} --tokenizer=bytes --out=p"), "40 documents", "--val_documents")
+        refused(cli(prepare, f"openwebtext {source} --tokenizer=bytes --out=p --field=body"), "x.jsonl", "KeyError")
+        (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+        refused(cli(prepare, "openwebtext --files cut.parquet --tokenizer=bytes --out=p"), "cut.parquet", "be read")
+        (tmp_path / "cut.tar").write_bytes(b"no tar" * 200)
+        refused(cli(prepare, "openwebtext --files cut.tar --tokenizer=bytes --out=p"), "cut.tar", "cannot be read")
+        refused(cli(prepare, "openwebtext --hub=./nowhere --tokenizer=bytes --out=p"), "./nowhere", "--files")
+        assert not os.path.exists("p") and not os.path.exists("p.partial")
+
+
+def test_lm1b_is_detokenised_and_its_heldout_files_are_val(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("training")
+    os.makedirs("heldout")
+    (tmp_path / "training" / "news.en-00001-of-00100").write_text(
+        "He said , \" it 's late \" .\nWho knows ?\n")
+    (tmp_path / "heldout" / "news.en.heldout-00000-of-00050").write_text("( Reuters ) It cost $ 5 .\n")
+    with tarfile.open("lm1b.tar.gz", "w:gz") as tar:
+        tar.add("training")
+        tar.add("heldout")
+    for source in ("lm1b.tar.gz", "training heldout"):
+        out = f"o{len(source)}"
+        assert cli(prepare, f"lm1b --files {source} --tokenizer=bytes --out={out}")[0] == 0
+        assert read_back(out, "train") == ['He said, "it\'s late" .', "Who knows?"]
+        assert read_back(out, "val") == ["(Reuters) It cost $5."]
+
+
+@pytest.mark.skipif(not os.path.isdir(os.path.join(SHARED, "assets", "zeroshot")),
+                    reason="the evaluation sets are absent")
+def test_zeroshot_sets(tmp_path, cli, monkeypatch):
+    """Real files: all text survives but for the detokeniser; no EOS; one val split that evaluation can read."""
+    monkeypatch.chdir(tmp_path)
+    for name, file, words in (("ptb", "ptb.test.txt", "no it wasn't black monday"),
+                              ("wikitext", "wikitext2.test.txt", "English film, television and theatre actor."),
+                              ("ag_news", "ag_news_test.csv", "Fears for T N pension after talks Unions")):
+        assert cli(prepare, f"zeroshot {name} --files {SHARED}/assets/zeroshot/{file} --tokenizer=bytes")[0] == 0
+        ids = np.fromfile(f"data/zeroshot-{name}/val.bin", dtype="<u2")
+        text = bytes(ids.astype(np.uint8)).decode()
+        assert (ids < 256).all() and words in text and " n't" not in text * (name == "ptb")
+        assert prepare.Shards(f"data/zeroshot-{name}", "val", 1024).rows([3]).shape == (1, 1024)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    refused(cli(prepare, "zeroshot lambada --files empty.txt --tokenizer=bytes"), "lambada is empty")
+    refused(cli(prepare, "zeroshot imdb --files empty.txt"), "'imdb'", "pubmed")
 
 
 def test_shards_bad_input(tmp_path, cli, monkeypatch):
@@ -1059,6 +1592,12 @@ def test_defaults_are_the_papers_and_presets_give_way():
     ("--data=data/text --length=16 --gumbel --out=out/new", ["--teacher", "--model=ar"]),
     ("--data=data/text --length=16 --gumbel --teacher=out/maze-ar --out=out/new", ["vocab_size 6", "257"]),
     ("--data=data/text --length=4000", ["no train row", "--length"]),
+    ("--data=openwebtext", ["data/openwebtext", "prepare.py openwebtext"]),
+    ("--kd=token --gumbel", ["--kd", "without noise"]), ("--kd=sequence", ["--kd", "token"]),
+    ("--kd=token --model=ar", ["--kd", "masked"]),
+    ("--data=maze --init_from=nowhere --out=out/new", ["nowhere", "no checkpoint"]),
+    ("--data=maze --init_from=out/maze-ar --out=out/new", ["--init_from=out/maze-ar", "shape"]),
+    ("--data=data/text --length=16 --kd=token --out=out/new", ["--teacher", "--model=ar"]),
     ("--data=maze --model=ar --n_layer=2", ["out/maze-ar", "other settings", "n_layer", "--out"]),
     ("--data=maze --model=ar --out=out/maze-mdlm", ["out/maze-mdlm", "other settings", "model"]),
 ])
@@ -1272,12 +1811,201 @@ def test_sample_cli(runs, cli, monkeypatch, tmp_path):
                          ("--ckpt=out/maze-mdlm --batch_size=0", ["--batch_size"]),
                          ("--ckpt=out/maze-mdlm --length=40", ["--length=40", "11"]),
                          ("--ckpt=out/maze-mdlm --order=left_to_right", ["--sampler=fixed"]),
+                         ("--ckpt=out/maze-mdlm --sampler=apd", ["--verifier"]),
+                         ("--ckpt=out/maze-mdlm --verifier=out/maze-ar", ["--sampler=apd"]),
+                         ("--ckpt=out/maze-mdlm --sampler=apd --verifier=out/maze-mdlm", ["--verifier", "--model=ar"]),
+                         ("--ckpt=out/maze-ar --sampler=apd --verifier=out/maze-ar", ["masked model"]),
+                         ("--ckpt=out/maze-mdlm --shards=d", ["--shards", "AR model"]),
+                         ("--ckpt=out/maze-ar --shards=d --tau=0.9", ["--tau=1"]),
+                         ("--ckpt=out/maze-ar --shards=d --greedy", ["--shards", "--greedy"]),
+                         ("--ckpt=out/maze-ar --shards=d --n=1", ["--n", "at least 2"]),
+                         ("--ckpt=out/maze-ar --shards=out", ["out exists already"]),
         ("--ckpt=out/maze-mdlm --prompt=D --infill=D[MASK]", ["--prompt and --infill"]),
         ("--ckpt=out/maze-mdlm --seed=-1", ["--seed", "at least 0"]),
         ("--ckpt=out/maze-mdlm --out=no/such/file", ["--out", "cannot be written"]),
                          ("--ckpt=out/maze-mdlm --sampler=magic", ["--sampler", "ancestral"]),
                          (f"--ckpt=out/maze-mdlm --out={tmp_path / 's.jsonl'}", ["exists"])]:
         refused(cli(sample, flags), *words)
+
+
+def test_apd_cli(runs, cli, monkeypatch):
+    monkeypatch.chdir(runs)
+    for model in ("out/maze-mdlm", "out/maze-mdlm-gumbel"):
+        code, out, _ = cli(sample, f"--ckpt={model} --n=2 --sampler=apd --verifier=out/maze-ar --max_lookahead=4")
+        assert code == 0 and out.count("verifier_calls") == 2
+    code, out, _ = cli(evaluate, "maze --ckpt out/maze-mdlm --n=20 --nfe=4 --sampler=apd --verifier=out/maze-ar")
+    assert code == 0 and "| verifier |" in out
+
+
+@pytest.fixture(scope="session")
+def text_runs(tmp_path_factory):
+    """A folder with bytes of English-like text, a tiny teacher out/ar, students out/gumbel and out/plain."""
+    root = tmp_path_factory.mktemp("text")
+    (root / "x.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in LONG))
+    commands = [["data/prepare.py", "text", "--files", "x.jsonl", "--tokenizer=bytes", "--out=data/mine"]]
+    for flags in ("--model=ar --out=out/ar", "--gumbel --teacher=out/ar --out=out/gumbel", "--out=out/plain"):
+        commands.append(["train.py", "--data=mine", "--length=24", "--steps=6", *TINY.split(), *flags.split()])
+    for command in commands:
+        done = subprocess.run([sys.executable, f"{HERE}/{command[0]}", *command[1:]], cwd=root, capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_teacher_written_shards(text_runs, cli, monkeypatch, tmp_path):
+    """Sequential extraction: rows as the teacher writes them, never re-cut; interrupted, it continues to the same
+    bytes; a student trains on them, with and without noise."""
+    monkeypatch.chdir(text_runs)
+    flags = "--ckpt=out/ar --n=50 --batch_size=8 --length=16"
+    assert cli(sample, f"{flags} --shards={tmp_path}/a")[0] == 0
+    with monkeypatch.context() as m:
+        interrupt_after(m, 3)
+        assert cli(sample, f"{flags} --shards={tmp_path}/b")[0] == 130
+    code, _, err = cli(sample, f"{flags} --shards={tmp_path}/b")
+    assert code == 0 and "continuing after 24" in err and same_dataset(tmp_path / "a", tmp_path / "b")
+    assert cli(sample, f"{flags} --seed=1 --shards={tmp_path}/c")[0] == 0
+    rows = np.fromfile(tmp_path / "a" / "train.bin", dtype="<u2").reshape(-1, 15)
+    assert len(rows) == 49 and len(np.unique(rows, axis=0)) == 49
+    assert not np.array_equal(rows, np.fromfile(tmp_path / "c" / "train.bin", dtype="<u2").reshape(-1, 15))
+    meta = prepare.read_meta(str(tmp_path / "a"))[0]
+    assert (meta["row_length"], meta["tokenizer"], meta["vocab_size"]) == (15, "bytes", 257)
+    # the rows are the teacher's: batch 0 is its own generation from that seed, BOS left out
+    ar = sample.load_model("out/ar")
+    seed = int(np.random.SeedSequence([0, 0]).generate_state(1, np.uint64)[0] >> 1)
+    first, _ = ar.generate(torch.full((8, 1), ar.bos), 16, generator=gen(seed))
+    assert np.array_equal(first[1:, 1:].numpy(), rows[:7])
+    for extra in ("", "--gumbel --teacher=out/ar"):
+        code, _, err = cli(train, f"--data={tmp_path}/a --length=16 --steps=2 {extra} {TINY} "
+                           f"--out={tmp_path}/run{len(extra)}")
+        assert code == 0, err
+    refused(cli(train, f"--data={tmp_path}/a --length=12 --steps=2 {TINY} --out={tmp_path}/run"), "--length=16")
+
+
+def test_kd_and_init_from_train_and_continue(text_runs, cli, monkeypatch, tmp_path):
+    monkeypatch.chdir(text_runs)
+    base = f"--data=mine --length=24 {TINY} --save_every=2"
+    noisy = "--gumbel --teacher=out/ar"
+    for name, flags, val in (("kd", "--kd=token --teacher=out/ar", "val_nelbo"),
+                             ("from-ar", "--init_from=out/ar", "val_nelbo"),
+                             ("gumbel-from-ar", f"{noisy} --init_from=out/ar", "val_nll_given_noise"),
+                             ("gumbel-from-plain", f"{noisy} --init_from=out/plain", "val_nll_given_noise")):
+        out = tmp_path / name
+        code, _, err = cli(train, f"{base} {flags} --steps=4 --out={out}")
+        assert code == 0, err
+        log = [json.loads(line) for line in open(out / "log.jsonl")]
+        assert any(val in line for line in log) and ("kl_masked" in log[1]) == (name == "kd")
+        ckpt = sample.load_checkpoint(str(out))
+        assert ckpt["config"]["shift"] == ("from-ar" in name)
+        code, _, err = cli(train, f"{base} {flags} --steps=6 --out={out}")   # constant schedule: more steps continue
+        assert code == 0 and "continuing at step 4" in err
+        assert sample.load_checkpoint(str(out))["step"] == 6
+    refused(cli(train, f"{base} --steps=4 --out={tmp_path / 'kd'}"), "other settings", "kd")
+
+
+def test_gpt2_large_is_the_default_teacher(tmp_path, cli, monkeypatch):
+    """Shards of GPT-2 ids and no --teacher: gpt2-large, whatever it is that downloads it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GUMBEL_CACHE", str(tmp_path / "cache"))
+    np.random.default_rng(0).integers(0, 50257, 4000).astype("<u2").tofile("train.bin")
+    os.makedirs("data/owt")
+    for split in ("train", "val"):
+        shutil.copy("train.bin", f"data/owt/{split}.bin")
+    save_gpt2(tmp_path / "cache" / "gpt2-large", V=50257, L=64)
+    small = f"--gumbel --data=owt --length=32 --steps=2 {TINY} --eval_rows=8 --batch_size=4"
+    assert train.parse(["--gumbel"]).data == "data/openwebtext" and train.parse(["--gumbel"]).teacher is None
+    for dtype in ("float32", "bfloat16"):
+        code, _, err = cli(train, f"{small} --dtype={dtype} --out=out/{dtype}")
+        assert code == 0, err
+    with monkeypatch.context() as m:
+        m.setenv("GUMBEL_CACHE", str(tmp_path / "elsewhere"))
+        m.setattr(torch.hub, "download_url_to_file", lambda *a: (_ for _ in ()).throw(OSError("offline")))
+        refused(cli(train, f"{small} --out=out/x"), "gpt2-large", "offline")
+    refused(cli(train, f"{small.replace('32', '128')} --out=out/x"), "rows of 64 tokens", "--length=64")
+    model = sample.load_model(str(tmp_path / "cache" / "gpt2-large"))
+    assert (model.meta["tokenizer"], model.vocab_size) == ("gpt2", 50257)
+
+
+def test_judge_nll(tmp_path):
+    """The mean over predicted tokens, EOS targets left out, whatever the lengths; windows for long samples."""
+    judge = tiny_ar(V=9, L=16, seed=3).requires_grad_(False)
+    samples = [np.random.default_rng(i).integers(0, 9, n) for i, n in enumerate([15, 3, 9, 1, 15])]
+    nll, count = evaluate.judge_nll(judge, samples, "cpu", batch=2)
+    for s, a, c in zip(samples, nll, count):
+        x = torch.tensor([8, *s])[None]
+        logp = judge.log_probs(x[:, :-1])[0].gather(-1, x[0, 1:, None]).squeeze(1)
+        keep = x[0, 1:] != 8
+        assert abs(a + float(logp[keep].sum())) < 1e-4 and c == keep.sum()
+    x = torch.randint(0, 8, (1, 40), generator=gen())
+    nll, count = evaluate.judge_nll(judge, [x[0].numpy()], "cpu")
+    full, want, done = torch.cat([torch.tensor([[8]]), x], 1), 0.0, 1
+    for start in range(0, 40, 8):                          # windows of 16 ids, stride 8, each id scored once
+        part = full[:, start:start + 16]
+        logp = judge.log_probs(part[:, :-1])[0].gather(-1, part[0, 1:, None]).squeeze(1)
+        for j in range(part.shape[1] - 1):
+            if start + j + 1 >= done:
+                want, done = want - float(logp[j]), start + j + 2
+    assert count[0] == 40 and done == 41 and abs(nll[0] - want) < 1e-3
+
+
+def test_genppl_and_ppl_cli(text_runs, cli, monkeypatch, tmp_path):
+    monkeypatch.chdir(text_runs)
+    code, out, err = cli(evaluate, "genppl --judge=out/ar --ckpt out/ar out/gumbel out/plain --n=20 --nfe=2,5 "
+                         f"--decode=sample,greedy --data=data/mine --json={tmp_path / 'g.json'}")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert [r["model"] for r in rows] == ["data"] + ["ar"] * 2 + ["gumbel"] * 4 + ["plain"] * 4
+    assert all(1 < r["gen_ppl"] < 1e4 and 0 <= r["entropy"] <= r["entropy_set"] + 1e-9 for r in rows)
+    assert all(r["nfe_counted"] <= r["nfe"] for r in rows[1:])
+    # an AR model that judges itself at temperature 1: GenPPL is exp of its own entropy rate; `ppl` agrees on data
+    code, out, err = cli(evaluate, f"ppl --ckpt out/ar out/gumbel out/plain --n=200 --json={tmp_path / 'p.json'}")
+    assert code == 0, err
+    ar, noisy, plain = json.loads((tmp_path / "p.json").read_text())["rows"]
+    data = prepare.Shards("data/mine", "val", 24)
+    model = sample.load_model("out/ar")
+    want = model.loss(torch.from_numpy(data.rows(range(len(data)))))[0].item()
+    assert len(data) <= 200 and abs(ar["nll"] - want) < 1e-4 and abs(ar["ppl"] - math.exp(want)) < 0.1
+    assert noisy["kind"] == "nll_given_noise" and abs(noisy["teacher_nll"] - want) < 1e-4
+    assert noisy["ppl_bound"] == noisy["ppl"] == pytest.approx(math.exp(noisy["nll"] + want))
+    assert plain["kind"] == "nelbo" and plain["ppl"] == pytest.approx(math.exp(plain["nll"]))
+    assert "ppl_bound" not in plain
+    code, out, err = cli(evaluate, "genppl --judge=out/ar --ckpt out/plain --n=9 --sampler=apd --verifier=out/ar")
+    assert code == 0 and "| verifier |" in out, err
+    refused(cli(evaluate, "genppl --judge=out/plain --ckpt out/plain"), "--judge=out/plain", "AR model")
+    refused(cli(evaluate, "ppl --ckpt out/plain --data=nowhere"), "nowhere")
+    refused(cli(evaluate, "genppl --ckpt out/plain"), "--judge")
+
+
+def perfect_student_nats(rows, teacher, n_draws):
+    """E_q[-log p(x | noise)] of a student that runs the teacher's Gumbel-max itself on the noise: 0 by Theorem 4.1."""
+    wrong = 0
+    for seed in range(n_draws):
+        noise = extract_parallel(teacher, rows, gen(seed))
+        again, _ = teacher.generate(rows[:, :1], rows.shape[1], noise=noise)
+        wrong += int((again != rows).sum())
+    return wrong
+
+
+def test_ppl_bound_is_tight_for_a_perfect_student_and_valid_for_any():
+    """-log p_student(x) <= E_q[-log p(x | noise)] - log p_teacher(x): by enumeration of a two-token language.
+
+    The student writes both tokens in one step: p(x) = E_prior prod_i p(x_i | noise), computed by Monte Carlo.
+    """
+    teacher = tiny_ar(V=4, L=3, seed=2)
+    rows = torch.tensor([[3, a, b] for a in range(4) for b in range(4)])
+    assert perfect_student_nats(rows, teacher, 20) == 0
+    student = tiny("gumbel", V=4, L=3, seed=5)
+    start = torch.tensor([[3, 4, 4]])
+    with torch.no_grad():
+        prior = sample_gumbel((60_000, 3, 4), gen(1))
+        lp = student.log_probs(start.expand(60_000, -1), prior)[:, 1:, :4].double()
+        teacher_lp = teacher.log_probs(rows)[:, :-1].gather(-1, rows[:, 1:, None]).squeeze(-1).sum(1)
+        for x, t in zip(rows, teacher_lp):
+            marginal = -lp.gather(-1, x[None, 1:, None].expand(60_000, -1, 1)).squeeze(-1).sum(1).exp().mean().log()
+            many = x.expand(4000, -1)
+            q = extract_parallel(teacher, many, gen(2))
+            first = -student.log_probs(start.expand(4000, -1), q)[:, 1:].gather(
+                -1, many[:, 1:, None]).squeeze(-1).sum(1).mean()
+            assert first - t >= marginal - 0.02, (x, first, t, marginal)
 
 
 def test_evaluate_maze_cli(runs, cli, monkeypatch, tmp_path):

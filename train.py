@@ -1,7 +1,7 @@
 """Train a teacher or a student.
 
     python train.py --model=mdlm --gumbel --data=maze                        # minutes on 2 CPU cores, prints a table
-    torchrun --nproc_per_node=8 train.py --model=mdlm --gumbel --data=DIR --teacher=out/mine-ar
+    torchrun --nproc_per_node=8 train.py --model=mdlm --gumbel               # the paper: OpenWebText, GPT-2-large
 
 Rerun the same command to continue an interrupted run: on a CPU the result is the same, bit for bit. The row order and
 noise levels of a global batch are functions of (seed, step, row), its masks, noise and dropout of (seed, step, rank,
@@ -25,8 +25,8 @@ import evaluate
 from data.prepare import BadInput, Parser, Shards, make_maze, number, optional, run_main
 from gumbel import KINDS
 from mdlm import stratified_t
-from sample import MODELS, build, device_and_dtype, load_checkpoint, load_model
-from teacher import LogitsTable
+from sample import MODELS, build, device_and_dtype, load_ar, load_checkpoint, load_model
+from teacher import CausalLM, LogitsTable, body_to_bfloat16
 
 SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))      # n_layer, n_embd, n_head
 
@@ -56,7 +56,12 @@ def parse(argv):
                        help="implies --gumbel; the others are Table 5's ablations and a control")
     group.add_argument("--inject", choices=["replace", "add"], default="replace",
                        help="noise in place of, or added to, [MASK]")
-    group.add_argument("--teacher", help="AR checkpoint; on the maze it is found, or trained first, by itself")
+    group.add_argument("--kd", choices=["token"],
+                       help="a baseline without noise: NELBO + KL from the teacher's next-token distribution (Table 4)")
+    group.add_argument("--teacher", help="AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME; "
+                       "default: gpt2-large for its vocabulary; on the maze found, or trained first, by itself")
+    group.add_argument("--init_from", help="start from these weights: a checkpoint of the same model, a published MDLM,"
+                       " or an AR checkpoint of the same shape (the student reads its outputs shifted by one, as AR)")
     group.add_argument("--data", default="openwebtext",
                        help="folder of shards, or a name: maze, maze_skewed, or data/NAME")
     group.add_argument("--length", type=number(int, 2), default=1024, help="tokens of a row, BOS included")
@@ -114,13 +119,17 @@ def parse(argv):
         parser.error("--gumbel and --noise are for students: --model=ar is the teacher")
     if args.t_one and args.model == "ar":
         parser.error("--t_one is for masked models, not for --model=ar")
-    if args.teacher and args.noise in (None, "unpaired"):
-        parser.error("--teacher is read with --gumbel only (not with --noise=unpaired): add it, or leave --teacher out")
+    if args.kd and (args.gumbel or args.model == "ar"):
+        parser.error("--kd is a baseline of masked models without noise: leave out --gumbel and --noise, or --kd")
+    if args.teacher and args.noise in (None, "unpaired") and not args.kd:
+        parser.error("--teacher is read with --gumbel (not with --noise=unpaired) and --kd only: add one, or leave "
+                     "--teacher out")
     if args.inject == "add" and not args.gumbel:
         parser.error("--inject is read with --gumbel only: add it, or leave --inject out")
     if args.n_embd % (2 * args.n_head):
         parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = {2 * args.n_head}")
-    args.out = args.out or os.path.join("out", f"{name}-{args.model}" + f"-{args.noise}" * args.gumbel)
+    args.out = args.out or os.path.join("out", f"{name}-{args.model}" + f"-{args.noise}" * args.gumbel
+                                    + f"-{args.kd}-kd" * bool(args.kd))
     return args
 
 
@@ -246,20 +255,33 @@ def find_teacher(args, meta, world):
             world.say(f"teacher: {path} is {'not finished' if there else 'not there'}, training it first")
             train(teacher_args, world)
             world.barrier()
+    if path is None and meta["tokenizer"] == "gpt2":
+        path = "gpt2-large"
     if path is None:
-        raise BadInput("--gumbel needs --teacher: an AR checkpoint of this vocabulary; train one with "
+        raise BadInput("--gumbel and --kd need --teacher: an AR checkpoint of this vocabulary; train one with "
                        f"`python train.py --model=ar --data={args.data}`")
-    teacher = load_model(path, device=world.device)
-    if teacher.args["model"] != "ar":
-        raise BadInput(f"--teacher={path} is a {teacher.args['model']} checkpoint: it must be one of --model=ar")
-    for key in ("vocab_size", "bos"):
-        if teacher.config[key] != meta[key]:
-            raise BadInput(f"--teacher={path} has {key} {teacher.config[key]}, the data {meta[key]}: "
-                           "they must be the same")
-    if args.length is not None and args.length > teacher.length:
-        raise BadInput(f"--teacher={path} was trained on rows of {teacher.length} tokens: "
-                       f"use --length={teacher.length} or less")
+    if not world.master:                                   # one process downloads
+        world.barrier()
+    teacher = load_ar("--teacher", path, meta, args.length, world.device)
+    if world.master:
+        world.barrier()
     return teacher
+
+
+def initial_weights(model, source, args):
+    """--init_from: the weights of `source` into `model`; BadInput where they do not fit. A noise embedding that the
+    source lacks stays new, and so does the row of [MASK] that an AR model lacks."""
+    state, own = source.state_dict(), model.state_dict()
+    embed = "transformer.embed.weight"
+    if isinstance(source, CausalLM) and args.model != "ar" and embed in state \
+            and state[embed][0].shape == own[embed][0].shape:
+        state[embed] = torch.cat([state[embed], own[embed][-1:]])
+    state = {k: v for k, v in own.items() if k.startswith("noise_embed.")} | state
+    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [k for k in state if k not in own]
+    if wrong:
+        raise BadInput(f"--init_from={args.init_from} is another kind or shape of network (they differ in {wrong[0]}): "
+                       "give the same --n_layer, --n_embd and vocabulary, or leave --init_from out")
+    model.load_state_dict(state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,8 +297,10 @@ def flops_per_row(model, teacher, L, masked=0.5):
     total = network(model.transformer, 1.0 if model.transformer.causal else masked, 3)
     if getattr(model, "noise_embed", None) is not None:
         total += L * masked * 4 * model.noise_embed.weight.numel()
-    if teacher is not None:
+    if teacher is not None and hasattr(teacher, "transformer"):
         total += network(teacher.transformer, masked, 1)
+    elif teacher is not None:                             # a Hugging Face model: 2 FLOPs per weight and token
+        total += 2 * L * sum(p.numel() for p in teacher.parameters())
     return total
 
 
@@ -327,13 +351,20 @@ def train(args, world):
     val = Shards(args.data, "val", args.length)
     meta = data.meta
     ckpt = resume(args, meta)
-    teacher = find_teacher(args, meta, world) if args.gumbel and args.noise != "unpaired" else None
+    teacher = find_teacher(args, meta, world) if args.kd or args.noise not in (None, "unpaired") else None
     torch.manual_seed(args.seed)
     config = dict(vocab_size=meta["vocab_size"], bos=meta["bos"], predict_bos=meta["predict_bos"], length=data.length,
                   n_layer=args.n_layer, n_embd=args.n_embd, n_head=args.n_head, dropout=args.dropout)
+    source = load_model(args.init_from) if args.init_from and not ckpt else None
     if args.model != "ar":
-        config |= dict(noise=args.noise, inject=args.inject)
-    model = build(args.model, config).to(world.device)
+        shift = ckpt["config"]["shift"] if ckpt else source is not None and source.config.get(
+            "shift", isinstance(source, CausalLM))
+        config |= dict(noise=args.noise, inject=args.inject, shift=shift)
+    model = build(args.model, config)
+    if source is not None:
+        initial_weights(model, source, args)
+        del source
+    model.to(world.device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)               # EMA: starts from where the run starts
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0, fused=True)
@@ -354,6 +385,8 @@ def train(args, world):
     table = None
     if teacher is not None and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
         table = LogitsTable(teacher, data)                                     # small dataset: one teacher pass for all
+    elif teacher is not None and world.dtype == "bfloat16":
+        body_to_bfloat16(teacher)
 
     # log
     flops, peak = flops_per_row(model, None if table else teacher, data.length), None
@@ -418,7 +451,7 @@ def train(args, world):
                 torch.manual_seed(torch_seed(args.seed, NOISE, step, world.rank, m, 1))           # dropout
                 kw = {}
                 if args.model != "ar":
-                    kw = dict(t=levels[a:a + micro].to(world.device), generator=generator,
+                    kw = dict(t=levels[a:a + micro].to(world.device), generator=generator, kd=float(bool(args.kd)),
                               teacher=table.at(rows[a:a + micro]) if table else teacher)
                 if world.size > 1:
                     ddp.require_backward_grad_sync = m == accumulate - 1       # before the forward pass, as DDP wants
@@ -457,8 +490,8 @@ def train(args, world):
                 record(**line)
                 began, tokens_then = time.time(), tokens_seen
             if step % args.eval_every == 0 or step == args.steps:
-                name = ("val_nll" if args.model == "ar" else "val_nll_given_noise" if teacher is not None
-                        else "val_nelbo")
+                name = ("val_nll" if args.model == "ar" else
+                        "val_nll_given_noise" if args.noise not in (None, "unpaired") else "val_nelbo")
                 value = validate(averaged, teacher, val, args, world)
                 record(step=step, **{name: value})
                 world.say(f"{args.out} step {step}: {name} {value:.4f}")

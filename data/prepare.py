@@ -2,22 +2,32 @@
 
     python data/prepare.py maze                                            # 2000 paths, no download
     python data/prepare.py text --files a.txt b.txt --tokenizer=bytes --out=data/mine
+    python data/prepare.py openwebtext                                     # or lm1b: streamed; or --files=..., local
+    python data/prepare.py zeroshot ptb --files ptb.test.txt               # one of the paper's zero-shot sets
     python data/prepare.py verify data/mine                                # sizes, hashes and ids of every shard
 
 A dataset is a folder of raw little-endian uint16 token ids, `train.bin` and `val.bin` (or `train_000.bin`, ...), and a
 `meta.json` (tokenizer, vocab_size, bos, row_length, and per file: split, tokens, sha256). It is made in a folder named
-`OUT.partial` and renamed when it is complete: an interrupted run leaves nothing that training would accept. Without a
-meta.json, nanoGPT's .bin files are taken as GPT-2 ids, and llm.c's (256-int32 header) are read too.
+`OUT.partial` and renamed when it is complete: an interrupted run leaves nothing that training would accept, and the
+same command continues it. Memory is flat, whatever the input's size. Without a meta.json, nanoGPT's .bin files are
+taken as GPT-2 ids, and llm.c's (256-int32 header) are read too.
 A training row is [BOS] + the next L - 1 tokens; rows do not overlap.
 """
 import argparse
+import csv
 import functools
+import gzip
 import hashlib
 import importlib
+import io
+import itertools
 import json
+import lzma
 import os
+import re
 import shutil
 import sys
+import tarfile
 
 import numpy as np
 from tqdm import tqdm
@@ -172,10 +182,13 @@ def draw_maze(row):
 # tokenizers
 
 class Tokenizer:
-    """name: "gpt2" (tiktoken), "bytes" (ids 0..255, any file), "maze". encode(list of str) -> list of uint16 arrays."""
+    """encode(list of str) -> list of uint16 arrays; decode(ids) -> str. name: "gpt2" (tiktoken); "bytes" (ids 0..255,
+    any file); "maze"; "hf:NAME" (a Hugging Face name, folder or .gguf file, through `transformers`); "ids", numbers as
+    they are, for a checkpoint that names no tokenizer.
+    """
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, name, vocab_size=None):
+        self.name, self.vocab_size, self.bos = name, vocab_size, None
         if name == "gpt2":
             import tiktoken
             try:
@@ -188,13 +201,32 @@ class Tokenizer:
             self.vocab_size, self.bos = 257, 256
         elif name == "maze":
             self.vocab_size, self.bos = 6, MAZE_BOS
-        else:
-            raise BadInput(f"unknown tokenizer {name!r}: one of gpt2, bytes")
+        elif name.startswith("hf:"):
+            where, file = os.path.split(name[3:]) if name.endswith(".gguf") else (name[3:], None)
+            try:
+                self.bpe = optional("transformers", f"tokenizer {name}").AutoTokenizer.from_pretrained(
+                    where or ".", **({"gguf_file": file} if file else {}))
+            except (OSError, ValueError, ImportError) as e:
+                raise BadInput(f"transformers cannot load the tokenizer {name}: {str(e).splitlines()[0]}") from None
+            self.vocab_size = len(self.bpe)
+            self.bos = self.bpe.eos_token_id if self.bpe.bos_token_id is None else self.bpe.bos_token_id
+            if self.vocab_size > 1 << 16 or self.bos is None:
+                raise BadInput(f"tokenizer {name} has {self.vocab_size} ids, BOS {self.bos}: shards hold at most 65536 "
+                               "ids, and need a BOS or EOS")
+        elif name != "ids":
+            raise BadInput(f"unknown tokenizer {name!r}: one of gpt2, bytes, hf:NAME")
 
     def encode(self, texts):
         if self.name == "gpt2":                          # tiktoken releases the GIL: real threads, order kept
             return [np.array(t, dtype=np.uint16)
                     for t in self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())]
+        if self.name.startswith("hf:"):
+            return [np.array(t, dtype=np.uint16)
+                    for t in self.bpe(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        if self.name == "maze":
+            return [np.array(["UDLR.".index(c) for c in t], dtype=np.uint16) for t in texts]
+        if self.name == "ids":
+            return [np.array(t.split(), dtype=np.uint16) for t in texts]
         return [np.frombuffer(t.encode("utf-8", "surrogateescape"), dtype=np.uint8).astype(np.uint16) for t in texts]
 
     def decode(self, ids):
@@ -203,6 +235,10 @@ class Tokenizer:
             return self.bpe.decode([int(i) for i in ids if i < 50257])
         if self.name == "bytes":
             return bytes(int(i) for i in ids if i < 256).decode("utf-8", "replace")
+        if self.name.startswith("hf:"):
+            return self.bpe.decode(list(ids))
+        if self.name == "ids":
+            return " ".join(map(str, ids))
         return "".join("UDLR.?"[min(int(i), 5)] for i in ids)
 
 
@@ -210,53 +246,135 @@ class Tokenizer:
 # writing
 
 class Writer:
-    """Writes a dataset into OUT.partial and renames it to OUT when it is complete."""
+    """Writes a dataset into OUT.partial and renames it to OUT when it is complete.
 
-    def __init__(self, out, meta, shard_tokens=100_000_000):
+    With a `key` (whatever decides the content), a run that was interrupted goes on after the last `commit(done)`:
+    `self.done` says where. Another key starts over. `hold_out`: that many of the last documents become the val split,
+    without knowing beforehand how many there are: their ends are kept in a file.
+    """
+
+    def __init__(self, out, meta, key=None, hold_out=0, shard_tokens=100_000_000):
         out = os.path.normpath(out)
         self.out, self.partial, self.meta, self.shard_tokens = out, out + ".partial", meta, shard_tokens
+        self.key, self.hold_out, self.done, self.files, self.open, self.ends = key, hold_out, 0, [], {}, []
         if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
             raise BadInput(f"{out} exists already: choose another --out, or remove it")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        os.makedirs(self.partial)
-        self.open, self.files = {}, []
+        self.progress = os.path.join(self.partial, "progress.json")
+        if key is None or not self._resume():
+            shutil.rmtree(self.partial, ignore_errors=True)
+            os.makedirs(self.partial)
+            self.done, self.files = 0, []
+            open(self._path("ends"), "wb").close()
+
+    def _path(self, name):
+        return os.path.join(self.partial, name)
+
+    def _resume(self):
+        try:
+            with open(self.progress) as f:
+                p = json.load(f)
+            if p["key"] != self.key or any(os.path.getsize(self._path(n)) < size for n, size in p["sizes"].items()):
+                return False
+        except (OSError, ValueError, KeyError):
+            return False
+        self.done, self.files = p["done"], p["files"]
+        for name in os.listdir(self.partial):
+            if name in p["sizes"]:
+                os.truncate(self._path(name), p["sizes"][name])
+            elif name != "progress.json":
+                os.remove(self._path(name))
+        print(f"{self.partial}: continuing after {self.done} units", file=sys.stderr)
+        return True
 
     def write(self, split, ids):
         ids = np.ascontiguousarray(ids, dtype="<u2")
         while len(ids):
-            if split not in self.open:
+            entry = next((f for f in self.files if f["split"] == split and f["tokens"] < self.shard_tokens), None)
+            if entry is None:
                 n = sum(f["split"] == split for f in self.files)
-                entry = dict(name=f"{split}_{n:03d}.bin", split=split, tokens=0, sha256="")
+                entry = dict(name=f"{split}_{n:03d}.bin", split=split, tokens=0)
                 self.files.append(entry)
-                self.open[split] = entry, open(os.path.join(self.partial, entry["name"]), "wb"), hashlib.sha256()
-            entry, file, sha = self.open[split]
+            if entry["name"] not in self.open:
+                self.open[entry["name"]] = open(self._path(entry["name"]), "ab")
             part, ids = np.split(ids, [self.shard_tokens - entry["tokens"]])
-            file.write(part.tobytes())
-            sha.update(part.tobytes())
+            self.open[entry["name"]].write(part.tobytes())
             entry["tokens"] += len(part)
             if entry["tokens"] == self.shard_tokens:
-                self._close(split)
+                self._close(entry["name"])
 
-    def _close(self, split):
-        entry, file, sha = self.open.pop(split)
+    def _close(self, name):
+        file = self.open.pop(name)
         file.flush()
         os.fsync(file.fileno())
         file.close()
-        entry["sha256"] = sha.hexdigest()
+
+    def end_document(self):
+        """Documents that may be held out say where they end."""
+        if self.hold_out:
+            self.ends.append(self._train_tokens())
+
+    def _train_tokens(self):
+        return sum(f["tokens"] for f in self.files if f["split"] == "train")
+
+    def commit(self, done):
+        """All that was written is on disk, and stands for `done` units of the input."""
+        for name in list(self.open):
+            self._close(name)
+        with open(self._path("ends"), "ab") as f:
+            np.array(self.ends, dtype="<i8").tofile(f)
+        self.ends, self.done = [], done
+        sizes = {f["name"]: 2 * f["tokens"] for f in self.files} | {"ends": os.path.getsize(self._path("ends"))}
+        with open(self.progress + ".tmp", "w") as f:
+            json.dump(dict(key=self.key, done=done, files=self.files, sizes=sizes), f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(self.progress + ".tmp", self.progress)
+
+    def _hold_out(self):
+        """Move the tokens after the last document that stays in train to val."""
+        ends = np.fromfile(self._path("ends"), dtype="<i8")
+        if len(ends) <= self.hold_out:
+            raise BadInput(f"there are {len(ends)} documents, and the last {self.hold_out} should be held out: "
+                           "set a smaller --val_documents")
+        a = int(ends[-self.hold_out - 1])
+        for entry in [f for f in self.files if f["split"] == "train"]:
+            keep = min(a, entry["tokens"])
+            a -= keep
+            if keep < entry["tokens"]:
+                tail = np.memmap(self._path(entry["name"]), dtype="<u2", mode="r", offset=2 * keep) if keep else \
+                    np.memmap(self._path(entry["name"]), dtype="<u2", mode="r")
+                for i in range(0, len(tail), 1 << 24):
+                    self.write("val", tail[i:i + (1 << 24)])
+                del tail
+                os.truncate(self._path(entry["name"]), 2 * keep)
+                entry["tokens"] = keep
+                if not keep:
+                    os.remove(self._path(entry["name"]))
+        self.files = [f for f in self.files if f["tokens"]]
 
     def finish(self):
-        for split in list(self.open):
-            self._close(split)
+        """Hold out, hash, name, write meta.json, rename the folder. Returns tokens per split."""
+        self.commit(self.done)
+        if self.hold_out:
+            self._hold_out()
+        for name in list(self.open):
+            self._close(name)
+        for f in self.files:
+            with open(self._path(f["name"]), "rb") as file:
+                f["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         for split in ("train", "val"):                   # the usual case: one file a split, with a plain name
             files = [f for f in self.files if f["split"] == split]
             if len(files) == 1:
-                os.rename(os.path.join(self.partial, files[0]["name"]), os.path.join(self.partial, split + ".bin"))
+                os.rename(self._path(files[0]["name"]), self._path(split + ".bin"))
                 files[0]["name"] = split + ".bin"
-        with open(os.path.join(self.partial, "meta.json"), "w") as f:
+        with open(self._path("meta.json"), "w") as f:
             json.dump(self.meta | {"files": self.files}, f, indent=1)
             f.flush()
             os.fsync(f.fileno())
+        os.remove(self._path("ends"))
+        os.remove(self.progress)
         os.rename(self.partial, self.out)                  # fails if someone filled OUT meanwhile
+        return {split: sum(f["tokens"] for f in self.files if f["split"] == split) for split in ("train", "val")}
 
 
 def make_maze(name, out=None):
@@ -270,81 +388,244 @@ def make_maze(name, out=None):
     print(f"{out}: {len(rows)} paths, {len(np.unique(rows, axis=0))} distinct", file=sys.stderr)
 
 
-def documents(files, separator, piece=1 << 20, errors="surrogateescape", progress=None):
-    """The documents of text files, in pieces of bounded size: yields (text, whether it ends its document).
+# ---------------------------------------------------------------------------------------------------------------------
+# text: files or a hub's datasets -> documents -> shards
+
+def documents(f, separator, piece=1 << 20):
+    """The documents of an open text file, in pieces of bounded size: yields (text, whether it ends its document).
 
     A long document is cut between a non-space and a space, where GPT-2's pre-tokenizer never joins: the tokens of the
     pieces are the tokens of the whole (but for a run of `piece` characters without such a place). A file's end ends a
     document. Empty documents are left out.
     """
-    for path in files:
-        empty, buffer = True, ""                         # nothing of the current document yielded yet
-        with open(path, encoding="utf-8", errors=errors, newline="") as f:
-            while True:
-                block = f.read(piece)
-                if progress is not None:
-                    progress(len(block.encode("utf-8", errors)))
-                *ended, buffer = (buffer + block).split(separator) if separator else [buffer + block]
-                for text in ended + [buffer] * (not block):
-                    text = text.strip("\r\n") if empty else text.rstrip("\r\n")
-                    if text or not empty:
-                        yield text, True
-                    empty = True
-                if not block:
-                    break
-                if len(buffer) > piece + len(separator):
-                    cut = len(buffer) - max(1, len(separator))                  # the separator may have begun
-                    while cut > 1 and not (buffer[cut].isspace() and not buffer[cut - 1].isspace()):
-                        cut -= 1
-                    cut = cut if cut > 1 else len(buffer) - max(1, len(separator))
-                    yield (buffer[:cut].lstrip("\r\n") if empty else buffer[:cut]), False
-                    empty, buffer = False, buffer[cut:]
+    empty, buffer = True, ""                             # nothing of the current document yielded yet
+    while True:
+        block = f.read(piece)
+        *ended, buffer = (buffer + block).split(separator) if separator else [buffer + block]
+        for text in ended + [buffer] * (not block):
+            text = text.strip("\r\n") if empty else text.rstrip("\r\n")
+            if text or not empty:
+                yield text, True
+            empty = True
+        if not block:
+            break
+        if len(buffer) > piece + len(separator):
+            cut = len(buffer) - max(1, len(separator))                          # the separator may have begun
+            while cut > 1 and not (buffer[cut].isspace() and not buffer[cut - 1].isspace()):
+                cut -= 1
+            cut = cut if cut > 1 else len(buffer) - max(1, len(separator))
+            yield (buffer[:cut].lstrip("\r\n") if empty else buffer[:cut]), False
+            empty, buffer = False, buffer[cut:]
 
 
-def make_text(files, tokenizer, out, separator, val_fraction, seed):
-    """Any UTF-8 text files (any files at all with `bytes`) -> shards; whole documents are held out for validation."""
-    tokenizer = Tokenizer(tokenizer)
-    for path in files:
+def read_documents(path, separator="", by_line=False, field="text", errors="strict", file=None):
+    """The documents of a file, by the end of its name: yields (name, text, whether it ends its document).
+
+    .parquet and .jsonl: a document is the text in `field`. .csv: the columns after the first. .tar: each of its files
+    in turn. .gz, .xz: what is in it. Other: text, cut at `separator`, or at each line. `file`: the open (binary) file,
+    in an archive.
+    """
+    name, inner = os.path.basename(path).lower(), (separator, by_line, field, errors)
+    if name.endswith(".parquet"):
+        for batch in optional("pyarrow.parquet", path).ParquetFile(file or path).iter_batches(256, columns=[field]):
+            yield from ((path, text, True) for text in batch.column(0).to_pylist())
+        return
+    with file or open(path, "rb") as f:
+        if name.endswith((".gz", ".tgz", ".xz")):
+            f = (lzma.open if name.endswith(".xz") else gzip.open)(f)
+            packed = name.endswith((".tgz", "_data.xz"))                       # _data.xz: OpenWebText's subsets
+            yield from read_documents(path[:path.rindex(".")] + ".tar" * packed, *inner, file=f)
+        elif name.endswith(".tar"):
+            for member in (archive := tarfile.open(fileobj=f, mode="r:")):
+                if member.isfile():
+                    yield from read_documents(member.name, *inner, file=archive.extractfile(member))
+        elif name.endswith((".jsonl", ".json")):
+            yield from ((path, json.loads(line)[field], True) for line in f if line.strip())
+        else:
+            text = io.TextIOWrapper(f, encoding="utf-8", errors=errors, newline="")
+            if name.endswith(".csv"):
+                yield from ((path, " ".join(row[1:]), True) for row in csv.reader(text))
+            elif by_line:
+                yield from ((path, line, True) for line in text if line.strip())
+            else:
+                yield from ((path, *piece) for piece in documents(text, separator))
+
+
+def sources(files, hub, flag="--files", **how):
+    """The documents of `files` (folders: all their files, sorted), or without any, of `hub` (NAME[:CONFIG][@REVISION])
+    streamed by `datasets`: a function that begins anew -> yields (name, text, whether it ends its document)."""
+    paths = [os.path.join(d, n) for p in files or () if os.path.isdir(p) for d, _, ns in os.walk(p) for n in ns]
+    paths = [p for p in files or () if not os.path.isdir(p)] + sorted(paths)
+    for path in paths:
         if not os.path.isfile(path):
-            raise BadInput(f"--files: {path} is not a file")
-    errors = "surrogateescape" if tokenizer.name == "bytes" else "strict"
-    writer = Writer(out, dict(name=os.path.basename(os.path.normpath(out)), tokenizer=tokenizer.name, row_length=None,
-                              vocab_size=tokenizer.vocab_size, bos=tokenizer.bos, predict_bos=True))
-    batch, tokens, doc, draws = [], 0, 0, np.random.default_rng(seed)
+            raise BadInput(f"{flag}: {path} is not a file or a folder")
 
-    def flush():
-        nonlocal tokens, doc, held, val
-        for ids, (_, ends) in zip(tokenizer.encode([text for text, _ in batch]), batch):
-            writer.write("val" if val else "train", np.append(ids, np.uint16(tokenizer.bos)) if ends else ids)
-            tokens += len(ids) + ends
-            if ends:                                     # the next document: in all `hold` of n, without a list of them
+    def stream(split="train"):
+        if files:
+            for path in paths:
+                try:
+                    yield from read_documents(path, **how)
+                except UnicodeDecodeError as e:
+                    raise BadInput(f"{flag}: {path} holds bytes that are not UTF-8 ({e.reason} at byte {e.start} of a "
+                                   "block): convert them, or use --tokenizer=bytes") from None
+                except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, lzma.LZMAError) as e:
+                    raise BadInput(f"{flag}: {path} cannot be read ({type(e).__name__}: {e}): truncated, or not of the "
+                                   "kind its name says, or without the field of the text") from None
+        else:
+            where, _, revision = hub.partition("@")
+            where, _, config = where.partition(":")
+            load = optional("datasets", f"{hub} without {flag}").load_dataset
+            try:
+                rows = load(where, config or None, split=split, streaming=True, revision=revision or None)
+                for row in rows:
+                    yield where, row[how.get("field", "text")], True
+            except Exception as e:                       # a hub and its library fail in a hundred ways
+                why = (str(e) or "-").splitlines()[0]
+                raise BadInput(f"datasets cannot stream {hub} ({type(e).__name__}: {why}): go online, name a copy with "
+                               f"--hub, or give local files with {flag}") from None
+    return stream
+
+
+COMMIT = 1 << 25                                         # tokens between two points at which a run can be continued
+
+
+def write_text(writer, stream, tokenizer, eos=True, batch_chars=1 << 22):
+    """Encode a stream of (split, text, whether it ends its document), EOS (= BOS) after each. -> {split: tokens}.
+    """
+    batch, pending, done, since, n = [], 0, writer.done, 0, 0
+    with tqdm(unit="token", unit_scale=True, desc=writer.out, mininterval=1) as bar:
+        for split, text, ends in itertools.chain(itertools.islice(stream, done, None), [(None, "", True)]):
+            if split:
+                batch.append((split, text, ends))
+                pending += len(text)
+            if split and pending <= batch_chars:         # a few MB in flight, whatever the input's size
+                continue
+            for ids, (where, _, ends) in zip(tokenizer.encode([text for _, text, _ in batch]), batch):
+                ids = np.append(ids, np.uint16(tokenizer.bos)) if ends and eos else ids
+                writer.write(where, ids)
+                since += len(ids)
+                if ends:
+                    n += 1
+                    if where == "train":
+                        writer.end_document()
+                bar.update(len(ids))
+            done += len(batch)
+            batch, pending = [], 0
+            if since > COMMIT:
+                writer.commit(done)
+                since = 0
+            bar.set_postfix(documents=n, refresh=False)
+    writer.done = done
+    tokens = writer.finish()
+    print(f"{writer.out}: {tokens['train']} tokens for training, {tokens['val']} for validation", file=sys.stderr)
+    return tokens
+
+
+def text_meta(out, tokenizer):
+    return dict(name=os.path.basename(os.path.normpath(out)), tokenizer=tokenizer.name, row_length=None,
+                vocab_size=tokenizer.vocab_size, bos=int(tokenizer.bos), predict_bos=True)
+
+
+def fingerprint(args):
+    """What decides the content of a dataset: its flags, and the sizes of its files."""
+    files = [p for f in getattr(args, "files", None) or () for p in ([f] if os.path.isfile(f) else
+             [os.path.join(d, n) for d, _, ns in os.walk(f) for n in ns])]
+    return json.loads(json.dumps(vars(args) | {"sizes": sorted((f, os.path.getsize(f)) for f in files)}))
+
+
+def make_text(args):
+    """Any UTF-8 text files (any files at all with `bytes`) -> shards; whole documents are held out for validation."""
+    tokenizer = Tokenizer(args.tokenizer)
+    stream = sources(args.files, None, separator=args.separator, field=args.field,
+                     errors="surrogateescape" if args.tokenizer == "bytes" else "strict")
+    writer = Writer(args.out, text_meta(args.out, tokenizer), fingerprint(args))
+    n = sum(ends for _, _, ends in tqdm(stream(), desc="counting documents", unit="", mininterval=1))
+    if n < 2:
+        raise BadInput(f"--files hold {n} document{'s' * (n != 1)}, and at least one must go to each of train "
+                       "and val: set --separator to what stands between documents, or split the text")
+    hold = max(1, round(args.val_fraction * n))
+
+    def split():                                         # in all `hold` of n documents, without a list of them
+        draws, held, doc = np.random.default_rng(args.seed), 0, 0
+        val = draws.random() < hold / n
+        for _, text, ends in stream():
+            yield "val" if val else "train", text, ends
+            if ends:
                 held, doc = held + val, doc + 1
                 val = doc < n and draws.random() < (hold - held) / (n - doc)
-        batch.clear()
-        bar.set_postfix(tokens=tokens)
+    write_text(writer, split(), tokenizer)
+    print(f"{args.out}: {n} documents ({hold} for validation)", file=sys.stderr)
 
-    try:
-        with tqdm(total=2 * sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc=out) as bar:
-            n = sum(ends for _, ends in documents(files, separator, errors=errors, progress=bar.update))
-            if n < 2:
-                raise BadInput(f"--files hold {n} document{'s' * (n != 1)}, and at least one must go to each of train "
-                               "and val: set --separator to what stands between documents, or split the text")
-            hold, held = max(1, round(val_fraction * n)), 0
-            val, pending = draws.random() < hold / n, 0
-            for text, ends in documents(files, separator, errors=errors, progress=bar.update):
-                batch.append((text, ends))
-                pending += len(text)
-                if pending > 1 << 22:                    # a few MB in flight, whatever the input's size
-                    flush()
-                    pending = 0
-            flush()
-        writer.finish()
-    except UnicodeDecodeError as e:
-        raise BadInput(f"--files hold bytes that are not UTF-8 ({e.reason} at byte {e.start} of a block): "
-                       "convert them, or use --tokenizer=bytes") from None
-    finally:
-        shutil.rmtree(writer.partial, ignore_errors=True)
-    print(f"{out}: {n} documents ({held} for validation), {tokens} tokens", file=sys.stderr)
+
+def make_openwebtext(args):
+    """OpenWebText, its last documents held out (Appendix C.1: 100,000), EOS after each document."""
+    tokenizer = Tokenizer(args.tokenizer)
+    stream = sources(args.files, args.hub or "Skylion007/openwebtext", field=args.field)
+    writer = Writer(args.out, text_meta(args.out, tokenizer), fingerprint(args), hold_out=args.val_documents)
+    write_text(writer, (("train", text, ends) for _, text, ends in stream()), tokenizer)
+
+
+def make_lm1b(args):
+    """The One Billion Word benchmark, detokenised; val is its held-out part (files with `heldout` in their names)."""
+    tokenizer = Tokenizer(args.tokenizer)
+    stream = sources(args.files, args.hub or ZEROSHOT["lm1b"][0], by_line=True, field=args.field)
+    writer = Writer(args.out, text_meta(args.out, tokenizer), fingerprint(args))
+
+    def split():
+        if args.files:
+            yield from (("val" if "heldout" in name else "train", detokenize(text, LM1B), ends)
+                        for name, text, ends in stream())
+        else:
+            for where, hub_split in (("train", "train"), ("val", "test")):
+                yield from ((where, detokenize(text, LM1B), ends) for _, text, ends in stream(hub_split))
+    tokens = write_text(writer, split(), tokenizer)
+    if not tokens["val"]:
+        print(f"{args.out}: no file has `heldout` in its name, so there is no validation split", file=sys.stderr)
+
+
+# Detokenisers, as the field uses them (GPT-2's and Megatron's; the set of kuleshov-group/mdlm): (pattern, replacement)
+WIKITEXT = [(r"s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (r" @\.@ ", "."), (" : ", ": "),
+            (" ; ", "; "), (r" \. ", ". "), (" ! ", "! "), (r" \? ", "? "), (" , ", ", "),
+            (r"\(\s*([^\)]*?)\s*\)", r"(\1)"), (r"\[\s*([^\]]*?)\s*\]", r"[\1]"), (r"{\s*([^}]*?)\s*}", r"{\1}"),
+            (r"\"\s*([^\"]*?)\s*\"", r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'"), (r"= = = =", "===="), (r"= = =", "==="),
+            (r"= =", "=="), (" \u00b0 ", "\u00b0"), (r" \n", "\n"), (r"\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]
+STRIP = (r"^\s+|\s+\Z", "")
+PTB = [STRIP, (" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (r" \n ", "\n"), (r"\\/", "/"), *[(" N ", " 1 ")] * 10,
+       (r"\$ 1", "$1"), (r"# 1", "#1"), ("<unk>", "?")]
+LM1B = [STRIP, ("http : / / ", "http://"), ("https : / / ", "https://"), (r" '(\w+)", r"'\1"),
+        (r" (\w+) \. ", r" \1. "),
+        (r" (\w+) \.$", r" \1."), (r" \? ", "? "), (r" \?$", "?"), (" ! ", "! "), (" !$", "!"), (" , ", ", "),
+        (" : ", ": "), (" ; ", "; "), (" / ", "/"), (r'" ([^"]+) "', r'"\1"'), (r"' ([^']+) '", r"'\1'"),
+        (r"\( ([^\(\)]+) \)", r"(\1)"), (r"\[ ([^\[\]]+) \]", r"[\1]"), (r"\$ ", "$"), ("\u00a3 ", "\u00a3")]
+LAMBADA = [("[\u201c\u201d]", '"'), STRIP, (r"\A", "\n")]
+
+# name: (on the hub, field, by line, detokeniser); val is what is evaluated
+ZEROSHOT = dict(
+    ptb=("ptb-text-only/ptb_text_only@refs/convert/parquet", "sentence", True, PTB),
+    wikitext=("Salesforce/wikitext:wikitext-2-raw-v1", "text", True, WIKITEXT),
+    lm1b=("billion-word-benchmark/lm1b@refs/convert/parquet", "text", True, LM1B),
+    lambada=("EleutherAI/lambada_openai", "text", False, LAMBADA),
+    ag_news=("fancyzhx/ag_news", "text", False, []),
+    pubmed=("armanc/scientific_papers:pubmed@refs/convert/parquet", "article", False, WIKITEXT + LM1B[1:]),
+    arxiv=("armanc/scientific_papers:arxiv@refs/convert/parquet", "article", False, WIKITEXT + LM1B[1:]))
+
+
+def detokenize(text, rules):
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def make_zeroshot(args):
+    """A zero-shot set (Table 8): its test texts, detokenised, in one stream without EOS, as the paper wraps them."""
+    hub, field, by_line, rules = ZEROSHOT[args.name]
+    tokenizer = Tokenizer(args.tokenizer)
+    stream = sources(args.files, args.hub or hub, by_line=by_line, field=args.field or field)
+    writer = Writer(args.out, text_meta(args.out, tokenizer), fingerprint(args))
+    tokens = write_text(writer, (("val", detokenize(text, rules), ends) for _, text, ends in stream("test")), tokenizer,
+                        eos=False)
+    if not tokens["val"]:
+        raise BadInput(f"{args.name} is empty: give the file of its test split")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,8 +686,9 @@ class Shards:
 def read_meta(path):
     """A dataset's meta.json and its files, sizes checked: (meta, [{name, path, split, tokens, offset, sha256}])."""
     if not os.path.isdir(path):
-        hint = f"python data/prepare.py {os.path.basename(path)}" if os.path.basename(path).startswith("maze") else \
-            "python data/prepare.py text --files ... --out=" + path
+        name = os.path.basename(os.path.normpath(path))
+        hint = "python data/prepare.py " + (name if name in ("maze", "maze_skewed", "openwebtext", "lm1b") else
+                                            "text --files ... --out=" + path)
         raise BadInput(f"{path} is not a folder of shards: make it with `{hint}`")
     name = os.path.join(path, "meta.json")
     if os.path.exists(name):
@@ -475,28 +757,53 @@ def verify(path):
 
 def main():
     parser = Parser(description="Make, and check, datasets of token shards.")
-    sub = parser.add_subparsers(dest="what", required=True, metavar="maze|maze_skewed|text|verify", parser_class=Parser)
+    sub = parser.add_subparsers(dest="what", required=True, parser_class=Parser,
+                                metavar="maze|maze_skewed|text|openwebtext|lm1b|zeroshot|verify")
     for name in ("maze", "maze_skewed"):
         p = sub.add_parser(name, help="the 2000 paths of the maze" + ", short ones favoured" * (name != "maze"))
         p.add_argument("--out", default=f"data/{name}", help="folder to write")
-    p = sub.add_parser("text", help="any UTF-8 text files")
-    p.add_argument("--files", nargs="+", required=True, help="text files, read in this order")
-    p.add_argument("--tokenizer", default="gpt2", choices=["gpt2", "bytes"], help="bytes: no download, any file")
-    p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--separator", default="<|endoftext|>", type=unescape,
-                   help="what stands between documents; a file's end always ends one")
-    p.add_argument("--val_fraction", type=number(float, above=0, high=0.5), default=0.02,
-                   help="fraction of the documents held out")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="which documents are held out")
+    kinds = "text, .jsonl, .parquet, .csv, .tar of these, .gz or .xz of these, or folders of these"
+    for name, what in dict(text="any UTF-8 text", openwebtext="OpenWebText", lm1b="One Billion Words",
+                           zeroshot="a zero-shot evaluation set").items():
+        p = sub.add_parser(name, help=what)
+        if name == "zeroshot":
+            p.add_argument("name", choices=ZEROSHOT, help="which set")
+        p.add_argument("--files", nargs="+", required=name == "text",
+                       help=f"{kinds}, read in this order" + "; without it, streamed by `datasets`" * (name != "text"))
+        p.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes (no download, any file), or hf:NAME")
+        p.add_argument("--out", required=name == "text",
+                       default=None if name in ("text", "zeroshot") else f"data/{name}",
+                       help="folder to write" + "; default data/zeroshot-NAME" * (name == "zeroshot"))
+        p.add_argument("--field", default=None if name == "zeroshot" else "text",
+                       help="where .jsonl, .parquet and the hub keep a document's text")
+        if name != "text":
+            p.add_argument("--hub", help="Hugging Face dataset NAME[:CONFIG][@REVISION]")
+        if name == "openwebtext":
+            p.add_argument("--val_documents", type=number(int, 1), default=100_000,
+                           help="the last so many are held out")
+        if name == "text":
+            p.add_argument("--separator", default="<|endoftext|>", type=unescape,
+                           help="what stands between documents of a text file; a file's end always ends one")
+            p.add_argument("--val_fraction", type=number(float, above=0, high=0.5), default=0.02,
+                           help="fraction of the documents held out")
+            p.add_argument("--seed", type=number(int, 0), default=0, help="which documents are held out")
     p = sub.add_parser("verify", help="check sizes, hashes and ids of a dataset")
     p.add_argument("path", help="its folder")
     args = parser.parse_args()
+    if args.what == "zeroshot":
+        args.out = args.out or f"data/zeroshot-{args.name}"
     if args.what == "verify":
         verify(args.path)
-    elif args.what == "text":
-        make_text(args.files, args.tokenizer, args.out, args.separator, args.val_fraction, args.seed)
-    else:
+    elif args.what.startswith("maze"):
         make_maze(args.what, args.out)
+    else:
+        try:
+            dict(text=make_text, openwebtext=make_openwebtext, lm1b=make_lm1b, zeroshot=make_zeroshot)[args.what](args)
+        except BadInput:                                   # what has no committed part cannot be continued
+            partial = os.path.normpath(args.out) + ".partial"
+            if not os.path.exists(os.path.join(partial, "progress.json")):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 if __name__ == "__main__":

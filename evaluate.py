@@ -19,8 +19,8 @@ from tqdm import tqdm
 from data.prepare import (BadInput, Parser, Shards, Tokenizer, check_output, maze_dataset, maze_keys, maze_paths,
                           maze_valid, number, optional, run_main)
 from mdlm import reveal_steps, stratified_t, unmask
-from sample import (device_and_dtype, entropy, generate, load_ar, load_model, load_verifier, resolve_sampling,
-                    sampling_flags)
+from sample import (device_and_dtype, entropy, generate, load_ar, load_model, load_verifier, loading_flags,
+                    resolve_sampling, sampling_flags)
 from teacher import CausalLM, extract_sequential
 
 
@@ -39,7 +39,7 @@ def git_commit():
 
 
 PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position"}
-DIGITS = dict(gen_ppl=2, entropy=2, entropy_set=2, nll=3, nll_stderr=3, teacher_nll=3, ppl=2)
+DIGITS = dict(tau=2, top_p=2, gen_ppl=2, entropy=2, entropy_set=2, nll=3, nll_stderr=3, teacher_nll=3, ppl=2)
 
 
 def print_table(rows, columns):
@@ -167,7 +167,7 @@ def maze_rows(models, args, device, theory=True):
     teacher = next((m for m in models if isinstance(m, CausalLM)), None)
     apd = load_verifier(args, models, device)
     jobs = [(m, d, k) for m in models for d in (["sample"] if isinstance(m, CausalLM) else args.decode)
-            for k in ([10] if isinstance(m, CausalLM) else args.nfe)]
+            for k in ([10] if isinstance(m, CausalLM) or apd else args.nfe)]
     jobs += [("theory", "sample", k) for k in args.nfe] * theory
     rows = []
     for model, decode, k in tqdm(jobs, desc="maze", unit="row", disable=not sys.stderr.isatty()):
@@ -189,7 +189,7 @@ def maze_rows(models, args, device, theory=True):
 def sampling_note(args, models):
     """What the numbers depend on besides the checkpoints, for a table's footer."""
     tau, top_p = resolve_sampling(args, models[-1])
-    return (f"{args.sampler} sampler, {args.order} order, tau {tau}, top_p {top_p}, {args.weights} weights, "
+    return (f"{args.sampler} sampler, {args.order} order, tau {tau}, top_p {top_p}, {args.weights or 'EMA'} weights, "
             f"seed {args.seed}.")
 
 
@@ -271,7 +271,7 @@ def judge_nll(judge, samples, device, batch=32):
             logp = torch.cat([judge.logits(r).log_softmax(-1).gather(-1, t[:, None]).squeeze(1)[None]
                               for r, t in zip(h, target)])
             keep = target != judge.bos                     # EOS, and the padding after a shorter sample
-            nll[some] -= (logp.double() * keep).sum(1).cpu().numpy()
+            nll[some] -= logp.double().masked_fill(~keep, 0).sum(1).cpu().numpy()
             count[some] += keep.sum(1).cpu().numpy()
             done = start + part.shape[1] - 1
             start += judge.length // 2
@@ -279,7 +279,7 @@ def judge_nll(judge, samples, device, batch=32):
 
 
 GENPPL_COLUMNS = dict(model="model", decode="decode", nfe="NFE", nfe_counted="calls", verifier_calls="verifier",
-                      gen_ppl="GenPPL", entropy="entropy", entropy_set="entropy of the set")
+                      tau="τ", top_p="top_p", gen_ppl="GenPPL", entropy="entropy", entropy_set="entropy of the set")
 
 
 def genppl(args, models, device):
@@ -290,30 +290,35 @@ def genppl(args, models, device):
     names = {m.meta["tokenizer"] for m in models}
     if len(names) > 1:
         raise BadInput(f"--ckpt: these have the tokenizers {', '.join(sorted(names))}: give checkpoints of one")
+    length = args.length or min(min(m.length for m in models), 1024)
+    data = Shards(args.data, "val", length) if args.data else None
+    if data and data.meta["tokenizer"] not in names:
+        raise BadInput(f"--data={args.data} has the tokenizer {data.meta['tokenizer']}, the checkpoints "
+                       f"{', '.join(names)}: they must be the same")
     tokenizer = Tokenizer(models[0].meta["tokenizer"], models[0].config["vocab_size"])
     other = Tokenizer(judge.meta["tokenizer"]) if judge.meta["tokenizer"] != tokenizer.name else None
     apd = load_verifier(args, models, device)
-    length = args.length or min(min(m.length for m in models), 1024)
     jobs = [("data", "", 0)] * bool(args.data) + [
         (m, d, k) for m in models for d in args.decode
         for k in ([length - 1] if isinstance(m, CausalLM) or args.sampler == "apd" else args.nfe)]
     rows = []
     for model, decode, k in tqdm(jobs, desc="genppl", unit="row", disable=not sys.stderr.isatty()):
         if model == "data":
-            data = Shards(args.data, "val", length)
             sampled = data.rows(np.random.default_rng(args.seed).permutation(len(data))[:args.n])[:, 1:]
             row = dict(model="data", decode="", nfe=None)
         else:
             sampled, calls, checks = sample_rows(model, args.n, k, decode == "greedy", args, device, apd, length,
                                                  batch=args.batch_size)
-            row = dict(model=model.name, decode=decode, nfe=k, nfe_counted=calls, verifier_calls=checks)
+            row = dict(model=model.name, decode=decode, nfe=k, nfe_counted=calls, verifier_calls=checks,
+                       **dict(zip(("tau", "top_p"), resolve_sampling(args, model))))
         ids = other.encode([tokenizer.decode(r) for r in sampled]) if other else sampled
         nll, count = judge_nll(judge, ids, device)
         rows.append(row | dict(gen_ppl=float(np.exp(nll.sum() / max(1, count.sum()))), n=len(sampled),
                                entropy=float(np.mean([entropy(r) for r in sampled])), entropy_set=entropy(sampled)))
     print_table(rows, GENPPL_COLUMNS)
     print(f"\nn = {args.n} samples a row of {length - 1} tokens, judge {judge.name}; entropy: of the tokens of a sample"
-          f" (mean), and of the whole set, in nats.\nStudents: {sampling_note(args, models)}")
+          f" (mean), and of the whole set, in nats.\n{args.sampler} sampler, {args.order} order, "
+          f"{args.weights or 'EMA'} weights, seed {args.seed}.")
     return rows
 
 
@@ -327,9 +332,11 @@ def ppl(args, models, device):
     -log p(x) <= E_q[-log p(x | noise)] - log p_teacher(x), q the posterior of the noise: its KL to the prior is the
     teacher's nll exactly. The first term alone (nll_given_noise) is no likelihood.
     """
-    rows = []
+    rows, length = [], args.length or min(min(m.length for m in models), 1024)
     for model in models:
-        data = Shards(args.data or model.args.get("data") or "", "val", min(model.config["length"], 1024))
+        if not (args.data or model.args.get("data")):
+            raise BadInput(f"--data is needed for {model.name}: it does not say what it was trained on")
+        data = Shards(args.data or model.args["data"], "val", length)
         for key in ("vocab_size", "bos"):
             if data.meta[key] != model.config[key]:
                 raise BadInput(f"--data={data.path} has {key} {data.meta[key]}, {model.name} {model.config[key]}: "
@@ -394,12 +401,11 @@ def main(argv=None):
             p.add_argument("--data", help="shards: " + ("validation text; default: the run's own" if name == "ppl" else
                                                         "adds a row for their validation text"))
             p.add_argument("--batch_size", type=number(int, 1), default=32, help="rows at once")
+            p.add_argument("--length", type=number(int, 2),
+                           help="tokens of a row, BOS included; default: the models' (the shortest, at most 1024)")
         if name == "ppl":
             p.add_argument("--teacher", help="of students with noise; default: the one that they were trained with")
-            p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="rows, masks, noise")
-            p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which weights of the checkpoint")
-            p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                           help="auto: bfloat16 on CUDA")
+            loading_flags(p)
             continue
         p.add_argument("--nfe", type=steps_list, default=[8, 64] if text else [1, 2, 4, 8, 16],
                        help="numbers of steps, as in 1,2,4")
@@ -407,7 +413,6 @@ def main(argv=None):
                        help="sample, greedy (argmax)")
         if name == "genppl":
             p.add_argument("--judge", required=True, help="AR checkpoint, gpt2[-medium|-large|-xl], or hf:NAME")
-            p.add_argument("--length", type=number(int, 2), help="tokens of a sample, BOS included")
         if name == "nfe":
             p.add_argument("--plot", help="also draw them into this .png or .svg (needs matplotlib)")
         sampling_flags(p)

@@ -10,13 +10,13 @@ Shapes: B batch, L length, V vocabulary (without [MASK], whose id is V), D width
 import json
 import math
 import os
-import pickle
 import zipfile
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from torch.utils.checkpoint import checkpoint
 
 from gumbel import CHUNK, GumbelEmbedding, gumbel_max, sample_gumbel
@@ -32,7 +32,9 @@ class KVCache:
 
     def __init__(self, model, batch, max_length):
         w, h = model.blocks[0].qkv.weight, model.n_head
-        self.kv = w.new_zeros(len(model.blocks), 2, batch, h, max_length, w.shape[1] // h)
+        device = w.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w.dtype
+        self.kv = w.new_zeros(len(model.blocks), 2, batch, h, max_length, w.shape[1] // h, dtype=dtype)
         self.length = 0
 
     def update(self, layer, k, v):
@@ -462,36 +464,26 @@ class _Inert:
     """What any class of a Lightning file's pickled configuration becomes: holds its state, runs nothing."""
 
     def __init__(self, *args, **kw):
-        self.state = {}
+        pass
 
     def __setstate__(self, state):
-        self.state = state
+        if isinstance(state, dict):
+            self.__dict__.update(state)
 
     def __setitem__(self, key, value):
         pass
 
-    append = extend = add = __init__
 
-
-def _setting(node, *keys):
+def _setting(config, *keys):
     """A value of an OmegaConf tree read as `_Inert`s (children in `_content`, a leaf in `_val`), or None."""
-    for key in (*keys, None):
-        state = node.state if isinstance(node, _Inert) and isinstance(node.state, dict) else {"_content": node}
-        node = state.get("_val", node) if key is None else state.get("_content")
-        if key is not None:
-            node = node.get(key) if isinstance(node, dict) else None
-    return node
-
-
-class _InertPickle:
-    """A `pickle_module` for torch.load: tensors are rebuilt, every other class and function becomes `_Inert`."""
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if (module, name) in (("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"),
-                                  ("torch._utils", "_rebuild_parameter")):
-                return super().find_class(module, name)
-            return _Inert
+    node = config
+    for key in keys:
+        node = getattr(node, "_content", node)
+        node = node.get(key) if isinstance(node, dict) else None
+    node = getattr(node, "_val", node)
+    if isinstance(node, str) and node.startswith("${"):    # as in block_size: ${model.length}
+        return _setting(config, *node[2:-1].split("."))
+    return node if isinstance(node, (int, str)) else None
 
 
 def read_weights(path):
@@ -521,41 +513,42 @@ def read_lightning(path, weights=None):
     """The authors' Lightning .ckpt -> (state dict of the network, settings), its pickled objects not executed.
 
     `weights`: "raw", or "ema", whose `shadow_params` are a list in the order of the network's parameters; None: EMA
-    where the file has them.
+    where the file has them. torch's weights-only reader builds tensors, and `_Inert`s for all other classes.
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a Lightning checkpoint (a zip archive): truncated?")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle, mmap=True)
-        state = {k: v for k, v in ckpt["state_dict"].items() if not k.startswith("teacher_model.")}
-    except Exception as e:
-        raise ValueError(f"{path} is not a readable Lightning checkpoint: "
-                         f"{(str(e) or type(e).__name__).splitlines()[0]}") from None
-    shadow = (ckpt.get("ema") or {}).get("shadow_params")
+        with safe_globals([(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]):
+            ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = {k.replace("_orig_mod.", ""): v for k, v in ckpt["state_dict"].items()
+                 if not k.startswith("teacher_model.") and "sampling_eps" not in k}
+        shadow = ckpt["ema"]["shadow_params"] if ckpt.get("ema") else None
+        config = (ckpt.get("hyper_parameters") or {}).get("config")
+    except Exception as e:                                 # foreign files fail in a dozen ways
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a readable Lightning checkpoint: {why}") from None
     if weights == "ema" or weights is None and shadow:
         names = [k for k in state if not k.endswith(("inv_freq", "block_diff_mask"))]                  # not the buffers
         if not shadow:
-            raise ValueError(f"{path} holds no EMA weights: use its raw ones")
+            raise ValueError(f"{path} holds no EMA weights: use --weights=raw")
         if [p.shape for p in shadow] != [state[k].shape for k in names]:
             raise ValueError(f"{path}: its {len(shadow)} EMA tensors do not match the {len(names)} of its network")
         state |= dict(zip(names, shadow))
-    config = (ckpt.get("hyper_parameters") or {}).get("config")
     settings = dict(model_length=_setting(config, "model", "length"), n_heads=_setting(config, "model", "n_heads"),
                     block_size=_setting(config, "block_size"), inject=_setting(config, "model", "gumbel_inject_mode"))
-    return state, {k: v for k, v in settings.items() if isinstance(v, (int, str))}
+    return state, {k: v for k, v in settings.items() if v is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints of the authors' networks
 
 def fold_published(src, n_heads=None):
-    """A published checkpoint (path or state dict) -> (our state dict, sizes, their state dict).
+    """A published checkpoint (path or state dict) -> (our state dict, sizes, their state dict, its file's settings).
 
     Their adaLN has a constant input (no time conditioning), so it folds into LayerNorm and output projections exactly:
         c = silu(W2 silu(W1 e + b1) + b2),  e = [1] * 128 ++ [0] * 128   (sinusoidal embedding of sigma = 0)
         per block (shift, scale, gate) x 2 = A c + a: LN weight <- norm (1 + scale), bias <- shift, output *= gate
     AR files have no adaLN. The output layer's [MASK] row is dropped: its logit is -inf.
     """
+    settings = {}
     if not isinstance(src, dict):
         src, settings = read_lightning(src) if str(src).endswith(".ckpt") else read_weights(src)
         n_heads = n_heads or settings.get("n_heads")
@@ -594,12 +587,13 @@ def fold_published(src, n_heads=None):
     except KeyError as e:
         raise ValueError(f"not a published MDLM, BD3-LM or AR checkpoint: it lacks {e}") from None
     return {"transformer." + k: v for k, v in out.items()}, dict(
-        vocab_size=rows - 1, n_layer=n_layer, n_embd=D, n_head=D // head_dim, dropout=0.0), src
+        vocab_size=rows - 1, n_layer=n_layer, n_embd=D, n_head=D // head_dim, dropout=0.0), src, settings
 
 
-def load_published(src, n_heads=None, length=1024, bos=50256, inject="replace"):
+def load_published(src, n_heads=None, length=None, bos=50256, inject=None):
     """The authors' MDLM, with or without Gumbel noise, as our `MDLM` with equal outputs. `src`: path or state dict."""
-    state, sizes, src = fold_published(src, n_heads)
+    state, sizes, src, settings = fold_published(src, n_heads)
+    length, inject = length or settings.get("model_length", 1024), inject or settings.get("inject", "replace")
     w = src.get("gumbel_noise_embed.linear.weight")
     model = MDLM(length=length, bos=bos, noise=None if w is None else "gumbel", inject=inject, **sizes)
     if w is not None:

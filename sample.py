@@ -6,6 +6,7 @@
     python sample.py --ckpt=out/mine-mdlm --sampler=apd --verifier=out/mine-ar
     python sample.py --ckpt=gpt2-large --shards=data/gpt2-written --n=100000 --length=1024 --batch_size=64
 """
+import contextlib
 import json
 import os
 import sys
@@ -55,19 +56,20 @@ def build(kind, config):
         raise BadInput(f"cannot build model {kind!r}: {e}") from None
 
 
-def load_model(path, weights="ema", device="cpu"):
+def load_model(path, weights=None, device="cpu"):
     """A model ready for inference, with its run's args and dataset meta. `path`: a checkpoint of train.py or its run
     directory; gpt2, gpt2-medium, gpt2-large, gpt2-xl; a folder as Hugging Face has it (GPT-2, or the authors' MDLM); a
-    Lightning .ckpt of the authors' code; hf:NAME. `weights`: "ema" or "raw", where a file has both.
+    Lightning .ckpt of the authors' code; hf:NAME. `weights`: "ema", "raw", or None: EMA where the file has them.
     """
-    if path.startswith("hf:") or path in GPT2_SIZES or path.endswith((".ckpt", ".safetensors")) or os.path.isdir(path) \
-            and not os.path.exists(os.path.join(path, "ckpt.pt")) and os.path.exists(os.path.join(path, "config.json")):
+    ours = os.path.exists(os.path.join(path, "ckpt.pt"))
+    if not ours and (path.startswith("hf:") or path in GPT2_SIZES or path.endswith((".ckpt", ".safetensors")) or any(
+            os.path.exists(os.path.join(path, n)) for n in ("config.json", "model.safetensors", "pytorch_model.bin"))):
         model = load_foreign(path, weights)
     else:
         ckpt = load_checkpoint(path)
         model = build(ckpt["args"]["model"], ckpt["config"])
         try:
-            model.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
+            model.load_state_dict(ckpt["model" if weights == "raw" else "ema"])
         except RuntimeError as e:
             raise BadInput(f"{path} does not hold the weights that its config describes: "
                            f"{str(e).splitlines()[-1].strip()}") from None
@@ -91,18 +93,20 @@ def load_foreign(path, weights):
             else:
                 names = {k.removeprefix("backbone."): k for k in state}
                 bos = len(state[names["vocab_embed.embedding"]]) - 2 if "vocab_embed.embedding" in names else 0
-                kw = dict(n_heads=settings.get("n_heads"), bos=bos, length=settings.get("model_length", 1024))
+                kw = dict(n_heads=settings.get("n_heads"), bos=bos, length=settings.get("model_length"))
                 if "sigma_map.mlp.0.weight" not in names:
                     model = teacher.load_published(state, **kw)
                 elif settings.get("block_size", kw["length"]) != kw["length"]:
                     raise ValueError(f"a BD3-LM of block size {settings['block_size']}, which is no MDLM")
                 else:
-                    model = mdlm.load_published(state, inject=settings.get("inject", "replace"), **kw)
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{path} cannot be loaded: {e}") from None
+                    model = mdlm.load_published(state, inject=settings.get("inject"), **kw)
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as e:                   # damaged in some way
+        why = (str(e) or type(e).__name__).splitlines()[-1].strip()
+        raise BadInput(f"{path} cannot be loaded: {why}") from None
     V = model.config["vocab_size"]
-    model.meta = dict(name=os.path.basename(path), tokenizer=tokenizer or ("gpt2" if V == 50257 else "ids"),
-                      vocab_size=V, bos=model.bos, predict_bos=True, row_length=None)
+    model.meta = dict(name=os.path.basename(os.path.normpath(path)),
+                      tokenizer=tokenizer or ("gpt2" if V == 50257 else "ids"), vocab_size=V,
+                      bos=model.bos, predict_bos=True, row_length=None)
     model.args, model.step = dict(model="ar" if isinstance(model, CausalLM) else "mdlm"), None
     return model
 
@@ -146,8 +150,12 @@ def sampling_flags(parser):
                        "default 1, and 0.85 for a student with noise on text, as the authors released it")
     group.add_argument("--top_p", type=number(float, above=0, high=1),
                        help="nucleus; default 0.9 on text, 1 on the maze")
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed and flags: same samples")
-    group.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which weights of the checkpoint")
+    loading_flags(group)
+
+
+def loading_flags(group):
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed and flags: same result")
+    group.add_argument("--weights", choices=["ema", "raw"], help="default: EMA, where a file has both")
     group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
                        help="auto: bfloat16 on CUDA")
 
@@ -172,7 +180,8 @@ def load_verifier(args, models, device):
         return None
     if not args.verifier:
         raise BadInput("--sampler=apd needs --verifier: an AR checkpoint of the same vocabulary, or gpt2")
-    return dict(verifier=load_ar("--verifier", args.verifier, models[0].meta, models[0].length, device),
+    length = getattr(args, "length", None) or min(m.length for m in models)
+    return dict(verifier=load_ar("--verifier", args.verifier, models[0].meta, length, device),
                 ratio=args.apd_ratio, max_lookahead=args.max_lookahead)
 
 
@@ -184,6 +193,8 @@ def load_ar(flag, path, meta, length, device="cpu"):
     for key in ("vocab_size", "bos"):
         if model.config[key] != meta[key]:
             raise BadInput(f"{flag}={path} has {key} {model.config[key]}, the data {meta[key]}: they must be the same")
+    if model.meta["tokenizer"] != meta["tokenizer"] and meta["tokenizer"].startswith("chars:"):
+        raise BadInput(f"{flag}={path} knows other characters than the data: train it on this dataset")
     if length is not None and length > model.length:
         raise BadInput(f"{flag}={path} was trained on rows of {model.length} tokens: "
                        f"use --length={model.length} or less")
@@ -204,9 +215,11 @@ def start_tokens(model, tokenizer, prompt, infill, length):
                 ids += [model.mask_id] * (i > 0) + encode(part)
         else:
             ids = encode(prompt)
-    except ValueError:
-        raise BadInput("prompts of this model are made of "
-                       + ("U D L R and . (PAD)" if tokenizer.name == "maze" else "token ids")) from None
+        if ids and max(ids) > model.config["vocab_size"]:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise BadInput("prompts of this model are made of " + (
+            "U D L R and . (PAD)" if tokenizer.name == "maze" else f"ids below {model.config['vocab_size']}")) from None
     if len(ids) + 1 > length:
         raise BadInput(f"--{'infill' if infill is not None else 'prompt'} has {len(ids)} tokens, but "
                        f"a sample of this model has at most {length - 1}: shorten it")
@@ -243,7 +256,8 @@ def write_shards(model, args, device, autocast):
     key = {k: getattr(args, k) for k in ("ckpt", "n", "batch_size", "length", "seed", "weights", "dtype")}
     writer = Writer(args.shards, dict(name=name, **{k: model.meta[k] for k in (
         "tokenizer", "vocab_size", "bos", "predict_bos")}, row_length=length - 1), key | {"step": model.step})
-    with tqdm(total=args.n, initial=writer.done, unit="row", desc=args.shards) as bar:
+    began, first = time.time(), writer.done
+    with tqdm(total=args.n, initial=first, unit="row", desc=args.shards) as bar:
         while (done := writer.done) < args.n:
             b = min(args.batch_size, args.n - done)
             seed = int(np.random.SeedSequence([args.seed, done]).generate_state(1, np.uint64)[0] >> 1)
@@ -255,7 +269,7 @@ def write_shards(model, args, device, autocast):
                 writer.write(split, part.ravel())
             writer.commit(done + b)
             bar.update(b)
-            bar.set_postfix(tokens_per_s=f"{(bar.n - bar.initial) * (length - 1) / bar.format_dict['elapsed']:,.0f}")
+            bar.set_postfix(tokens_per_s=f"{(writer.done - first) * (length - 1) / (time.time() - began):,.0f}")
     writer.finish()
     print(f"{args.shards}: {args.n} rows of {length - 1} tokens by {model.name}, {held} of them for validation",
           file=sys.stderr)
@@ -286,8 +300,8 @@ def main():
     model = load_model(args.ckpt, args.weights, device)
     if args.length and args.length > model.length:
         raise BadInput(f"--length={args.length} is more than the {model.length} tokens that this model was trained on")
-    if args.shards:
-        return write_shards(model, args, device, autocast)
+    if args.shards:                                        # exact by default: bf16 only if it is asked for
+        return write_shards(model, args, device, autocast if args.dtype != "auto" else contextlib.nullcontext())
     length = args.length or min(model.length, 1024)
     tau, top_p = resolve_sampling(args, model)
     if args.sampler == "apd" and isinstance(model, CausalLM):

@@ -48,7 +48,8 @@ class CausalLM(nn.Module):
     def loss(self, tokens):
         """Mean negative log-likelihood in nats over the L - 1 tokens after BOS. Returns (loss, {})."""
         h = self.hidden(tokens[:, :-1]).flatten(0, 1)
-        return row_losses(partial(self.logits, exact=False), h, tokens[:, 1:].flatten(), self.vocab_size)[0].mean(), {}
+        logits = partial(self.logits, exact=not self.training)
+        return row_losses(logits, h, tokens[:, 1:].flatten(), self.vocab_size)[0].mean(), {}
 
     forward = loss                                        # what DDP calls
 
@@ -135,7 +136,8 @@ class GPT2(AR):
         try:
             return cls.from_state(*read_weights(folder))
         except (OSError, ValueError) as e:
-            raise BadInput(f"{name_or_dir} is no GPT-2: {e}") from None
+            again = f" (to download it again, remove {folder})" if folder != name_or_dir else ""
+            raise BadInput(f"{name_or_dir} is no GPT-2: {e}{again}") from None
 
     @classmethod
     def from_state(cls, state, config):
@@ -206,7 +208,7 @@ def body_to_bfloat16(teacher):
     """The frozen teacher's layers in bf16 (half the memory, no cast at each pass); embeddings and head stay float32."""
     blocks = teacher.lm.base_model if isinstance(teacher, HF) else teacher.transformer.blocks
     for m in blocks.modules():
-        if isinstance(m, nn.Linear):
+        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D":
             m.to(torch.bfloat16)
     return teacher
 
@@ -254,9 +256,10 @@ def extract_sequential(teacher, n, length=None, generator=None):
     return tokens, noise
 
 
-def load_published(src, n_heads=None, length=1024, bos=50256):
+def load_published(src, n_heads=None, length=None, bos=50256):
     """The authors' AR model as our `AR` with equal outputs. `src`: a path or a state dict; a [MASK] row is dropped."""
-    state, sizes, _ = fold_published(src, n_heads)
+    state, sizes, _, settings = fold_published(src, n_heads)
+    length = length or settings.get("model_length", 1024)
     state["transformer.embed.weight"] = state["transformer.embed.weight"][:sizes["vocab_size"]]
     model = AR(length=length, bos=bos, **sizes)
     model.load_state_dict(state)

@@ -894,6 +894,14 @@ def test_safetensors_reader(tmp_path):
     assert all(got[k].dtype == v.dtype and torch.equal(got[k], v) for k, v in tensors.items())
 
 
+def test_evaluation_of_an_ar_model_has_a_float32_head():
+    ar, rows = tiny_ar(), rows_of(64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        h = ar.hidden(rows[:, :-1]).float()
+        want = F.cross_entropy(ar.logits(h).flatten(0, 1), rows[:, 1:].flatten())
+        assert torch.equal(ar.eval().loss(rows)[0], want) and not torch.equal(ar.train().loss(rows)[0], want)
+
+
 def test_teacher_body_in_bfloat16_keeps_a_float32_head(tmp_path):
     save_gpt2(tmp_path)
     model = GPT2.from_pretrained(str(tmp_path))
@@ -986,8 +994,10 @@ def _config(tree):
 def lightning_file(path, name, bomb=None, ema=True, **change):
     """A .ckpt as the authors' code writes it, from a golden state dict. EMA weights differ from the raw ones."""
     g = golden(name)
-    state = {"backbone." + k: v for k, v in g["state_dict"].items()}
-    state["teacher_model.wte.weight"] = torch.zeros(3)
+    state = {"backbone._orig_mod." + k: v for k, v in g["state_dict"].items()}                  # as torch.compile names
+    state |= {"teacher_model.wte.weight": torch.zeros(3), "sampling_eps_min": torch.tensor(1e-3)}
+    if g["config"]["block_size"] == 32:
+        change = {"block_size": "${model.length}"} | change                # pickled unresolved, as their configs say it
     ckpt = {"epoch": 1, "global_step": 7, "state_dict": state, "loops": {"x": _Node(y=2)}, "callbacks": {},
             "hyper_parameters": {"config": _config(g["config"] | change), "tokenizer": bomb or _Node(z=3)}}
     if ema:
@@ -1021,14 +1031,17 @@ def test_published_lightning_checkpoints(tmp_path, name, cli):
     assert torch.equal(ema.log_probs(x, *noise), again.log_probs(x, *noise))
     assert not torch.equal(ema.log_probs(x, *noise), raw.log_probs(x, *noise))
     assert (ema.config["length"], ema.bos, ema.config["n_head"]) == (32, 99, 4) and not trace.exists()
+    module = load_published_ar if name == "ar" else load_published
+    assert module(path).config["length"] == 32
     code, out, err = cli(sample, f"--ckpt={path} --n=2 --steps=4 --length=8")
     assert code == 0 and out.count("--- sample") == 2 and "entropy" in out, err
     lightning_file(path, name, ema=False)
-    refused(cli(sample, f"--ckpt={path} --n=1"), "no EMA weights")
-    assert cli(sample, f"--ckpt={path} --n=1 --weights=raw --steps=2")[0] == 0
+    refused(cli(sample, f"--ckpt={path} --n=1 --weights=ema"), "no EMA weights", "--weights=raw")
+    assert torch.equal(sample.load_model(path).log_probs(x, *noise), raw.log_probs(x, *noise))
 
 
 @needs_shared
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_published_folders_and_what_is_refused(tmp_path, cli):
     st = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
     g = golden("mdlm")
@@ -1042,12 +1055,15 @@ def test_published_folders_and_what_is_refused(tmp_path, cli):
     x = g["inputs"]["indices"]
     assert (model.log_probs(x)[..., :100] - g["log_probs"][..., :100])[x == 100].abs().max() < 1e-4
     assert model.config["length"] == 32
+    refused(cli(sample, f"--ckpt={folder} --n=1 --prompt=700"), "ids below 100")
     code, out, _ = cli(sample, f"--ckpt={folder} --n=1 --steps=4 --prompt=5")
     assert code == 0 and out.splitlines()[1].startswith("5 ")
     lightning_file(tmp_path / "block.ckpt", "bd3lm")
     refused(cli(sample, f"--ckpt={tmp_path / 'block.ckpt'} --n=1"), "BD3-LM", "block size 4")
     (tmp_path / "bad.ckpt").write_bytes(b"no zip")
-    refused(cli(sample, f"--ckpt={tmp_path / 'bad.ckpt'} --n=1"), "bad.ckpt", "not a Lightning checkpoint")
+    refused(cli(sample, f"--ckpt={tmp_path / 'bad.ckpt'} --n=1"), "bad.ckpt", "not a readable Lightning checkpoint")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.ckpt")              # would run its code
+    refused(cli(sample, f"--ckpt={tmp_path / 'script.ckpt'} --n=1"), "not a readable Lightning checkpoint")
     torch.save({"state_dict": {}}, tmp_path / "empty.ckpt")
     refused(cli(sample, f"--ckpt={tmp_path / 'empty.ckpt'} --n=1 --weights=raw"), "not a published")
     ckpt = lightning_file(tmp_path / "short.ckpt", "mdlm")
@@ -1396,6 +1412,44 @@ def test_prepare_continues_where_it_was_interrupted(tmp_path, cli, monkeypatch, 
     assert cli(prepare, "verify a")[0] == 0
 
 
+def test_openwebtext_survives_its_last_steps(tmp_path, cli, monkeypatch):
+    """Killed while it hashes, or told of too few documents, it encodes nothing again: --val_documents may change."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in LONG[:40]))
+    flags = "openwebtext --files x.jsonl --tokenizer=bytes"
+    monkeypatch.setattr(prepare.Writer.__init__, "__defaults__", (None, 0, 2000))
+    assert cli(prepare, f"{flags} --val_documents=9 --out=a")[0] == 0
+    refused(cli(prepare, f"{flags} --out=b"), "40 documents", "smaller --val_documents")
+    encoded, encode = [], prepare.Tokenizer.encode
+    monkeypatch.setattr(prepare.Tokenizer, "encode", lambda self, texts: encoded.extend(texts) or encode(self, texts))
+    with monkeypatch.context() as m:
+        m.setattr(prepare.hashlib, "file_digest", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert cli(prepare, f"{flags} --val_documents=9 --out=b")[0] == 130
+    assert cli(prepare, f"{flags} --val_documents=9 --out=b")[0] == 0
+    assert not encoded and same_dataset("a", "b")
+
+
+def test_chars_tokenizer(text_file, tmp_path, cli, monkeypatch):
+    """The vocabulary is the characters of the text; the dataset and its checkpoints carry it along."""
+    monkeypatch.chdir(tmp_path)
+    assert cli(prepare, f"text --files {text_file} --tokenizer=chars --out=data/c")[0] == 0
+    meta, files = prepare.read_meta("data/c")
+    assert meta["tokenizer"] == "chars:" + "".join(sorted(set("".join(DOCS))))
+    assert meta["vocab_size"] == meta["bos"] + 1 == len(set("".join(DOCS))) + 1
+    tokenizer = prepare.Tokenizer(meta["tokenizer"])
+    ids = np.concatenate([np.fromfile(f["path"], dtype="<u2") for f in files])
+    parts = np.split(ids, np.flatnonzero(ids == meta["bos"]) + 1)[:-1]
+    assert sorted(tokenizer.decode(p) for p in parts) == sorted(DOCS)
+    assert cli(train, f"--model=ar --data=c --length=8 --steps=2 {TINY} --out=out/c")[0] == 0
+    code, out, _ = cli(sample, f"--ckpt=out/c --n=1 --prompt={DOCS[0][0]}")
+    assert code == 0 and out.splitlines()[1].startswith(DOCS[0][0])
+    refused(cli(sample, "--ckpt=out/c --n=1 --prompt=\u2603"), "character '\u2603'")
+    (tmp_path / "other.txt").write_text("\n<|endoftext|>\n".join(d.replace("e", "\u2603") for d in DOCS))
+    assert cli(prepare, "text --files other.txt --tokenizer=chars --out=data/o")[0] == 0
+    assert prepare.read_meta("data/o")[0]["vocab_size"] == meta["vocab_size"]
+    refused(cli(train, f"--gumbel --teacher=out/c --data=o --length=8 --steps=2 {TINY} --out=out/x"), "characters")
+
+
 def read_back(path, split):
     meta, files = prepare.read_meta(path)
     ids = np.concatenate([np.fromfile(f["path"], dtype="<u2") for f in files if f["split"] == split])
@@ -1454,6 +1508,12 @@ def test_openwebtext_from_any_file_and_the_last_documents_held_out(tmp_path, cli
         refused(cli(prepare, f"openwebtext {source} --tokenizer=bytes --out=p --field=body"), "x.jsonl", "KeyError")
         (tmp_path / "cut.parquet").write_bytes(b"PAR1")
         refused(cli(prepare, "openwebtext --files cut.parquet --tokenizer=bytes --out=p"), "cut.parquet", "be read")
+        for name, content in (("null.jsonl", b'{"text": null}'), ("array.jsonl", b'[{"text": "a"}]'),
+                              ("cut.gz", gzip.compress(b"word " * 999)[:-9]), ("bad.xz", b"no xz"), ("n.json", b"{")):
+            (tmp_path / name).write_bytes(content)
+            refused(cli(prepare, f"openwebtext --files {name} --tokenizer=bytes --out=p"), name, "cannot be read")
+        refused(cli(prepare, f"openwebtext {source} --tokenizer=ids --out=p"), "tokenizer")
+        refused(cli(prepare, f"openwebtext {source} --tokenizer=bytes --out=x.jsonl/p"), "x.jsonl/p")
         (tmp_path / "cut.tar").write_bytes(b"no tar" * 200)
         refused(cli(prepare, "openwebtext --files cut.tar --tokenizer=bytes --out=p"), "cut.tar", "cannot be read")
         refused(cli(prepare, "openwebtext --hub=./nowhere --tokenizer=bytes --out=p"), "./nowhere", "--files")
@@ -1956,7 +2016,7 @@ def test_genppl_and_ppl_cli(text_runs, cli, monkeypatch, tmp_path):
     assert [r["model"] for r in rows] == ["data"] + ["ar"] * 2 + ["gumbel"] * 4 + ["plain"] * 4
     assert all(1 < r["gen_ppl"] < 1e4 and 0 <= r["entropy"] <= r["entropy_set"] + 1e-9 for r in rows)
     assert all(r["nfe_counted"] <= r["nfe"] for r in rows[1:])
-    # an AR model that judges itself at temperature 1: GenPPL is exp of its own entropy rate; `ppl` agrees on data
+    assert [r["tau"] for r in rows[3:8:4]] == [0.85, 1.0] and all(r["top_p"] == 0.9 for r in rows[1:])
     code, out, err = cli(evaluate, f"ppl --ckpt out/ar out/gumbel out/plain --n=200 --json={tmp_path / 'p.json'}")
     assert code == 0, err
     ar, noisy, plain = json.loads((tmp_path / "p.json").read_text())["rows"]
@@ -1990,7 +2050,7 @@ def test_ppl_bound_is_tight_for_a_perfect_student_and_valid_for_any():
 
     The student writes both tokens in one step: p(x) = E_prior prod_i p(x_i | noise), computed by Monte Carlo.
     """
-    teacher = tiny_ar(V=4, L=3, seed=2)
+    teacher, total = tiny_ar(V=4, L=3, seed=2), 0.0
     rows = torch.tensor([[3, a, b] for a in range(4) for b in range(4)])
     assert perfect_student_nats(rows, teacher, 20) == 0
     student = tiny("gumbel", V=4, L=3, seed=5)
@@ -2006,6 +2066,9 @@ def test_ppl_bound_is_tight_for_a_perfect_student_and_valid_for_any():
             first = -student.log_probs(start.expand(4000, -1), q)[:, 1:].gather(
                 -1, many[:, 1:, None]).squeeze(-1).sum(1).mean()
             assert first - t >= marginal - 0.02, (x, first, t, marginal)
+            total += float((t - first).exp())
+    # exp(-bound) is at most p(x), so these sum to at most one: exactly one for a perfect student, whose first term is 0
+    assert total <= 1.01 and abs(float(teacher_lp.exp().sum()) - 1) < 1e-4
 
 
 def test_evaluate_maze_cli(runs, cli, monkeypatch, tmp_path):

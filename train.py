@@ -262,10 +262,11 @@ def find_teacher(args, meta, world):
                        f"`python train.py --model=ar --data={args.data}`")
     if not world.master:                                   # one process downloads
         world.barrier()
-    teacher = load_ar("--teacher", path, meta, args.length, world.device)
-    if world.master:
-        world.barrier()
-    return teacher
+    try:
+        return load_ar("--teacher", path, meta, args.length, world.device)
+    finally:
+        if world.master:
+            world.barrier()
 
 
 def initial_weights(model, source, args):
@@ -357,7 +358,7 @@ def train(args, world):
                   n_layer=args.n_layer, n_embd=args.n_embd, n_head=args.n_head, dropout=args.dropout)
     source = load_model(args.init_from) if args.init_from and not ckpt else None
     if args.model != "ar":
-        shift = ckpt["config"]["shift"] if ckpt else source is not None and source.config.get(
+        shift = ckpt["config"].get("shift", False) if ckpt else source is not None and source.config.get(
             "shift", isinstance(source, CausalLM))
         config |= dict(noise=args.noise, inject=args.inject, shift=shift)
     model = build(args.model, config)

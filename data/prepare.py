@@ -28,6 +28,7 @@ import re
 import shutil
 import sys
 import tarfile
+import zlib
 
 import numpy as np
 from tqdm import tqdm
@@ -95,7 +96,7 @@ def run_main(main):
     try:
         main()
     except BadInput as e:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -183,8 +184,8 @@ def draw_maze(row):
 
 class Tokenizer:
     """encode(list of str) -> list of uint16 arrays; decode(ids) -> str. name: "gpt2" (tiktoken); "bytes" (ids 0..255,
-    any file); "maze"; "hf:NAME" (a Hugging Face name, folder or .gguf file, through `transformers`); "ids", numbers as
-    they are, for a checkpoint that names no tokenizer.
+    any file); "chars:" + the characters it knows; "hf:NAME" (a Hugging Face name, folder or .gguf file, through
+    `transformers`); "maze"; "ids", numbers as they are, for a checkpoint that names no tokenizer.
     """
 
     def __init__(self, name, vocab_size=None):
@@ -201,6 +202,9 @@ class Tokenizer:
             self.vocab_size, self.bos = 257, 256
         elif name == "maze":
             self.vocab_size, self.bos = 6, MAZE_BOS
+        elif name.startswith("chars:"):
+            self.id = {c: i for i, c in enumerate(name[6:])}
+            self.vocab_size, self.bos = len(self.id) + 1, len(self.id)
         elif name.startswith("hf:"):
             where, file = os.path.split(name[3:]) if name.endswith(".gguf") else (name[3:], None)
             try:
@@ -210,11 +214,12 @@ class Tokenizer:
                 raise BadInput(f"transformers cannot load the tokenizer {name}: {str(e).splitlines()[0]}") from None
             self.vocab_size = len(self.bpe)
             self.bos = self.bpe.eos_token_id if self.bpe.bos_token_id is None else self.bpe.bos_token_id
-            if self.vocab_size > 1 << 16 or self.bos is None:
-                raise BadInput(f"tokenizer {name} has {self.vocab_size} ids, BOS {self.bos}: shards hold at most 65536 "
-                               "ids, and need a BOS or EOS")
+            if self.bos is None:
+                raise BadInput(f"tokenizer {name} has neither BOS nor EOS, and rows begin with one")
         elif name != "ids":
-            raise BadInput(f"unknown tokenizer {name!r}: one of gpt2, bytes, hf:NAME")
+            raise BadInput(f"unknown tokenizer {name!r}: one of gpt2, bytes, hf:NAME, and for `text` chars")
+        if (self.vocab_size or 0) > 1 << 16:
+            raise BadInput(f"tokenizer {name[:40]} has {self.vocab_size} ids, but shards hold at most 65536")
 
     def encode(self, texts):
         if self.name == "gpt2":                          # tiktoken releases the GIL: real threads, order kept
@@ -227,6 +232,11 @@ class Tokenizer:
             return [np.array(["UDLR.".index(c) for c in t], dtype=np.uint16) for t in texts]
         if self.name == "ids":
             return [np.array(t.split(), dtype=np.uint16) for t in texts]
+        if self.name.startswith("chars:"):
+            try:
+                return [np.array([self.id[c] for c in t], dtype=np.uint16) for t in texts]
+            except KeyError as e:
+                raise BadInput(f"the character {e} is not among this tokenizer's {len(self.id)}") from None
         return [np.frombuffer(t.encode("utf-8", "surrogateescape"), dtype=np.uint8).astype(np.uint16) for t in texts]
 
     def decode(self, ids):
@@ -239,6 +249,8 @@ class Tokenizer:
             return self.bpe.decode(list(ids))
         if self.name == "ids":
             return " ".join(map(str, ids))
+        if self.name.startswith("chars:"):
+            return "".join(self.name[6 + i] for i in ids if i < self.bos)
         return "".join("UDLR.?"[min(int(i), 5)] for i in ids)
 
 
@@ -256,14 +268,19 @@ class Writer:
     def __init__(self, out, meta, key=None, hold_out=0, shard_tokens=100_000_000):
         out = os.path.normpath(out)
         self.out, self.partial, self.meta, self.shard_tokens = out, out + ".partial", meta, shard_tokens
-        self.key, self.hold_out, self.done, self.files, self.open, self.ends = key, hold_out, 0, [], {}, []
+        self.key, self.hold_out, self.done, self.held = key, hold_out, 0, 0
+        self.files, self.open, self.ends = [], {}, []
+        if (meta.get("vocab_size") or 0) > 1 << 16:
+            raise BadInput(f"shards hold at most 65536 ids, this vocabulary has {meta['vocab_size']}")
         if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
             raise BadInput(f"{out} exists already: choose another --out, or remove it")
         self.progress = os.path.join(self.partial, "progress.json")
         if key is None or not self._resume():
             shutil.rmtree(self.partial, ignore_errors=True)
-            os.makedirs(self.partial)
-            self.done, self.files = 0, []
+            try:
+                os.makedirs(self.partial)
+            except OSError as e:
+                raise BadInput(f"{self.partial} cannot be made ({e.strerror}): choose another --out") from None
             open(self._path("ends"), "wb").close()
 
     def _path(self, name):
@@ -273,18 +290,23 @@ class Writer:
         try:
             with open(self.progress) as f:
                 p = json.load(f)
-            if p["key"] != self.key or any(os.path.getsize(self._path(n)) < size for n, size in p["sizes"].items()):
+            if (p["key"] != self.key or p["held"] not in (0, self.hold_out)
+                    or any(os.path.getsize(self._path(n)) < size for n, size in p["sizes"].items())):
                 return False
         except (OSError, ValueError, KeyError):
             return False
-        self.done, self.files = p["done"], p["files"]
-        for name in os.listdir(self.partial):
-            if name in p["sizes"]:
-                os.truncate(self._path(name), p["sizes"][name])
-            elif name != "progress.json":
-                os.remove(self._path(name))
+        self.done, self.files, self.held = p["done"], p["files"], p["held"]
+        self._tidy(p["sizes"])
         print(f"{self.partial}: continuing after {self.done} units", file=sys.stderr)
         return True
+
+    def _tidy(self, sizes):
+        """Leave on disk what is committed, and no more."""
+        for name in set(os.listdir(self.partial)) - {"progress.json"}:
+            if name in sizes:
+                os.truncate(self._path(name), sizes[name])
+            else:
+                os.remove(self._path(name))
 
     def write(self, split, ids):
         ids = np.ascontiguousarray(ids, dtype="<u2")
@@ -311,10 +333,7 @@ class Writer:
     def end_document(self):
         """Documents that may be held out say where they end."""
         if self.hold_out:
-            self.ends.append(self._train_tokens())
-
-    def _train_tokens(self):
-        return sum(f["tokens"] for f in self.files if f["split"] == "train")
+            self.ends.append(sum(f["tokens"] for f in self.files if f["split"] == "train"))
 
     def commit(self, done):
         """All that was written is on disk, and stands for `done` units of the input."""
@@ -325,13 +344,14 @@ class Writer:
         self.ends, self.done = [], done
         sizes = {f["name"]: 2 * f["tokens"] for f in self.files} | {"ends": os.path.getsize(self._path("ends"))}
         with open(self.progress + ".tmp", "w") as f:
-            json.dump(dict(key=self.key, done=done, files=self.files, sizes=sizes), f)
+            json.dump(dict(key=self.key, done=done, held=self.held, files=self.files, sizes=sizes), f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(self.progress + ".tmp", self.progress)
+        return sizes
 
     def _hold_out(self):
-        """Move the tokens after the last document that stays in train to val."""
+        """The tokens after the last document that stays in train become val's. The originals go after the commit."""
         ends = np.fromfile(self._path("ends"), dtype="<i8")
         if len(ends) <= self.hold_out:
             raise BadInput(f"there are {len(ends)} documents, and the last {self.hold_out} should be held out: "
@@ -341,24 +361,18 @@ class Writer:
             keep = min(a, entry["tokens"])
             a -= keep
             if keep < entry["tokens"]:
-                tail = np.memmap(self._path(entry["name"]), dtype="<u2", mode="r", offset=2 * keep) if keep else \
-                    np.memmap(self._path(entry["name"]), dtype="<u2", mode="r")
+                tail = np.memmap(self._path(entry["name"]), dtype="<u2", mode="r", offset=2 * keep)
                 for i in range(0, len(tail), 1 << 24):
                     self.write("val", tail[i:i + (1 << 24)])
-                del tail
-                os.truncate(self._path(entry["name"]), 2 * keep)
                 entry["tokens"] = keep
-                if not keep:
-                    os.remove(self._path(entry["name"]))
-        self.files = [f for f in self.files if f["tokens"]]
+        self.files, self.held = [f for f in self.files if f["tokens"]], self.hold_out
 
     def finish(self):
         """Hold out, hash, name, write meta.json, rename the folder. Returns tokens per split."""
         self.commit(self.done)
-        if self.hold_out:
+        if self.hold_out and not self.held:
             self._hold_out()
-        for name in list(self.open):
-            self._close(name)
+            self._tidy(self.commit(self.done))
         for f in self.files:
             with open(self._path(f["name"]), "rb") as file:
                 f["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -371,9 +385,10 @@ class Writer:
             json.dump(self.meta | {"files": self.files}, f, indent=1)
             f.flush()
             os.fsync(f.fileno())
-        os.remove(self._path("ends"))
-        os.remove(self.progress)
         os.rename(self.partial, self.out)                  # fails if someone filled OUT meanwhile
+        for name in ("ends", "progress.json"):
+            if os.path.exists(path := os.path.join(self.out, name)):
+                os.remove(path)
         return {split: sum(f["tokens"] for f in self.files if f["split"] == split) for split in ("train", "val")}
 
 
@@ -451,11 +466,17 @@ def read_documents(path, separator="", by_line=False, field="text", errors="stri
                 yield from ((path, *piece) for piece in documents(text, separator))
 
 
+def expand(files):
+    """Files as they are; a folder as all files in it, sorted, but for those with a dot name."""
+    return [p for f in files or () for p in ([f] if not os.path.isdir(f) else sorted(
+        os.path.join(d, n) for d, _, ns in os.walk(f) for n in ns
+        if not any(part.startswith(".") for part in os.path.relpath(os.path.join(d, n), f).split(os.sep))))]
+
+
 def sources(files, hub, flag="--files", **how):
     """The documents of `files` (folders: all their files, sorted), or without any, of `hub` (NAME[:CONFIG][@REVISION])
     streamed by `datasets`: a function that begins anew -> yields (name, text, whether it ends its document)."""
-    paths = [os.path.join(d, n) for p in files or () if os.path.isdir(p) for d, _, ns in os.walk(p) for n in ns]
-    paths = [p for p in files or () if not os.path.isdir(p)] + sorted(paths)
+    paths = expand(files)
     for path in paths:
         if not os.path.isfile(path):
             raise BadInput(f"{flag}: {path} is not a file or a folder")
@@ -464,11 +485,15 @@ def sources(files, hub, flag="--files", **how):
         if files:
             for path in paths:
                 try:
-                    yield from read_documents(path, **how)
+                    for document in read_documents(path, **how):
+                        if not isinstance(document[1], str):
+                            raise TypeError(f"a document is {document[1]!r}, which is no text")
+                        yield document
                 except UnicodeDecodeError as e:
                     raise BadInput(f"{flag}: {path} holds bytes that are not UTF-8 ({e.reason} at byte {e.start} of a "
                                    "block): convert them, or use --tokenizer=bytes") from None
-                except (OSError, EOFError, ValueError, KeyError, tarfile.TarError, lzma.LZMAError) as e:
+                except (OSError, EOFError, ValueError, LookupError, TypeError, tarfile.TarError, csv.Error,
+                        lzma.LZMAError, zlib.error) as e:
                     raise BadInput(f"{flag}: {path} cannot be read ({type(e).__name__}: {e}): truncated, or not of the "
                                    "kind its name says, or without the field of the text") from None
         else:
@@ -528,18 +553,22 @@ def text_meta(out, tokenizer):
 
 def fingerprint(args):
     """What decides the content of a dataset: its flags, and the sizes of its files."""
-    files = [p for f in getattr(args, "files", None) or () for p in ([f] if os.path.isfile(f) else
-             [os.path.join(d, n) for d, _, ns in os.walk(f) for n in ns])]
-    return json.loads(json.dumps(vars(args) | {"sizes": sorted((f, os.path.getsize(f)) for f in files)}))
+    return json.loads(json.dumps(vars(args) | {"sizes": [(f, os.path.getsize(f)) for f in expand(args.files)]}))
 
 
 def make_text(args):
     """Any UTF-8 text files (any files at all with `bytes`) -> shards; whole documents are held out for validation."""
-    tokenizer = Tokenizer(args.tokenizer)
+    tokenizer = Tokenizer("chars:" if args.tokenizer == "chars" else args.tokenizer)
     stream = sources(args.files, None, separator=args.separator, field=args.field,
                      errors="surrogateescape" if args.tokenizer == "bytes" else "strict")
     writer = Writer(args.out, text_meta(args.out, tokenizer), fingerprint(args))
-    n = sum(ends for _, _, ends in tqdm(stream(), desc="counting documents", unit="", mininterval=1))
+    n, chars = 0, set()
+    for _, text, ends in tqdm(stream(), desc="counting documents", unit="", mininterval=1):
+        n += ends
+        chars.update(text if args.tokenizer == "chars" else "")
+    if args.tokenizer == "chars":
+        tokenizer = Tokenizer("chars:" + "".join(sorted(chars)))
+        writer.meta = text_meta(args.out, tokenizer)
     if n < 2:
         raise BadInput(f"--files hold {n} document{'s' * (n != 1)}, and at least one must go to each of train "
                        "and val: set --separator to what stands between documents, or split the text")
@@ -561,7 +590,9 @@ def make_openwebtext(args):
     """OpenWebText, its last documents held out (Appendix C.1: 100,000), EOS after each document."""
     tokenizer = Tokenizer(args.tokenizer)
     stream = sources(args.files, args.hub or "Skylion007/openwebtext", field=args.field)
-    writer = Writer(args.out, text_meta(args.out, tokenizer), fingerprint(args), hold_out=args.val_documents)
+    key = fingerprint(args)
+    del key["val_documents"]                             # decided at the end
+    writer = Writer(args.out, text_meta(args.out, tokenizer), key, hold_out=args.val_documents)
     write_text(writer, (("train", text, ends) for _, text, ends in stream()), tokenizer)
 
 
@@ -580,7 +611,8 @@ def make_lm1b(args):
                 yield from ((where, detokenize(text, LM1B), ends) for _, text, ends in stream(hub_split))
     tokens = write_text(writer, split(), tokenizer)
     if not tokens["val"]:
-        print(f"{args.out}: no file has `heldout` in its name, so there is no validation split", file=sys.stderr)
+        print(f"{args.out}: no file has `heldout` in its name: there is no validation split, which training needs",
+              file=sys.stderr)
 
 
 # Detokenisers, as the field uses them (GPT-2's and Megatron's; the set of kuleshov-group/mdlm): (pattern, replacement)
@@ -770,7 +802,8 @@ def main():
             p.add_argument("name", choices=ZEROSHOT, help="which set")
         p.add_argument("--files", nargs="+", required=name == "text",
                        help=f"{kinds}, read in this order" + "; without it, streamed by `datasets`" * (name != "text"))
-        p.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes (no download, any file), or hf:NAME")
+        p.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes (no download, any file), hf:NAME"
+                       + ", or chars (the characters of the text)" * (name == "text"))
         p.add_argument("--out", required=name == "text",
                        default=None if name in ("text", "zeroshot") else f"data/{name}",
                        help="folder to write" + "; default data/zeroshot-NAME" * (name == "zeroshot"))
@@ -798,6 +831,8 @@ def main():
         make_maze(args.what, args.out)
     else:
         try:
+            if args.tokenizer.startswith(("maze", "ids", "chars:")):
+                raise BadInput(f"--tokenizer={args.tokenizer} is none for text: use gpt2, bytes, chars or hf:NAME")
             dict(text=make_text, openwebtext=make_openwebtext, lm1b=make_lm1b, zeroshot=make_zeroshot)[args.what](args)
         except BadInput:                                   # what has no committed part cannot be continued
             partial = os.path.normpath(args.out) + ".partial"

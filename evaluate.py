@@ -350,7 +350,7 @@ def ppl(args, models, device):
         draws = np.random.default_rng(args.seed)
         order, levels = draws.permutation(len(data))[:n], stratified_t(n, draws)
         losses, references, weights = [], [], []
-        for i, a in enumerate(tqdm(range(0, n, args.batch_size), desc=model.name, leave=False)):
+        for i, a in enumerate(tqdm(range(0, n, args.batch_size), desc=model.name, disable=not sys.stderr.isatty())):
             tokens = torch.from_numpy(data.rows(order[a:a + args.batch_size])).to(device)
             kw = {} if isinstance(model, CausalLM) else dict(
                 t=levels[a:a + args.batch_size].to(device), teacher=teacher,

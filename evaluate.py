@@ -189,8 +189,13 @@ def maze_rows(models, args, device, theory=True):
 def sampling_note(args, models):
     """What the numbers depend on besides the checkpoints, for a table's footer."""
     tau, top_p = resolve_sampling(args, models[-1])
-    return (f"{args.sampler} sampler, {args.order} order, tau {tau}, top_p {top_p}, {args.weights or 'EMA'} weights, "
-            f"seed {args.seed}.")
+    return f"tau {tau}, top_p {top_p}, " + sampler_note(args)
+
+
+def sampler_note(args):
+    how = (f"apd (R {args.apd_ratio}, up to {args.max_lookahead} ahead)" if args.sampler == "apd"
+           else f"{args.sampler} sampler, {args.order} order")
+    return f"{how}, {args.weights or 'EMA'} weights, seed {args.seed}."
 
 
 def maze(args, models, device):
@@ -317,8 +322,7 @@ def genppl(args, models, device):
                                entropy=float(np.mean([entropy(r) for r in sampled])), entropy_set=entropy(sampled)))
     print_table(rows, GENPPL_COLUMNS)
     print(f"\nn = {args.n} samples a row of {length - 1} tokens, judge {judge.name}; entropy: of the tokens of a sample"
-          f" (mean), and of the whole set, in nats.\n{args.sampler} sampler, {args.order} order, "
-          f"{args.weights or 'EMA'} weights, seed {args.seed}.")
+          f" (mean), and of the whole set, in nats.\n{sampler_note(args)}")
     return rows
 
 

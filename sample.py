@@ -228,6 +228,11 @@ def start_tokens(model, tokenizer, prompt, infill, length):
     return torch.tensor([[model.bos] + ids])
 
 
+def torch_seed(*key):
+    """A seed for torch from whole numbers that say what a draw is for."""
+    return int(np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0] >> 1)
+
+
 def entropy(ids):
     """Unigram entropy of token ids in nats: repetition shows as a low value."""
     _, count = np.unique(np.asarray(ids), return_counts=True)
@@ -260,10 +265,9 @@ def write_shards(model, args, device, autocast):
     with tqdm(total=args.n, initial=first, unit="row", desc=args.shards) as bar:
         while (done := writer.done) < args.n:
             b = min(args.batch_size, args.n - done)
-            seed = int(np.random.SeedSequence([args.seed, done]).generate_state(1, np.uint64)[0] >> 1)
+            generator = torch.Generator(device).manual_seed(torch_seed(args.seed, done))
             with autocast:
-                tokens, _ = model.generate(torch.full((b, 1), model.bos, device=device), length,
-                                           generator=torch.Generator(device).manual_seed(seed))
+                tokens, _ = model.generate(torch.full((b, 1), model.bos, device=device), length, generator=generator)
             rows = tokens[:, 1:].cpu().numpy()
             for split, part in (("val", rows[:max(0, held - done)]), ("train", rows[max(0, held - done):])):
                 writer.write(split, part.ravel())

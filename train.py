@@ -25,7 +25,7 @@ import evaluate
 from data.prepare import BadInput, Parser, Shards, make_maze, number, optional, run_main
 from gumbel import KINDS
 from mdlm import stratified_t
-from sample import MODELS, build, device_and_dtype, load_ar, load_checkpoint, load_model
+from sample import MODELS, build, device_and_dtype, load_ar, load_checkpoint, load_model, torch_seed
 from teacher import CausalLM, LogitsTable, body_to_bfloat16
 
 SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))      # n_layer, n_embd, n_head
@@ -138,10 +138,6 @@ def parse(argv):
 
 def rng(*key):
     return np.random.default_rng([int(k) for k in key])
-
-
-def torch_seed(*key):
-    return int(np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)[0] >> 1)
 
 
 ROWS, LEVELS, NOISE, EVAL = range(4)                        # what a draw is for, part of its key

@@ -515,8 +515,7 @@ COMMIT = 1 << 25                                         # tokens between two po
 
 
 def write_text(writer, stream, tokenizer, eos=True, batch_chars=1 << 22):
-    """Encode a stream of (split, text, whether it ends its document), EOS (= BOS) after each. -> {split: tokens}.
-    """
+    """Encode a stream of (split, text, whether it ends its document), EOS (= BOS) after each. -> {split: tokens}."""
     batch, pending, done, since, n = [], 0, writer.done, 0, 0
     with tqdm(unit="token", unit_scale=True, desc=writer.out, mininterval=1) as bar:
         for split, text, ends in itertools.chain(itertools.islice(stream, done, None), [(None, "", True)]):

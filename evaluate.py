@@ -19,8 +19,8 @@ from tqdm import tqdm
 from data.prepare import (BadInput, Parser, Shards, Tokenizer, check_output, maze_dataset, maze_keys, maze_paths,
                           maze_valid, number, optional, run_main)
 from mdlm import reveal_steps, stratified_t, unmask
-from sample import (device_and_dtype, entropy, generate, load_ar, load_model, load_verifier, loading_flags,
-                    resolve_sampling, sampling_flags)
+from sample import (check_vocabulary, device_and_dtype, entropy, generate, load_ar, load_model, load_verifier,
+                    loading_flags, resolve_sampling, sampling_flags)
 from teacher import CausalLM, extract_sequential
 
 
@@ -341,10 +341,7 @@ def ppl(args, models, device):
         if not (args.data or model.args.get("data")):
             raise BadInput(f"--data is needed for {model.name}: it does not say what it was trained on")
         data = Shards(args.data or model.args["data"], "val", length)
-        for key in ("vocab_size", "bos"):
-            if data.meta[key] != model.config[key]:
-                raise BadInput(f"--data={data.path} has {key} {data.meta[key]}, {model.name} {model.config[key]}: "
-                               "prepare it with the tokenizer of the checkpoint")
+        check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
         noise = model.config.get("noise")
         paired = noise not in (None, "unpaired")
         path = args.teacher or model.args.get("teacher") or (

@@ -185,16 +185,21 @@ def load_verifier(args, models, device):
                 ratio=args.apd_ratio, max_lookahead=args.max_lookahead)
 
 
+def check_vocabulary(what, model, meta):
+    """BadInput unless the model's ids mean what those of data with this meta mean."""
+    for key in ("vocab_size", "bos"):
+        if model.config[key] != meta[key]:
+            raise BadInput(f"{what} has {key} {model.config[key]}, the data {meta[key]}: they must be the same")
+    if model.meta["tokenizer"] != meta["tokenizer"] and meta["tokenizer"].startswith("chars:"):
+        raise BadInput(f"{what} knows other characters than the data: train it on this dataset")
+
+
 def load_ar(flag, path, meta, length, device="cpu"):
     """The AR model that a flag names, checked to fit data with this meta, in rows of `length` tokens."""
     model = load_model(path, device=device)
     if not isinstance(model, CausalLM):
         raise BadInput(f"{flag}={path} is a {model.args['model']} checkpoint: it must be one of --model=ar")
-    for key in ("vocab_size", "bos"):
-        if model.config[key] != meta[key]:
-            raise BadInput(f"{flag}={path} has {key} {model.config[key]}, the data {meta[key]}: they must be the same")
-    if model.meta["tokenizer"] != meta["tokenizer"] and meta["tokenizer"].startswith("chars:"):
-        raise BadInput(f"{flag}={path} knows other characters than the data: train it on this dataset")
+    check_vocabulary(f"{flag}={path}", model, meta)
     if length is not None and length > model.length:
         raise BadInput(f"{flag}={path} was trained on rows of {model.length} tokens: "
                        f"use --length={model.length} or less")

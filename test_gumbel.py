@@ -1448,6 +1448,7 @@ def test_chars_tokenizer(text_file, tmp_path, cli, monkeypatch):
     assert cli(prepare, "text --files other.txt --tokenizer=chars --out=data/o")[0] == 0
     assert prepare.read_meta("data/o")[0]["vocab_size"] == meta["vocab_size"]
     refused(cli(train, f"--gumbel --teacher=out/c --data=o --length=8 --steps=2 {TINY} --out=out/x"), "characters")
+    refused(cli(evaluate, "ppl --ckpt out/c --data=data/o"), "--data=data/o", "other characters")
 
 
 def read_back(path, split):

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from data.prepare import (BadInput, Parser, Shards, Tokenizer, check_output, maze_dataset, maze_keys, maze_paths,
                           maze_valid, number, optional, run_main)
 from mdlm import reveal_steps, stratified_t, unmask
-from sample import (check_vocabulary, device_and_dtype, entropy, generate, load_ar, load_model, load_verifier,
-                    loading_flags, resolve_sampling, sampling_flags)
+from sample import (check_vocabulary, default_teacher, device_and_dtype, entropy, generate, load_ar, load_model,
+                    load_verifier, loading_flags, resolve_sampling, sampling_flags)
 from teacher import CausalLM, extract_sequential
 
 
@@ -101,8 +101,22 @@ def maze_statistics(rows):
                 effective=float(n * (n - 1) / pairs) if pairs else None)
 
 
+def blocks(model, length):
+    """Over how many blocks a sample's steps are spread: 1, or those of BD3-LM."""
+    return -(-length // model.block_size) if hasattr(model, "block_size") else 1
+
+
+def steps_of(model, length, nfe):
+    """The numbers of steps `nfe` that this model can make for a sample, ascending: at least one per block."""
+    n = blocks(model, length)
+    return sorted({max(1, k // n) * n for k in nfe})
+
+
 def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, batch=1000):
-    """n samples from nothing -> (rows [n, L - 1] without BOS, mean network calls, mean verifier calls or None)."""
+    """n samples from nothing -> (rows [n, L - 1] without BOS, mean network calls, mean verifier calls or None).
+
+    `steps` are those of a whole row: BD3-LM spreads them over its blocks.
+    """
     reference = isinstance(model, CausalLM) and model.meta["tokenizer"] == "maze"             # the teacher, as it is
     tau, top_p = (1.0, 1.0) if reference else resolve_sampling(args, model)
     generator, out, calls = torch.Generator(device).manual_seed(args.seed), [], []
@@ -112,8 +126,8 @@ def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, ba
         start = torch.full((b, 1 if isinstance(model, CausalLM) else length), getattr(model, "mask_id", model.bos),
                            device=device)
         start[:, 0] = model.bos
-        tokens, *nfe = generate(model, start, steps, tau, top_p, greedy, args.sampler, args.order, length=length,
-                                generator=generator, apd=apd)
+        tokens, *nfe = generate(model, start, steps // blocks(model, length), tau, top_p, greedy, args.sampler,
+                                args.order, length=length, generator=generator, apd=apd)
         out.append(tokens[:, 1:].cpu().numpy())
         calls.append([c.sum().item() for c in nfe])
     return np.concatenate(out), *(np.sum(calls, 0) / n), *[None] * (2 - len(nfe))
@@ -167,7 +181,7 @@ def maze_rows(models, args, device, theory=True):
     teacher = next((m for m in models if isinstance(m, CausalLM)), None)
     apd = load_verifier(args, models, device)
     jobs = [(m, d, k) for m in models for d in (["sample"] if isinstance(m, CausalLM) else args.decode)
-            for k in ([10] if isinstance(m, CausalLM) or apd else args.nfe)]
+            for k in ([10] if isinstance(m, CausalLM) or apd else steps_of(m, m.length, args.nfe))]
     jobs += [("theory", "sample", k) for k in args.nfe] * theory
     rows = []
     for model, decode, k in tqdm(jobs, desc="maze", unit="row", disable=not sys.stderr.isatty()):
@@ -180,7 +194,7 @@ def maze_rows(models, args, device, theory=True):
                    verifier_calls=checks, **maze_statistics(sampled))
         if isinstance(model, CausalLM):
             row["validity_mass"] = validity_mass(model, device)
-        elif teacher and model.noise_embed is not None and (decode, k) == ("greedy", 1):
+        elif teacher and model.noise_embed is not None and (decode, k) == ("greedy", 1) and model.n_blocks == 1:
             row["agree"], row["agree_position"] = map_agreement(model, teacher, args.n, args.seed, device)
         rows.append(row)
     return rows
@@ -305,7 +319,7 @@ def genppl(args, models, device):
     apd = load_verifier(args, models, device)
     jobs = [("data", "", 0)] * bool(args.data) + [
         (m, d, k) for m in models for d in args.decode
-        for k in ([length - 1] if isinstance(m, CausalLM) or args.sampler == "apd" else args.nfe)]
+        for k in ([length - 1] if isinstance(m, CausalLM) or args.sampler == "apd" else steps_of(m, length, args.nfe))]
     rows = []
     for model, decode, k in tqdm(jobs, desc="genppl", unit="row", disable=not sys.stderr.isatty()):
         if model == "data":
@@ -344,12 +358,18 @@ def ppl(args, models, device):
         check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
         noise = model.config.get("noise")
         paired = noise not in (None, "unpaired")
-        path = args.teacher or model.args.get("teacher") or (
-            os.path.join("out", f"{data.meta['name']}-ar") if data.meta["tokenizer"] == "maze" else "gpt2-large")
+        path = args.teacher or model.args.get("teacher") or default_teacher(data.meta, data.length)
+        if paired and path is None:
+            raise BadInput(f"--teacher is needed for {model.name}: an AR checkpoint of its vocabulary")
         teacher = load_ar("--teacher", path, data.meta, data.length, device) if paired else None
+        if data.length % getattr(model, "block_size", 1):
+            raise BadInput(f"--length={data.length} is no multiple of {model.name}'s block size, {model.block_size}")
         n = min(args.n, len(data))
         draws = np.random.default_rng(args.seed)
-        order, levels = draws.permutation(len(data))[:n], stratified_t(n, draws)
+        order, n_blocks = draws.permutation(len(data))[:n], blocks(model, data.length)
+        levels = stratified_t(n * n_blocks, draws).view(n, n_blocks)
+        if exact := n_blocks == data.length:
+            levels = torch.ones_like(levels)               # blocks of one token: at t = 1 the chain rule, no bound
         losses, references, weights = [], [], []
         for i, a in enumerate(tqdm(range(0, n, args.batch_size), desc=model.name, disable=not sys.stderr.isatty())):
             tokens = torch.from_numpy(data.rows(order[a:a + args.batch_size])).to(device)
@@ -364,7 +384,7 @@ def ppl(args, models, device):
         error = float(np.sqrt((w ** 2 * (np.array(losses) - nll) ** 2).sum())) if len(w) > 1 else None
         rows.append(dict(model=model.name, nll=nll, nll_stderr=error, n=n, ppl=math.exp(nll + reference)) | (
             dict(kind="nll_given_noise", teacher_nll=reference) if paired else
-            dict(kind="nll" if isinstance(model, CausalLM) else "nelbo")))
+            dict(kind="nll" if isinstance(model, CausalLM) or exact else "nelbo")))
         if paired:
             rows[-1]["ppl_bound"] = rows[-1]["ppl"]
     print_table(rows, PPL_COLUMNS)

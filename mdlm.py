@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from torch.utils.checkpoint import checkpoint
 
@@ -42,6 +43,9 @@ class KVCache:
         assert b <= self.kv.shape[4], f"KV cache holds {self.kv.shape[4]} positions, {b} wanted"
         self.kv[layer, 0, :, :, a:b], self.kv[layer, 1, :, :, a:b] = k, v
         return self.kv[layer, 0, :, :, :b], self.kv[layer, 1, :, :, :b]
+
+
+compiled_flex = torch.compile(flex_attention)              # uncompiled, it would hold all attention scores
 
 
 def rope_tables(positions, head_dim):
@@ -77,7 +81,10 @@ class Block(nn.Module):
         v = qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        if isinstance(mask, BlockMask):
+            y = compiled_flex(q, k, v, block_mask=mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         y = self.attn_out(y.transpose(1, 2).reshape(B, L, D))
         x = x + F.dropout(y, self.dropout, self.training)
         y = self.proj(F.gelu(self.fc(self.norm2(x)), approximate="tanh"))
@@ -114,14 +121,19 @@ class Transformer(nn.Module):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
-    def forward(self, h, cache=None):
-        """Input embeddings h [B, L, D] -> hidden states [B, L, D]. With a cache, h continues what the cache holds."""
+    def forward(self, h, cache=None, positions=None, mask=None):
+        """Input embeddings h [B, L, D] -> hidden states [B, L, D]. With a cache, h continues what the cache holds.
+
+        positions [L]: default, those that follow the cache. mask: who sees whom, boolean [L, keys] or a BlockMask.
+        """
         L, start = h.shape[1], cache.length if cache else 0
+        if positions is None:
+            positions = torch.arange(start, start + L, device=h.device)
         if self.positions is None:
-            rope = rope_tables(torch.arange(start, start + L, device=h.device), h.shape[2] // self.n_head)
+            rope = rope_tables(positions, h.shape[2] // self.n_head)
         else:
-            rope, h = None, h + self.positions.weight[start:start + L]
-        causal, mask = self.causal, None
+            rope, h = None, h + self.positions(positions)
+        causal = self.causal
         if causal and start:                  # queries start .. start + L - 1 against keys 0 .. start + L - 1
             causal, mask = False, torch.ones(L, start + L, dtype=torch.bool,
                                              device=h.device).tril(start) if L > 1 else None
@@ -157,15 +169,15 @@ def row_losses(logits, h, x, vocab_size, teacher=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # noise levels
 
-def stratified_t(n, rng, t_one=0.0):
-    """Noise levels of one global batch: n values in [T_MIN, 1], float32 [n] (low-discrepancy, as in MDLM).
+def stratified_t(n, rng, t_one=0.0, low=T_MIN, high=1.0):
+    """Noise levels of one global batch: n values in [low, high], float32 [n] (low-discrepancy, as in MDLM).
 
-    t_j = (u + j) / n with one random shift u, assigned to rows at random. `t_one`: this fraction of the rows is fully
-    masked instead (t = 1); the loss is then no NELBO. `rng` is a numpy Generator.
+    t_j = (u + j) / n with one random shift u, assigned to rows (BD3-LM: to blocks) at random. `t_one`: this fraction is
+    fully masked instead (t = 1); the loss is then no NELBO. `rng` is a numpy Generator.
     """
     ones = round(t_one * n)
     t = (rng.random() + torch.arange(n - ones, dtype=torch.float64)) / max(1, n - ones) % 1
-    t = torch.cat([T_MIN + (1 - T_MIN) * t, torch.ones(ones, dtype=torch.float64)])
+    t = torch.cat([low + (high - low) * t, torch.ones(ones, dtype=torch.float64)])
     return t[torch.from_numpy(rng.permutation(n))].float()
 
 
@@ -280,18 +292,23 @@ class MDLM(nn.Module):
             vocab_size, length, bos, inject, predict_bos, shift)
         self.transformer = Transformer(vocab_size + 1, vocab_size, n_layer, n_embd, n_head, dropout)
         self.noise_embed = GumbelEmbedding(vocab_size, n_embd, noise) if noise else None
+        self.n_blocks = 1                                     # noise levels per row
 
     # the network in two halves: all positions, then the output layer where it is needed
 
-    def hidden(self, z, g=None):
-        """z [B, L] with [MASK]s, g [B, L, D] noise embeddings (read at masked positions only) -> [B, L, D]."""
+    def embed(self, z, g=None):
+        """z [B, L] with [MASK]s, g [B, L, D] noise embeddings (read at masked positions only) -> h [B, L, D]."""
         h = self.transformer.embed(z)
         if (g is None) != (self.noise_embed is None):
             raise ValueError("this model was built " + ("with noise: give it some" if g is None else "without noise"))
         if g is not None:
             masked = (z == self.mask_id)[:, :, None]
             h = torch.where(masked, g.to(h.dtype), h) if self.inject == "replace" else h + masked * g
-        h = self.transformer(h)
+        return h
+
+    def hidden(self, z, g=None, clean=None):
+        """z, g as in `embed` -> [B, L, D]. `clean`, the row without noise, is for BD3-LM's blocks, not used here."""
+        h = self.transformer(self.embed(z, g))
         return h.roll(1, 1) if self.shift else h              # row 0, the only one that wraps around, is BOS's
 
     def logits(self, h):
@@ -303,17 +320,32 @@ class MDLM(nn.Module):
 
     # training
 
-    def loss(self, tokens, t, teacher=None, z=None, noise=None, kd=0.0, generator=None):
+    def loss(self, tokens, t, *args, **kw):
         """NELBO per predicted token, in nats: mean over rows of (1/t) sum_{masked i} -log p(x_i | z, noise) / (L - 1).
 
-        tokens [B, L], t [B] noise levels. Randomness can be given: z [B, L] noised tokens, noise [B, L, V]. A student
-        with noise draws it from its posterior under `teacher`, in one teacher pass, at the masked positions only.
-        `kd` adds kd * KL(teacher's p(x_i | x_<i) || p(x_i | z)) with the same weights: token-level distillation (Table
-        4). Returns (loss, {"nll_masked": unweighted cross-entropy per masked token [, "kl_masked"]}).
+        Arguments as in `losses`. Returns (loss, {"nll_masked": unweighted cross-entropy per masked token [,
+        "kl_masked"]}). Divided by a constant count, not a local one: the same for any micro-batch.
+        """
+        losses, _, parts = self.losses(tokens, t, *args, **kw)
+        return (losses.sum() / (tokens.shape[0] * (tokens.shape[1] - 1)),
+                {k: v.detach().sum().item() / max(1, len(v)) for k, v in parts.items()})
+
+    forward = loss                                        # what DDP calls
+
+    def losses(self, tokens, t, teacher=None, z=None, noise=None, kd=0.0, weight=None, generator=None):
+        """The loss of each masked token, weighted, [N] in the order of the mask; the mask [B, L]; unweighted parts [N].
+
+        tokens [B, L], t [B] noise levels, or one per block [B, n_blocks]; `weight`, of the same shape, replaces 1/t.
+        Randomness can be given: z [B, L] noised tokens, noise [B, L, V]. A student with noise draws it from its
+        posterior under `teacher`, in one teacher pass, at the masked positions only. `kd` adds
+        kd * KL(teacher's p(x_i | x_<i) || p(x_i | z)) with the same weights: token-level distillation (Table 4).
         """
         B, L = tokens.shape
+
+        def per_token(v):
+            return v.view(B, -1).repeat_interleave(L // v[0].numel(), 1)
         if z is None:
-            masked = torch.rand(B, L, generator=generator, device=tokens.device) < t[:, None]
+            masked = torch.rand(B, L, generator=generator, device=tokens.device) < per_token(t)
             masked[:, 0] = False
             z = tokens.masked_fill(masked, self.mask_id)
         masked = z == self.mask_id
@@ -330,24 +362,22 @@ class MDLM(nn.Module):
                 logits = None if teacher is None else teacher.posterior_logits(tokens, masked)
                 rows = self.noise_embed.from_posterior(logits, x, generator)
             g = g.masked_scatter(masked[:, :, None], rows.to(g.dtype))
-        nll, kl = row_losses(self.logits, self.hidden(z, g)[masked], x, self.mask_id, kd_logits)
-        weight = (1 / t)[:, None].expand(B, L)[masked]
-        # divided by a constant count, not a local one: the same for any micro-batch
-        loss = (weight * (nll + kd * kl)).sum() / (B * (L - 1))
-        means = {"nll_masked": nll, "kl_masked": kl} if kd else {"nll_masked": nll}
-        return loss, {k: v.detach().sum().item() / max(1, len(v)) for k, v in means.items()}
-
-    forward = loss                                        # what DDP calls
+        nll, kl = row_losses(self.logits, self.hidden(z, g, tokens)[masked], x, self.mask_id, kd_logits)
+        weight = per_token(1 / t if weight is None else weight)[masked]
+        return weight * (nll + kd * kl), masked, {"nll_masked": nll, "kl_masked": kl} if kd else {"nll_masked": nll}
 
     def log_probs(self, tokens, noise=None):
         """The plain forward after SUBS: tokens [B, L] with [MASK]s, noise [B, L, V] -> [B, L, V + 1] log-probabilities.
 
         An unmasked position copies its token: 0 there, -inf elsewhere.
         """
+        return self._subs(tokens, noise)
+
+    def _subs(self, tokens, noise, clean=None):
         g = None if noise is None or self.noise_embed is None else self.noise_embed(noise)
         if noise is not None and g is None:
             raise ValueError("this model was built without noise")
-        logp = F.pad(self.logits(self.hidden(tokens, g)).log_softmax(-1), (0, 1), value=-math.inf)
+        logp = F.pad(self.logits(self.hidden(tokens, g, clean)).log_softmax(-1), (0, 1), value=-math.inf)
         copy = torch.full_like(logp, -math.inf).scatter_(-1, tokens[:, :, None], 0.0)
         return torch.where((tokens == self.mask_id)[:, :, None], logp, copy)
 
@@ -366,8 +396,8 @@ class MDLM(nn.Module):
             reveal = reveal_steps(tokens == self.mask_id, steps, sampler, order, generator)
         return unmask(tokens, reveal, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
 
-    def _noisy_hidden(self, tokens, tau, top_p, noise, resample_noise, generator):
-        """Checks what a sampler was given -> hidden(x, rows), one network call on rows of the batch, with its noise."""
+    def check_sampling(self, tokens, tau, top_p, noise, resample_noise):
+        """ValueError for what a sampler cannot be given."""
         if not tau > 0:
             raise ValueError(f"tau must be positive, got {tau}")
         if not 0 < top_p <= 1:
@@ -376,20 +406,24 @@ class MDLM(nn.Module):
             raise ValueError("noise is given, but the model was built without it, or is told to resample it")
         if (tokens[:, 0] != self.bos).any():
             raise ValueError(f"position 0 must hold BOS (id {self.bos})")
-        masked = tokens == self.mask_id
 
-        def embed_noise():
-            if self.noise_embed is None:
-                return None
-            if noise is not None:
-                return self.noise_embed(noise, tau)
-            D = self.transformer.embed.weight.shape[1]
-            rows = self.noise_embed.from_prior(int(masked.sum()), tau, generator)
-            return rows.new_zeros(*tokens.shape, D).masked_scatter(masked[:, :, None], rows)
-        g = embed_noise()                                                    # (B, L, D): kept; the noise is thrown away
+    def embed_noise(self, masked, tau, noise, generator):
+        """Noise embeddings for sampling, [B, L, D]: of `noise` [B, L, V], or of fresh noise where masked [B, L]."""
+        if self.noise_embed is None:
+            return None
+        if noise is not None:
+            return self.noise_embed(noise, tau)
+        rows = self.noise_embed.from_prior(int(masked.sum()), tau, generator)
+        return rows.new_zeros(*masked.shape, rows.shape[1]).masked_scatter(masked[:, :, None], rows)
+
+    def _noisy_hidden(self, tokens, tau, top_p, noise, resample_noise, generator):
+        """Checks what a sampler was given -> hidden(x, rows), one network call on rows of the batch, with its noise."""
+        self.check_sampling(tokens, tau, top_p, noise, resample_noise)
+        masked = tokens == self.mask_id
+        g = self.embed_noise(masked, tau, noise, generator)                  # (B, L, D): kept; the noise is thrown away
 
         def hidden(x, rows):
-            g_now = embed_noise() if resample_noise else g
+            g_now = self.embed_noise(masked, tau, None, generator) if resample_noise else g
             return self.hidden(x, None if g_now is None else g_now[rows])
         return hidden
 
@@ -590,12 +624,12 @@ def fold_published(src, n_heads=None):
         vocab_size=rows - 1, n_layer=n_layer, n_embd=D, n_head=D // head_dim, dropout=0.0), src, settings
 
 
-def load_published(src, n_heads=None, length=None, bos=50256, inject=None):
+def load_published(src, n_heads=None, length=None, bos=50256, inject=None, make=MDLM):
     """The authors' MDLM, with or without Gumbel noise, as our `MDLM` with equal outputs. `src`: path or state dict."""
     state, sizes, src, settings = fold_published(src, n_heads)
     length, inject = length or settings.get("model_length", 1024), inject or settings.get("inject", "replace")
     w = src.get("gumbel_noise_embed.linear.weight")
-    model = MDLM(length=length, bos=bos, noise=None if w is None else "gumbel", inject=inject, **sizes)
+    model = make(length=length, bos=bos, noise=None if w is None else "gumbel", inject=inject, **sizes)
     if w is not None:
         state["noise_embed.weight"] = w
     model.load_state_dict(state)

@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import bd3lm
 import mdlm
 import teacher
+from bd3lm import BD3LM
 from data.prepare import BadInput, Parser, Tokenizer, Writer, check_output, draw_maze, number, run_main
 from mdlm import MDLM, ORDERS, SAMPLERS
 from teacher import AR, GPT2, GPT2_SIZES, HF, CausalLM
 
-MODELS = {"ar": AR, "mdlm": MDLM}
+MODELS = {"ar": AR, "mdlm": MDLM, "bd3lm": BD3LM}
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step", "tokens_seen", "rng", "args", "config", "meta", "git")
 
 
@@ -97,7 +99,7 @@ def load_foreign(path, weights):
                 if "sigma_map.mlp.0.weight" not in names:
                     model = teacher.load_published(state, **kw)
                 elif settings.get("block_size", kw["length"]) != kw["length"]:
-                    raise ValueError(f"a BD3-LM of block size {settings['block_size']}, which is no MDLM")
+                    model = bd3lm.load_published(state, settings["block_size"], inject=settings.get("inject"), **kw)
                 else:
                     model = mdlm.load_published(state, inject=settings.get("inject"), **kw)
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as e:                   # damaged in some way
@@ -107,7 +109,7 @@ def load_foreign(path, weights):
     model.meta = dict(name=os.path.basename(os.path.normpath(path)),
                       tokenizer=tokenizer or ("gpt2" if V == 50257 else "ids"), vocab_size=V,
                       bos=model.bos, predict_bos=True, row_length=None)
-    model.args, model.step = dict(model="ar" if isinstance(model, CausalLM) else "mdlm"), None
+    model.args, model.step = dict(model=next((k for k, c in MODELS.items() if type(model) is c), "ar")), None
     return model
 
 
@@ -122,10 +124,11 @@ def device_and_dtype(dtype):
 # sampling
 
 def generate(model, tokens, steps, tau, top_p, greedy, sampler="ancestral", order="random", resample_noise=False,
-             length=None, generator=None, apd=None):
+             length=None, generator=None, apd=None, **blocks):
     """`model.generate` for any kind of model: an AR model continues the prompt and ignores what is about steps.
 
-    `apd`: a dict with `verifier`, `ratio`, `max_lookahead`, for sampler "apd". -> (tokens, nfe [, verifier calls]).
+    `apd`: a dict with `verifier`, `ratio`, `max_lookahead`, for sampler "apd". `steps` are per block, and `blocks` may
+    hold `stop_at_eos` and `cached`, for BD3-LM. -> (tokens, nfe [, verifier calls]).
     """
     if isinstance(model, CausalLM):
         return model.generate(tokens, length, tau=tau, top_p=top_p, greedy=greedy, generator=generator)
@@ -133,7 +136,7 @@ def generate(model, tokens, steps, tau, top_p, greedy, sampler="ancestral", orde
         return model.generate_apd(tokens, **apd, tau=tau, top_p=top_p, greedy=greedy, resample_noise=resample_noise,
                                   generator=generator)
     return model.generate(tokens, steps, sampler, order, tau=tau, top_p=top_p, greedy=greedy,
-                          resample_noise=resample_noise, generator=generator)
+                          resample_noise=resample_noise, generator=generator, **blocks)
 
 
 def sampling_flags(parser):
@@ -178,6 +181,9 @@ def load_verifier(args, models, device):
         if args.verifier:
             raise BadInput("--verifier is read with --sampler=apd only: add it, or leave --verifier out")
         return None
+    for m in models:
+        if isinstance(m, (CausalLM, BD3LM)):
+            raise BadInput(f"--sampler=apd needs an MDLM to draft: {m.name} is a {m.args['model']} checkpoint")
     if not args.verifier:
         raise BadInput("--sampler=apd needs --verifier: an AR checkpoint of the same vocabulary, or gpt2")
     length = getattr(args, "length", None) or min(m.length for m in models)
@@ -192,6 +198,13 @@ def check_vocabulary(what, model, meta):
             raise BadInput(f"{what} has {key} {model.config[key]}, the data {meta[key]}: they must be the same")
     if model.meta["tokenizer"] != meta["tokenizer"] and meta["tokenizer"].startswith("chars:"):
         raise BadInput(f"{what} knows other characters than the data: train it on this dataset")
+
+
+def default_teacher(meta, length):
+    """The teacher of data with this meta where none is named: the maze's own, GPT-2-large for its ids, or None."""
+    if meta["tokenizer"] == "maze":
+        return os.path.join("out", f"{meta['name']}-ar" + f"-{length}" * (length > meta["row_length"] + 1))
+    return "gpt2-large" if meta["tokenizer"] == "gpt2" else None
 
 
 def load_ar(flag, path, meta, length, device="cpu"):
@@ -225,9 +238,9 @@ def start_tokens(model, tokenizer, prompt, infill, length):
     except (ValueError, OverflowError):
         raise BadInput("prompts of this model are made of " + (
             "U D L R and . (PAD)" if tokenizer.name == "maze" else f"ids below {model.config['vocab_size']}")) from None
-    if len(ids) + 1 > length:
+    if len(ids) + 1 > min(length, model.length):           # BD3-LM: what is given must fit into its window
         raise BadInput(f"--{'infill' if infill is not None else 'prompt'} has {len(ids)} tokens, but "
-                       f"a sample of this model has at most {length - 1}: shorten it")
+                       f"this model takes at most {min(length, model.length) - 1} here: shorten it")
     if not ar:
         ids += [model.mask_id] * (length - 1 - len(ids)) if infill is None or tokenizer.name == "maze" else []
     return torch.tensor([[model.bos] + ids])
@@ -290,12 +303,17 @@ def main():
                         "hf:NAME, or a published .ckpt or folder")
     parser.add_argument("--n", type=number(int, 1), default=4, help="number of samples")
     parser.add_argument("--batch_size", type=number(int, 1), default=16, help="samples drawn at once")
-    parser.add_argument("--steps", type=number(int, 1), help="steps of a masked model; default: the length of a row")
+    parser.add_argument("--steps", type=number(int, 1),
+                        help="steps of a masked model (BD3-LM: per block); default: as many as tokens")
     parser.add_argument("--prompt", default="", help="text that every sample begins with")
     parser.add_argument("--infill", help="text with [MASK] where a token is to be filled in")
-    parser.add_argument("--length", type=number(int, 2), help="tokens of a sample, BOS included; at most the model's")
+    parser.add_argument("--length", type=number(int, 2),
+                        help="tokens of a sample, BOS included; at most the model's, any number with BD3-LM")
     parser.add_argument("--greedy", action="store_true", help="argmax instead of a draw: the natural choice with noise")
     parser.add_argument("--resample_noise", action="store_true", help="draw the noise anew at each step")
+    parser.add_argument("--stop_at_eos", action="store_true", help="BD3-LM: a sample ends with its first EOS")
+    parser.add_argument("--no_cache", action="store_true",
+                        help="BD3-LM: compute all clean blocks again at each call, to compare with the KV cache")
     parser.add_argument("--out", help="also write the samples to this .jsonl file")
     parser.add_argument("--shards", help="write n rows of an AR model's text to this folder, as a dataset to train on")
     sampling_flags(parser)
@@ -307,14 +325,15 @@ def main():
         check_output("--out", args.out, fresh=True)
     device, _, autocast = device_and_dtype(args.dtype)
     model = load_model(args.ckpt, args.weights, device)
-    if args.length and args.length > model.length:
+    blocks = dict(stop_at_eos=args.stop_at_eos, cached=not args.no_cache) if isinstance(model, BD3LM) else {}
+    if (args.stop_at_eos or args.no_cache) and not blocks:
+        raise BadInput("--stop_at_eos and --no_cache are for BD3-LM: leave them out for this model")
+    if args.length and args.length > model.length and not blocks:
         raise BadInput(f"--length={args.length} is more than the {model.length} tokens that this model was trained on")
     if args.shards:                                        # exact by default: bf16 only if it is asked for
         return write_shards(model, args, device, autocast if args.dtype != "auto" else contextlib.nullcontext())
     length = args.length or min(model.length, 1024)
     tau, top_p = resolve_sampling(args, model)
-    if args.sampler == "apd" and isinstance(model, CausalLM):
-        raise BadInput("--sampler=apd needs a masked model to draft: --ckpt is an AR model")
     apd = load_verifier(args, [model], device)
     tokenizer = Tokenizer(model.meta["tokenizer"], model.config["vocab_size"])
     start = start_tokens(model, tokenizer, args.prompt, args.infill, length).to(device)
@@ -326,9 +345,11 @@ def main():
             b = min(args.batch_size, args.n - done)
             with autocast:
                 tokens, nfe, *checks = generate(
-                    model, start.expand(b, -1), args.steps or length, tau, top_p, args.greedy, args.sampler, args.order,
-                    args.resample_noise, length, generator, apd)
+                    model, start.expand(b, -1), args.steps or (model.block_size if blocks else length), tau, top_p,
+                    args.greedy, args.sampler, args.order, args.resample_noise, length, generator, apd, **blocks)
             for i, row in enumerate(tokens[:, 1:].tolist()):
+                while args.stop_at_eos and row[-2:] == [model.bos] * 2:                # one EOS is enough to print
+                    row.pop()
                 text = tokenizer.decode(row)
                 facts = dict(nfe=int(nfe[i])) | ({"verifier_calls": int(checks[0][i])} if checks else {})
                 if tokenizer.name != "maze":

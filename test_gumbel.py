@@ -28,12 +28,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+import bd3lm
 import evaluate
 import gumbel
 import mdlm
 import sample
 import train
+from bd3lm import BD3LM, clipped_mask, training_mask
 from data import prepare
 from gumbel import GumbelEmbedding, gumbel_max, posterior_gumbel, sample_exponential, sample_gumbel
 from mdlm import MDLM, KVCache, draw_tokens, load_published, nucleus, own_pace, reveal_steps, stratified_t, unmask
@@ -666,6 +669,337 @@ def test_sampler_bad_input():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# bd3lm.py
+
+def tiny_blocks(noise=None, V=7, L=8, block_size=2, seed=0, **kw):
+    torch.manual_seed(seed)
+    return randomise(BD3LM(V, L, V - 1, block_size=block_size, n_layer=2, n_embd=32, n_head=2, dropout=0.0,
+                           noise=noise, **kw), seed)
+
+
+def all_masked(n, T, V=7):
+    x = torch.full((n, T), V)
+    x[:, 0] = V - 1
+    return x
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["bd3lm", "bd3lm_gumbel"])
+def test_golden_bd3lm(name):
+    """Training pass, sampling pass (one call, and block by block through the cache), both losses."""
+    d = golden(name)
+    model, i = bd3lm.load_published(d["state_dict"], 4, bos=99), d["inputs"]
+    assert torch.equal(training_mask(32, 4, torch.device("cpu")), i["block_diff_mask"])
+    noise, sample_noise = (F.pad(i[k], (0, 0, 1, 0)) if k in i else None for k in ("gumbel", "sample_gumbel"))
+    with torch.no_grad():
+        logp, want = model.log_probs(i["xt"], i["x0"], noise), d["log_probs"]
+        real = want > -1e5
+        assert (logp - want)[real].abs().max() < 1e-5 and (logp[~real] == -math.inf).all()
+        z, want = i["sample_indices"], d["sample_backbone_out"][:, 8:, :100]
+        g = None if sample_noise is None else model.noise_embed(sample_noise)[:, 8:]
+        assert (model.logits(model.call(model.new_cache(3, 12), z[:, :8], z[:, 8:], g)) - want).abs().max() < 1e-5
+        cache = model.new_cache(3, 12)
+        model.call(cache, z[:, :4], z[:, 4:8], None if g is None else g)             # a call for the second block
+        assert (model.logits(model.call(cache, z[:, 4:8], z[:, 8:], g)) - want).abs().max() < 1e-5
+        for key, clip in (("loss", None), ("loss_clip_0.6_to_1", (0.6, 1.0))):
+            x = d[key]
+            loss, _ = model.loss(x["x0"], x["t"].view(3, 8, 4)[:, :, 0], z=x["xt"], noise=noise, clip=clip)
+            assert abs(loss - x["loss_eval_mode"]) < 1e-5
+
+
+@pytest.mark.parametrize("L,K", [(8, 2), (6, 6), (5, 1)])
+def test_training_mask_is_its_definition(L, K):
+    want = torch.zeros(2 * L, 2 * L, dtype=torch.bool)
+    for q, k in itertools.product(range(2 * L), repeat=2):
+        bq, bk = q % L // K, k % L // K
+        if q < L:                                          # noised: its own block, noised, and earlier ones, clean
+            want[q, k] = bk == bq if k < L else bk < bq
+        else:                                              # clean: itself and earlier ones, clean
+            want[q, k] = k >= L and bk <= bq
+    assert torch.equal(training_mask(L, K, torch.device("cpu")), want)
+
+
+def test_flex_attention_computes_the_same():
+    """The rule as flex_attention takes it on CUDA, here uncompiled (no backward on a CPU), against the boolean mask."""
+    L, K = 512, 16
+    mask = create_block_mask(bd3lm.training_rule(L, K), None, None, 2 * L, 2 * L, "cpu")
+    assert mask.sparsity() > 50                            # of 128 x 128 tiles: what a GPU skips
+    qkv = torch.randn(3, 1, 2, 2 * L, 8, generator=gen())
+    with torch.no_grad():                                  # and through the network, where a BlockMask is recognised
+        assert (flex_attention(*qkv, block_mask=mask) - F.scaled_dot_product_attention(
+            *qkv, attn_mask=training_mask(L, K, torch.device("cpu")))).abs().max() < 1e-5
+        model, x = tiny_blocks(L=L, block_size=K), rows_of(2, L=L)
+        z = x.masked_fill((torch.rand(2, L, generator=gen()) < 0.5) & (torch.arange(L) > 0), 7)
+        want = model.log_probs(z, x)
+        old = mdlm.compiled_flex, bd3lm.training_mask
+        try:
+            mdlm.compiled_flex, bd3lm.training_mask = flex_attention, lambda *a: mask
+            assert torch.allclose(model.log_probs(z, x), want, atol=1e-5)
+        finally:
+            mdlm.compiled_flex, bd3lm.training_mask = old
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_flex_attention_on_a_gpu():
+    """Compiled, forward and backward, through the network: loss and gradients of the boolean mask."""
+    model, x = tiny_blocks(L=256, block_size=16).cuda(), rows_of(4, L=256).cuda()
+    grads = []
+    for rule in (training_mask, lambda L, K, device: training_mask(L, K, torch.device("cpu")).to(device)):
+        old, bd3lm.training_mask = bd3lm.training_mask, rule
+        model.zero_grad()
+        model.loss(x, torch.full((4, 16), 0.5, device="cuda"), generator=torch.Generator("cuda").manual_seed(0)
+                   )[0].backward()
+        bd3lm.training_mask = old
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (grads[0] - grads[1]).abs().max() < 1e-4 * grads[1].abs().max()
+
+
+@pytest.mark.parametrize("noise,shift", [(None, False), ("gumbel", False), ("gumbel", True)])
+def test_one_block_is_mdlm(noise, shift):
+    """Block size L: the same loss, the same samples, with the weights of an MDLM."""
+    plain, model = tiny(noise, L=8, shift=shift), tiny_blocks(noise, block_size=8, shift=shift)
+    model.load_state_dict(plain.state_dict())
+    teacher = tiny_ar(L=8) if noise else None
+    x, t = rows_of(16, L=8), stratified_t(16, np.random.default_rng(0))
+    with torch.no_grad():
+        a = plain.loss(x, t, teacher=teacher, generator=gen(1))
+        b = model.loss(x, t[:, None], teacher=teacher, generator=gen(1))
+        assert abs(a[0] - b[0]) < 1e-5 and abs(a[1]["nll_masked"] - b[1]["nll_masked"]) < 1e-5
+    start = all_masked(16, 8)
+    for kw in (dict(steps=3), dict(steps=4, sampler="fixed", order="confidence"), dict(steps=1, greedy=True)):
+        a, b = (m.generate(start, generator=gen(2), **kw) for m in (plain, model))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("noise", [None, "gumbel"])
+def test_blocks_of_one_token_are_the_chain_rule(noise):
+    """At t = 1 and block size 1 the loss is -log p(x), token by token through the sampler's cached calls."""
+    model, x = tiny_blocks(noise, block_size=1), rows_of(5, L=8)
+    xi = sample_gumbel((5, 8, 7), gen()) if noise else None
+    with torch.no_grad():
+        loss, _ = model.loss(x, torch.ones(5, 8), noise=xi)
+        cache, total = model.new_cache(5, 8), 0.0
+        for i in range(1, 8):
+            g = None if xi is None else model.noise_embed(xi[:, i:i + 1])
+            h = model.call(cache, x[:, i - 1:i], torch.full((5, 1), 7), g)
+            total -= model.logits(h[:, 0]).log_softmax(-1).gather(-1, x[:, i:i + 1]).mean() / 7
+    assert abs(loss - total) < 1e-5
+
+
+def test_block_loss_is_the_nelbo_of_each_block():
+    """Against the enumeration of every block's masks, clean context given."""
+    model, x = tiny_blocks(V=4, L=6, block_size=3), rows_of(1, V=4, L=6)[0]
+    want = 0.0
+    with torch.no_grad():
+        for b in range(2):
+            inside = [i for i in range(3 * b, 3 * b + 3) if i]
+            for k in range(1, len(inside) + 1):
+                for some in itertools.combinations(inside, k):
+                    z = x.clone()
+                    z[list(some)] = 4
+                    lp = model.log_probs(z[None], x[None])[0, list(some)].gather(-1, x[list(some), None]).sum()
+                    want -= float(lp) * math.exp(
+                        math.lgamma(k) + math.lgamma(len(inside) - k + 1) - math.lgamma(len(inside) + 1))
+        n = 20_000
+        t = stratified_t(2 * n, np.random.default_rng(0)).view(n, 2)
+        loss = model.loss(x.expand(n, -1), t, generator=gen())[0] * 5
+    assert abs(loss - want) < 0.03 * want, (loss, want)
+
+
+class ExactBlocks(BD3LM):
+    """A block sampler whose network is the true conditional of LANGUAGE given the clean blocks and the block."""
+
+    exact = evaluate.ExactDenoiser(np.concatenate([np.full((8, 1), 2), LANGUAGE, np.zeros((8, 1), int)], 1), 3)
+
+    def call(self, cache, before, z, g=None):
+        x = torch.cat([before, z], 1)
+        return self.exact.hidden(F.pad(x, (0, 6 - x.shape[1]), value=3))[:, -6:][:, x.shape[1] - z.shape[1]:x.shape[1]]
+
+    def logits(self, h):
+        return h
+
+
+@pytest.mark.parametrize("block_size", [2, 3])
+def test_right_denoiser_gives_the_true_joint_through_the_block_sampler(block_size):
+    """BOS (here 2), LANGUAGE's four tokens and a 0, in blocks, one token at a time."""
+    model = ExactBlocks(3, 6, 2, block_size=block_size, n_layer=1, n_embd=4, n_head=1)
+    x, nfe = model.generate(all_masked(40_000, 6, 3), 1, "first_hitting", cached=False, generator=gen())
+    assert (x[:, 5] == 0).all() and (nfe == 5).all()
+    keys, want = ((r * 3 ** torch.arange(4)).sum(1) for r in (x[:, 1:5], torch.tensor(LANGUAGE)))
+    u, c = want.unique(return_counts=True)
+    assert set(keys.tolist()) <= set(u.tolist())
+    assert stats.chisquare([int((keys == k).sum()) for k in u], (40_000 * c / c.sum()).numpy()).pvalue > 1e-4
+
+
+def recorded_calls(model, monkeypatch, **kw):
+    calls, call = [], BD3LM.call
+
+    def record(self, cache, before, z, g=None):
+        h = call(self, cache, before, z, g)
+        calls.append(h)
+        return h
+    with monkeypatch.context() as m:
+        m.setattr(BD3LM, "call", record)
+        return *model.generate(**kw), calls
+
+
+@pytest.mark.parametrize("noise,shift", [(None, False), ("gumbel", False), ("gumbel", True)])
+@pytest.mark.parametrize("T", [8, 21, 50])
+def test_cached_equals_uncached(noise, shift, T, monkeypatch):
+    """Same tokens, same calls, hidden states to 1e-5: within the training length (8) and far beyond it, prompts that
+    end within a block, rows of different pace."""
+    model = tiny_blocks(noise, shift=shift, block_size=4 if T == 50 else 2)
+    start = all_masked(6, T)
+    start[:, 1:5] = rows_of(6, L=5)[:, 1:]
+    start[:3, 5] = 2
+    start[1, 7] = 3
+    same = []
+    for kw in (dict(steps=2), dict(steps=1, greedy=True), dict(steps=4, sampler="fixed", order="left_to_right")):
+        a, b = (recorded_calls(model, monkeypatch, tokens=start, cached=cached, generator=gen(3), **kw)
+                for cached in (True, False))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and len(a[2]) == len(b[2])
+        # the first call for a block runs all rows with the cache: compare those calls in which all rows took part
+        same += [float((h - k).abs().max()) for h, k in zip(a[2], b[2]) if h.shape == k.shape]
+        assert (a[0] != 7).all() and torch.equal(a[0][start != 7], start[start != 7])
+    assert len(same) > 4 and max(same) < 1e-5
+    if noise:
+        xi = sample_gumbel((6, T, 7), gen())
+        a, b = (model.generate(start, 2, greedy=True, noise=xi, cached=c, generator=gen()) for c in (True, False))
+        assert torch.equal(a[0], b[0])
+
+
+def test_window_is_what_the_training_pass_sees():
+    """Beyond the training length L a block still sees L - K clean tokens, and what these saw; within it, the sampler's
+    hidden states are those of the training pass."""
+    model, x = tiny_blocks(), rows_of(3, L=8)
+    with torch.no_grad():
+        z = x.clone()
+        z[:, 5:8] = 7
+        want = model.hidden(z, None, x)[:, 6:]
+        got = model.call(model.new_cache(3, 8), x[:, :6], z[:, 6:])
+        assert (got - want).abs().max() < 1e-5
+        # RoPE is relative: with one layer nothing outside the window can matter
+        model.transformer.blocks = model.transformer.blocks[:1]
+        long = torch.cat([rows_of(3, L=20, seed=1), torch.full((3, 2), 7)], 1)
+        a = model.call(model.new_cache(3, 22), long[:, :20], long[:, 20:])
+        b = model.call(model.new_cache(3, 8), long[:, 14:20], long[:, 20:])
+        assert (a - b).abs().max() < 1e-5
+        long[:, 14] = (long[:, 14] + 1) % 6
+        assert (model.call(model.new_cache(3, 22), long[:, :20], long[:, 20:]) - a).abs().max() > 1e-3
+        long[:, 13] = (long[:, 13] + 1) % 6
+        long[:, 14] = (long[:, 14] - 1) % 6
+        assert (model.call(model.new_cache(3, 22), long[:, :20], long[:, 20:]) - a).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("noise", [None, "gumbel"])
+def test_block_sampler_contract(noise):
+    """nfe is what was spent, the cache costs no call; a batch equals its rows; nothing given changes."""
+    model = tiny_blocks(noise, block_size=4)
+    start = all_masked(12, 19)
+    start[::2, 1:7] = rows_of(6, L=7)[:, 1:]
+    start[3, 8:12] = 1
+    calls = []
+    model.transformer.register_forward_hook(lambda m, i, o: calls.append(len(o)))
+    for sampler, steps in (("ancestral", 3), ("fixed", 2), ("first_hitting", 1)):
+        calls.clear()
+        x, nfe = model.generate(start, steps, sampler, generator=gen(1))
+        assert (x != 7).all() and torch.equal(x[start != 7], start[start != 7]) and x.shape == (12, 19)
+        if sampler == "first_hitting":                     # one token a call; the last block has one beyond the sample
+            assert torch.equal(nfe, (start == 7).sum(1) + 1) and len(calls) == 4 + 4 + 3 + 4 + 4
+        if sampler == "fixed":
+            blocks = F.pad(start == 7, (0, 1), value=True).view(12, 5, 4).sum(2).clamp(max=2).sum(1)
+            assert torch.equal(nfe, blocks)
+        again, _ = model.generate(start, steps, sampler, generator=gen(1))
+        assert torch.equal(x, again)
+    xi = sample_gumbel((12, 20, 7), gen()) if noise else None
+    reveal = reveal_steps(F.pad(start == 7, (0, 1), value=True), 3, generator=gen(2))
+    padded = F.pad(start, (0, 1), value=7)
+    together, nfe = model.generate(padded, 1, greedy=True, noise=xi, reveal=reveal)
+    for i in range(12):
+        alone, n = model.generate(padded[i:i + 1], 1, greedy=True, noise=None if xi is None else xi[i:i + 1],
+                                  reveal=reveal[i:i + 1])
+        assert torch.equal(alone[0], together[i]) and n[0] == nfe[i]
+    if noise:
+        model.generate(start, 2, tau=0.5, top_p=0.9, resample_noise=True, generator=gen())
+    start[:, 1:12] = 1
+    with pytest.raises(ValueError, match="window of 8"):
+        model.generate(start, 1)
+    with pytest.raises(ValueError, match="BOS"):
+        model.generate(torch.full((1, 8), 7), 1)
+    with pytest.raises(ValueError, match="divide"):
+        BD3LM(7, 8, 6, block_size=3)
+    with pytest.raises(ValueError, match="clean"):
+        MDLM.log_probs(model, start[:, :8], xi)
+
+
+@pytest.mark.parametrize("noise", [None, "gumbel"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_end_at_eos(noise, cached):
+    """Up to its first EOS a row is what it is without stopping, after it all is EOS, and costs nothing."""
+    model = tiny_blocks(noise, L=8, block_size=2)
+    start, kw = all_masked(40, 12), dict(greedy=True, cached=cached)
+    kw["noise"] = sample_gumbel((40, 12, 7), gen()) if noise else None
+    if not noise:                                          # greedy rows would all be the same: vary the prompt
+        start[:, 1:4] = rows_of(40, L=4)[:, 1:]
+    free, all_nfe = model.generate(start, 2, **kw, reveal=torch.ones_like(start))
+    x, nfe = model.generate(start, 2, **kw, reveal=torch.ones_like(start), stop_at_eos=True)
+    ends = 0
+    for i in range(40):
+        eos = ((free[i] == 6) & (start[i] == 7)).nonzero().flatten()
+        if len(eos):
+            ends += int(eos[0]) < 10
+            assert torch.equal(x[i, :eos[0]], free[i, :eos[0]]) and (x[i, eos[0]:] == 6).all()
+            assert nfe[i] == all_nfe[i] - (5 - eos[0] // 2)
+        else:
+            assert torch.equal(x[i], free[i]) and nfe[i] == all_nfe[i]
+    assert 0 < ends < 40 or noise is None
+
+
+@pytest.mark.parametrize("K,clip", [(4, (0.3, 0.8)), (4, (0.6, 1.0)), (8, (1e-3, 0.5)), (3, (0.45, 0.55)),
+                                    (1, (1.0, 1.0))])
+def test_clipped_masks_have_the_law_of_redrawing(K, clip):
+    """Against the ancestors' loop: redraw a block until its masked fraction lies in the window (BOS not counted)."""
+    n, L = 20_000, 2 * K
+    t = torch.full((n, 2), min(0.7, clip[1]) if K > 1 else 1.0)
+    a, b = clipped_mask(t, L, clip, gen(1)).view(n, 2, K), torch.zeros(n, 2, K, dtype=torch.bool)
+    g, todo = gen(2), torch.ones(n, 2, dtype=torch.bool)
+    free = torch.ones(2, K, dtype=torch.bool)
+    free[0, 0] = False
+    low = 0 if clip[0] <= 1e-3 else clip[0]
+    possible = torch.tensor([any(low <= m / f <= clip[1] for m in range(f + 1)) if f else False
+                             for f in free.sum(1).tolist()])
+    while todo.any():
+        new = (torch.rand(n, 2, K, generator=g) < t[:, :, None]) & free
+        b = torch.where(todo[:, :, None], new, b)
+        share = b.sum(2) / free.sum(1).clamp(min=1)
+        todo = ((share < low - 1e-6) | (share > clip[1] + 1e-6)) & possible
+    assert not a[:, 0, 0].any()
+    for block in range(2):
+        keys = [(m[:, block] * 2 ** torch.arange(K)).sum(1).bincount(minlength=2 ** K).double() for m in (a, b)]
+        seen = (keys[0] + keys[1]) > 0
+        if seen.sum() > 1:
+            assert stats.chi2_contingency(torch.stack([k[seen] for k in keys]).numpy()).pvalue > 1e-4
+        else:
+            assert torch.equal(keys[0], keys[1])
+
+
+def test_windows_and_levels_of_a_clipped_schedule():
+    windows = bd3lm.windows(4)
+    assert len(windows) == 64 == len(set(windows)) and windows[0] == (1e-3, 1.0) and (0.45, 0.95) in windows
+    assert {round(b - a, 3) for a, b in windows[1:] if a > 1e-3} == {w / 100 for w in range(50, 95, 5)}
+    assert bd3lm.windows(1) == [(1e-3, 1.0), (1.0, 1.0)]
+    t = stratified_t(1000, np.random.default_rng(0), 0.0, 0.3, 0.8).sort()[0]
+    assert 0.3 <= t[0] and t[-1] <= 0.8 and (t.diff() - 0.0005).abs().max() < 1e-6
+    assert train.window("0,0.5") == (1e-3, 0.5) and train.window("1,1") == (1.0, 1.0)
+
+
+def test_blocks_get_the_same_noise_levels_on_average():
+    """Stratified over batch x blocks in a random order: no position gets systematically more noise."""
+    t = torch.stack([stratified_t(8, np.random.default_rng([0, i])).view(2, 4) for i in range(4000)])
+    assert (t.mean((0, 1)) - 0.5).abs().max() < 0.02
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # teacher.py: parallel and sequential extraction
 
 def test_ar_samples_follow_its_probabilities():
@@ -1009,14 +1343,18 @@ def lightning_file(path, name, bomb=None, ema=True, **change):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["mdlm", "mdlm_gumbel", "ar"])
+@pytest.mark.parametrize("name", ["mdlm", "mdlm_gumbel", "bd3lm", "bd3lm_gumbel", "ar"])
 def test_published_lightning_checkpoints(tmp_path, name, cli):
     """Raw weights equal the golden output; EMA weights are the shadow list; nothing pickled is executed."""
     trace, path = tmp_path / "executed", str(tmp_path / "x.ckpt")
     g = lightning_file(path, name, _Bomb(trace))
-    x = g["inputs"]["indices"]
-    noise = (F.pad(g["inputs"]["gumbel"], (0, 0, 1, 0)),) if name == "mdlm_gumbel" else ()
+    blocks = name.startswith("bd3lm")
+    x = g["inputs"]["xt" if blocks else "indices"]
+    noise = (g["inputs"]["x0"],) if blocks else ()
+    if name.endswith("gumbel"):
+        noise += F.pad(g["inputs"]["gumbel"], (0, 0, 1, 0)),
     raw = sample.load_model(path, "raw")
+    assert raw.args["model"] == name.removesuffix("_gumbel") and getattr(raw, "block_size", 4) == 4
     want = g["log_probs"][..., :raw.config["vocab_size"]]
     got = raw.log_probs(x, *noise)[..., :raw.config["vocab_size"]]
     masked = x == raw.config["vocab_size"] if name != "ar" else torch.ones_like(x, dtype=torch.bool)
@@ -1027,11 +1365,12 @@ def test_published_lightning_checkpoints(tmp_path, name, cli):
     state = {k: v + 0.01 * (i % 3 == 0) for i, (k, v) in enumerate(
         (k, v) for k, v in g["state_dict"].items() if not k.endswith("inv_freq"))}
     state["rotary_emb.inv_freq"] = g["state_dict"]["rotary_emb.inv_freq"]
-    again = (load_published_ar if name == "ar" else load_published)(state, length=32, bos=99)
+    module = load_published_ar if name == "ar" else (
+        functools.partial(bd3lm.load_published, block_size=4) if blocks else load_published)
+    again = module(state, length=32, bos=99)
     assert torch.equal(ema.log_probs(x, *noise), again.log_probs(x, *noise))
     assert not torch.equal(ema.log_probs(x, *noise), raw.log_probs(x, *noise))
     assert (ema.config["length"], ema.bos, ema.config["n_head"]) == (32, 99, 4) and not trace.exists()
-    module = load_published_ar if name == "ar" else load_published
     assert module(path).config["length"] == 32
     code, out, err = cli(sample, f"--ckpt={path} --n=2 --steps=4 --length=8")
     assert code == 0 and out.count("--- sample") == 2 and "entropy" in out, err
@@ -1058,8 +1397,8 @@ def test_published_folders_and_what_is_refused(tmp_path, cli):
     refused(cli(sample, f"--ckpt={folder} --n=1 --prompt=700"), "ids below 100")
     code, out, _ = cli(sample, f"--ckpt={folder} --n=1 --steps=4 --prompt=5")
     assert code == 0 and out.splitlines()[1].startswith("5 ")
-    lightning_file(tmp_path / "block.ckpt", "bd3lm")
-    refused(cli(sample, f"--ckpt={tmp_path / 'block.ckpt'} --n=1"), "BD3-LM", "block size 4")
+    lightning_file(tmp_path / "block.ckpt", "bd3lm", block_size=5)
+    refused(cli(sample, f"--ckpt={tmp_path / 'block.ckpt'} --n=1"), "block_size 5 does not divide", "32")
     (tmp_path / "bad.ckpt").write_bytes(b"no zip")
     refused(cli(sample, f"--ckpt={tmp_path / 'bad.ckpt'} --n=1"), "bad.ckpt", "not a readable Lightning checkpoint")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.ckpt")              # would run its code
@@ -1576,7 +1915,7 @@ def test_shards_bad_input(tmp_path, cli, monkeypatch):
     (tmp_path / "data/maze/meta.json").write_text("{")
     refused(cli(train, "--model=ar --data=maze"), "meta.json", "damaged")
     (tmp_path / "data/maze/meta.json").write_text(json.dumps(meta))
-    refused(cli(train, "--model=ar --data=maze --length=12"), "--length=12", "--length=11")
+    refused(cli(train, "--model=ar --data=maze --length=13"), "--length=13", "--length=11")
     (tmp_path / "data/maze/train.bin").write_bytes(
         np.where(np.arange(20_000) == 7, 1, np.frombuffer(good, "<u2")).astype("<u2").tobytes())
     refused(cli(prepare, "verify data/maze"), "sha256")
@@ -1875,7 +2214,7 @@ def test_sample_cli(runs, cli, monkeypatch, tmp_path):
                          ("--ckpt=out/maze-mdlm --sampler=apd", ["--verifier"]),
                          ("--ckpt=out/maze-mdlm --verifier=out/maze-ar", ["--sampler=apd"]),
                          ("--ckpt=out/maze-mdlm --sampler=apd --verifier=out/maze-mdlm", ["--verifier", "--model=ar"]),
-                         ("--ckpt=out/maze-ar --sampler=apd --verifier=out/maze-ar", ["masked model"]),
+                         ("--ckpt=out/maze-ar --sampler=apd --verifier=out/maze-ar", ["--sampler=apd", "MDLM"]),
                          ("--ckpt=out/maze-mdlm --shards=d", ["--shards", "AR model"]),
                          ("--ckpt=out/maze-ar --shards=d --tau=0.9", ["--tau=1"]),
                          ("--ckpt=out/maze-ar --shards=d --greedy", ["--shards", "--greedy"]),

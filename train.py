@@ -22,10 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import evaluate
+from bd3lm import windows
 from data.prepare import BadInput, Parser, Shards, make_maze, number, optional, run_main
 from gumbel import KINDS
-from mdlm import stratified_t
-from sample import MODELS, build, device_and_dtype, load_ar, load_checkpoint, load_model, torch_seed
+from mdlm import T_MIN, stratified_t
+from sample import (MODELS, build, default_teacher, device_and_dtype, load_ar, load_checkpoint, load_model,
+                    torch_seed)
 from teacher import CausalLM, LogitsTable, body_to_bfloat16
 
 SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))      # n_layer, n_embd, n_head
@@ -37,6 +39,8 @@ MAZE_STUDENT = dict(MAZE, n_layer=4, n_head=4, batch_size=128, lr=1e-3, steps=16
 PRESETS = {("maze", "ar"): dict(MAZE, n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200),
            ("maze", "mdlm"): MAZE_STUDENT,
            ("maze", "mdlm+noise"): dict(MAZE_STUDENT, t_one=0.5),
+           ("maze", "bd3lm"): dict(MAZE_STUDENT, length=12),                    # 11 is prime: rows get one more PAD
+           ("maze", "bd3lm+noise"): dict(MAZE_STUDENT, length=12, t_one=0.5),
            ("lm1b", None): dict(length=128)}
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for MFU
@@ -45,6 +49,14 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S"
 
 # flags that may differ when a run is continued: they do not change what is computed (compile: but for rounding)
 FREE = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wandb", "compile", "report"}
+
+
+def window(text):
+    """--clip: "0.3,0.8" -> (0.3, 0.8)."""
+    low, high = (number(float, 0, 1)(part) for part in text.split(",")) if text.count(",") == 1 else (1, 0)
+    if not (low < high or low == high == 1):
+        raise BadInput(f"--clip={text}: two noise levels, 0 <= LOW < HIGH <= 1, as in 0.3,0.8")
+    return max(low, T_MIN), high
 
 
 def parse(argv):
@@ -65,6 +77,12 @@ def parse(argv):
     group.add_argument("--data", default="openwebtext",
                        help="folder of shards, or a name: maze, maze_skewed, or data/NAME")
     group.add_argument("--length", type=number(int, 2), default=1024, help="tokens of a row, BOS included")
+    group = parser.add_argument_group("block diffusion (--model=bd3lm)")
+    group.add_argument("--block_size", type=number(int, 1), help="tokens of a block, a divisor of --length; default 4")
+    group.add_argument("--clip", type=window, metavar="LOW,HIGH",
+                       help="train on noise levels in this window only; validation stays the NELBO")
+    group.add_argument("--clip_search", action="store_true",
+                       help="at the start and at each validation, take the window in which the loss varies least")
     group = parser.add_argument_group("network")
     group.add_argument("--size", choices=SIZES, help="tiny 8/256/8, small 12/768/12 (default), medium 24/1024/16")
     group.add_argument("--n_layer", type=number(int, 1), help="overrides --size")
@@ -126,6 +144,15 @@ def parse(argv):
                      "--teacher out")
     if args.inject == "add" and not args.gumbel:
         parser.error("--inject is read with --gumbel only: add it, or leave --inject out")
+    if args.model != "bd3lm" and (args.block_size or args.clip or args.clip_search):
+        parser.error("--block_size, --clip and --clip_search are for --model=bd3lm: add it, or leave them out")
+    if args.model == "bd3lm":
+        args.block_size = args.block_size or 4
+        if args.length % args.block_size:
+            parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: choose a divisor")
+        if bool(args.clip) + args.clip_search + (args.t_one > 0) > 1:
+            parser.error("--clip, --clip_search and --t_one (a default of --gumbel on the maze) exclude each other: "
+                         "give one, and --t_one=0 with the first two")
     if args.n_embd % (2 * args.n_head):
         parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = {2 * args.n_head}")
     args.out = args.out or os.path.join("out", f"{name}-{args.model}" + f"-{args.noise}" * args.gumbel
@@ -241,18 +268,15 @@ def restart_log(path, step):
 
 def find_teacher(args, meta, world):
     """The model of --teacher; on the maze, the one that `--model=ar` with the same data trains, trained if absent."""
-    path = args.teacher
-    if path is None and os.path.basename(args.data) in ("maze", "maze_skewed"):
-        path = os.path.join("out", f"{meta['name']}-ar")
+    path = args.teacher or default_teacher(meta, args.length or 0)
+    if args.teacher is None and os.path.basename(args.data) in ("maze", "maze_skewed"):
         teacher_args = parse(["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}",
-                              "--report=0"])
+                              "--report=0"] + [f"--length={args.length}"] * bool(args.length))
         there = load_checkpoint(path) if os.path.exists(os.path.join(path, "ckpt.pt")) else None
         if there is None or there["step"] < there["args"]["steps"]:
             world.say(f"teacher: {path} is {'not finished' if there else 'not there'}, training it first")
             train(teacher_args, world)
             world.barrier()
-    if path is None and meta["tokenizer"] == "gpt2":
-        path = "gpt2-large"
     if path is None:
         raise BadInput("--gumbel and --kd need --teacher: an AR checkpoint of this vocabulary; train one with "
                        f"`python train.py --model=ar --data={args.data}`")
@@ -290,7 +314,8 @@ def flops_per_row(model, teacher, L, masked=0.5):
     def network(net, share, passes):
         blocks = sum(p.numel() for p in net.blocks.parameters())
         D = net.embed.weight.shape[1]
-        return L * passes * (2 * blocks + 4 * len(net.blocks) * L * D + 2 * share * net.head.weight.numel())
+        twice = 1 + (getattr(model, "n_blocks", 1) > 1 and net is model.transformer)             # BD3-LM's [z ; x]
+        return L * passes * (twice * (2 * blocks + 4 * len(net.blocks) * L * D) + 2 * share * net.head.weight.numel())
     total = network(model.transformer, 1.0 if model.transformer.causal else masked, 3)
     if getattr(model, "noise_embed", None) is not None:
         total += L * masked * 4 * model.noise_embed.weight.numel()
@@ -301,30 +326,51 @@ def flops_per_row(model, teacher, L, masked=0.5):
     return total
 
 
+def validation_batches(model, teacher, data, n, args, world, window=()):
+    """n fixed validation rows with fixed draws, the share of this process: tokens, arguments of `model.loss`."""
+    micro = 32                                             # rows that share a seed: not a flag, so that values compare
+    n, n_blocks = min(n, len(data)), getattr(model, "n_blocks", 1)
+    order = rng(args.seed, EVAL).permutation(len(data))[:n]
+    levels = stratified_t(n * n_blocks, rng(args.seed, EVAL, 1), 0.0, *window).view(n, n_blocks)
+    for i, a in enumerate(range(0, n, micro)):
+        if i % world.size == world.rank:
+            generator = torch.Generator(world.device).manual_seed(torch_seed(args.seed, EVAL, 2, i))
+            yield torch.from_numpy(data.rows(order[a:a + micro])).to(world.device), dict(
+                t=levels[a:a + micro].to(world.device), teacher=teacher, generator=generator)
+
+
 @torch.no_grad()
 def validate(model, teacher, data, args, world):
     """Validation loss in nats per predicted token, on fixed rows with fixed draws, shared out over the processes.
 
     Same value whatever their number. For students with noise it is the loss given the posterior's noise: no likelihood.
     """
-    micro = 32                                             # rows that share a seed: not a flag, so that values compare
-    n = min(args.eval_rows, len(data))
-    order, levels = rng(args.seed, EVAL).permutation(len(data))[:n], stratified_t(n, rng(args.seed, EVAL, 1))
     total = count = 0.0
-    for i, a in enumerate(range(0, n, micro)):
-        if i % world.size != world.rank:
-            continue
-        rows = order[a:a + micro]
-        tokens = torch.from_numpy(data.rows(rows)).to(world.device)
-        kw = {}
-        if args.model != "ar":
-            generator = torch.Generator(world.device).manual_seed(torch_seed(args.seed, EVAL, 2, i))
-            kw = dict(t=levels[a:a + micro].to(world.device), teacher=teacher, generator=generator)
+    for tokens, kw in validation_batches(model, teacher, data, args.eval_rows, args, world):
         with world.autocast:
-            total += model.loss(tokens, **kw)[0].item() * len(rows)
-        count += len(rows)
+            total += model.loss(tokens, **({} if args.model == "ar" else kw))[0].item() * len(tokens)
+        count += len(tokens)
     total, count = world.sum(total, count)
     return total / count
+
+
+@torch.no_grad()
+def search_clip(model, teacher, data, args, world):
+    """For each window of noise levels, the variance of a block's loss when trained in it, in (nats per token)^2: over
+    blocks, rows (256, the same with the same draws) and processes (BD3-LM, Section 5). -> {(low, high): variance}.
+    """
+    out = {}
+    for window in tqdm(windows(model.block_size), desc="clip search", leave=False, disable=not world.master):
+        sums = np.zeros(3)
+        for tokens, kw in validation_batches(model, teacher, data, min(256, args.eval_rows), args, world, window):
+            with world.autocast:
+                losses, masked, _ = model.losses(tokens, clip=window, **kw)
+            v = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device).masked_scatter(
+                masked, losses.double()).view(-1, model.block_size).mean(1)
+            sums += len(v), v.sum().item(), v.square().sum().item()
+        count, total, squares = world.sum(*sums)
+        out[window] = squares / count - (total / count) ** 2
+    return out
 
 
 def train(args, world):
@@ -357,6 +403,11 @@ def train(args, world):
         shift = ckpt["config"].get("shift", False) if ckpt else source is not None and source.config.get(
             "shift", isinstance(source, CausalLM))
         config |= dict(noise=args.noise, inject=args.inject, shift=shift)
+    if args.model == "bd3lm":
+        config["block_size"] = args.block_size
+        if source is not None and source.config.get("block_size", args.block_size) != args.block_size:
+            world.say(f"--init_from={args.init_from} has block size {source.config['block_size']}, this run "
+                      f"{args.block_size}: the weights fit any")
     model = build(args.model, config)
     if source is not None:
         initial_weights(model, source, args)
@@ -365,12 +416,12 @@ def train(args, world):
     averaged = copy.deepcopy(model).eval().requires_grad_(False)               # EMA: starts from where the run starts
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0, fused=True)
-    step = tokens_seen = 0
+    step, tokens_seen, clip = 0, 0, args.clip
     if ckpt:
         model.load_state_dict(ckpt["model"])
         averaged.load_state_dict(ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
-        step, tokens_seen = ckpt["step"], ckpt["tokens_seen"]
+        step, tokens_seen, clip = ckpt["step"], ckpt["tokens_seen"], ckpt.get("clip")
         torch.set_rng_state(ckpt["rng"])
         world.say(f"{args.out}: "
                   + (f"complete at step {step}" if step >= args.steps else f"continuing at step {step}"))
@@ -419,7 +470,7 @@ def train(args, world):
             save(os.path.join(args.out, "ckpt.pt"), dict(
                 model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(), step=step,
                 tokens_seen=tokens_seen, rng=torch.get_rng_state(), args=vars(args), config=config, meta=meta,
-                git=evaluate.git_commit()))
+                git=evaluate.git_commit(), clip=clip))
 
     def lr_at(step):
         if step < args.warmup:
@@ -427,6 +478,14 @@ def train(args, world):
         if args.schedule == "constant":
             return args.lr
         return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+    def choose_clip():
+        found = search_clip(averaged, teacher, val, args, world)
+        best = min(found, key=found.get)
+        record(step=step, clip=best, clip_search={f"{a:g},{b:g}": v for (a, b), v in found.items()})
+        world.say(f"{args.out} step {step}: clip {best[0]:g},{best[1]:g}, variance of a block's loss {found[best]:.4f} "
+                  f"(unclipped {found[T_MIN, 1.0]:.4f})")
+        return best
 
     # SIGTERM and SIGINT: finish the step, save, stop
     stop = []
@@ -436,8 +495,12 @@ def train(args, world):
     accumulate, bad, began, tokens_then = local // micro, 0, time.time(), tokens_seen
     bar = tqdm(total=args.steps, initial=step, desc=args.out, unit="step", disable=not world.master, mininterval=1)
     try:
+        if args.clip_search and step == 0:
+            clip = choose_clip()
         while step < args.steps:
-            rows, levels = order(step), stratified_t(args.batch_size, rng(args.seed, LEVELS, step), args.t_one)
+            n_blocks = getattr(model, "n_blocks", 1)
+            rows, levels = order(step), stratified_t(args.batch_size * n_blocks, rng(args.seed, LEVELS, step),
+                                                     args.t_one, *clip or ()).view(-1, n_blocks)
             loss_sum, extra = 0.0, {}
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step)
@@ -450,6 +513,8 @@ def train(args, world):
                 if args.model != "ar":
                     kw = dict(t=levels[a:a + micro].to(world.device), generator=generator, kd=float(bool(args.kd)),
                               teacher=table.at(rows[a:a + micro]) if table else teacher)
+                    if clip:
+                        kw["clip"] = tuple(clip)
                 if world.size > 1:
                     ddp.require_backward_grad_sync = m == accumulate - 1       # before the forward pass, as DDP wants
                 with world.autocast:
@@ -492,6 +557,8 @@ def train(args, world):
                 value = validate(averaged, teacher, val, args, world)
                 record(step=step, **{name: value})
                 world.say(f"{args.out} step {step}: {name} {value:.4f}")
+                if args.clip_search and step < args.steps:
+                    clip = choose_clip()
                 began, tokens_then = time.time(), tokens_seen
             if step % args.save_every == 0 or step == args.steps or stopping:
                 checkpoint()
@@ -524,7 +591,7 @@ def main():
     if world.size > 1:
         dist.destroy_process_group()
     if meta["tokenizer"] == "maze" and args.report and world.master:
-        ckpts = ([args.teacher or os.path.join("out", f"{meta['name']}-ar")] * (args.noise not in (None, "unpaired"))
+        ckpts = ([args.teacher or default_teacher(meta, args.length or 0)] * (args.noise not in (None, "unpaired"))
                  + [args.out])
         evaluate.main(["maze", f"--n={args.report}", f"--dtype={args.dtype}", "--ckpt", *ckpts])
 

@@ -139,13 +139,15 @@ def maze_paths():
 
 
 def maze_keys(rows):
-    """Rows [N, 10] -> one integer each, for membership and counting; a token outside U D L R PAD gives -1."""
-    rows = np.asarray(rows, dtype=np.int64)
-    return np.where((rows < 5).all(1) & (rows >= 0).all(1), rows @ 5 ** np.arange(MAZE_LENGTH), -1)
+    """Rows [N, 10] -> one integer each, for membership and counting; a token outside U D L R PAD gives -1, as does
+    one other than PAD in longer rows' tails."""
+    rows, tail = np.asarray(rows, dtype=np.int64)[:, :MAZE_LENGTH], np.asarray(rows)[:, MAZE_LENGTH:]
+    fits = (rows < 5).all(1) & (rows >= 0).all(1) & (tail == PAD).all(1)
+    return np.where(fits, rows @ 5 ** np.arange(MAZE_LENGTH), -1)
 
 
 def maze_valid(rows):
-    """Rows [N, 10] (without BOS) -> [N] bool: membership in the 2000 valid sequences, the task's success."""
+    """Rows [N, 10 or more] (without BOS) -> [N] bool: membership in the 2000 valid sequences, the task's success."""
     return np.isin(maze_keys(rows), maze_keys(maze_paths()))
 
 
@@ -666,18 +668,19 @@ class Shards:
     """One split of a dataset, memmapped: `rows(indices)` -> int64 [n, length], each [BOS] + length - 1 tokens.
 
     On opening, sizes are checked against meta.json and ids in the first and last MiB of each file; every batch is
-    checked as it is read. Raises BadInput. `length` None: the dataset's own row_length + 1.
+    checked as it is read. Raises BadInput. `length` None: the dataset's own row_length + 1 (+ 2 on the maze: a PAD).
     """
 
     def __init__(self, path, split, length=None):
         self.path, self.meta, files = path, *read_meta(path)
         fixed = self.meta["row_length"]
-        if fixed and length not in (None, fixed + 1):
+        if fixed and length not in (None, fixed + 1) and (length, self.meta["tokenizer"]) != (fixed + 2, "maze"):
             raise BadInput(f"--length={length} does not fit {path}, whose rows are cut to {fixed} tokens: "
                            f"use --length={fixed + 1} (BOS included), or leave it out")
         if not fixed and length is None:
             raise BadInput(f"{path} is text without a fixed row length: give --length")
         self.length = length or fixed + 1
+        self.stored = fixed or self.length - 1                 # tokens of a row in the file
         self.maps = []
         for f in files:
             if f["split"] != split:
@@ -688,7 +691,7 @@ class Shards:
             for part in (data[:1 << 19], data[-(1 << 19):]):
                 self._check(part, f["path"])
         # rows never cross files: the tail of a file that does not fill a row is left out
-        self.ends = np.cumsum([len(data) // (self.length - 1) for _, data in self.maps])
+        self.ends = np.cumsum([len(data) // self.stored for _, data in self.maps])
         self.n = int(self.ends[-1]) if self.maps else 0
         if not self.n:
             raise BadInput(f"{path} holds no {split} row of {self.length - 1} tokens: "
@@ -703,13 +706,13 @@ class Shards:
         return self.n
 
     def rows(self, indices):
-        out = np.empty((len(indices), self.length), dtype=np.int64)
+        out = np.full((len(indices), self.length), PAD, dtype=np.int64)
         out[:, 0] = self.meta["bos"]
         for row, i in zip(out, indices):
             f = int(np.searchsorted(self.ends, i, side="right"))
             path, data = self.maps[f]
-            a = (i - (self.ends[f - 1] if f else 0)) * (self.length - 1)
-            row[1:] = data[a:a + self.length - 1]
+            a = (i - (self.ends[f - 1] if f else 0)) * self.stored
+            row[1:1 + self.stored] = data[a:a + self.stored]
             self._check(row, path)
         return out
 

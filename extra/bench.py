@@ -1,10 +1,12 @@
 """Where a training step's time and memory go: random weights and random tokens, so nothing needs to be downloaded.
 
+    export MALLOC_MMAP_THRESHOLD_=1000000
     python -m extra.bench --size=tiny --teacher=gpt2 --length=128 --micro_batch_size=2,4,8     # minutes on a CPU
     python -m extra.bench --teacher=gpt2-large --micro_batch_size=8,16,32 --compile            # the default job's shape
 
 Caveats first: the warm-up is left out, the median of --repeats is reported; on a shared machine compare ratios within
-one run. Peak memory counts the weights. A step is forward, backward and AdamW, as in train.py, without reading data.
+one run. Memory is the peak above what is held between steps (weights, optimizer); on a CPU it is the process's, and
+only the variable above makes the C library return what is freed. A step is forward, backward and AdamW.
 """
 import re
 import time
@@ -21,13 +23,18 @@ from train import SIZES
 
 
 def timed(f, repeats, device):
-    """Median seconds of f(), and its peak memory in MB (device memory, or the process's)."""
+    """Median seconds of f(), and its peak memory in MB above what is held (device memory, or the process's)."""
+    def process(what):
+        with open("/proc/self/status") as file:
+            return int(re.search(what + r":\s+(\d+)", file.read())[1]) / 1e3
     f()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() / 1e6
     else:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")                                # resets VmHWM
+        held = process("VmRSS")
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -36,9 +43,8 @@ def timed(f, repeats, device):
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     if device == "cuda":
-        return float(np.median(seconds)), torch.cuda.max_memory_allocated() / 1e6
-    with open("/proc/self/status") as file:
-        return float(np.median(seconds)), int(re.search(r"VmHWM:\s+(\d+)", file.read())[1]) / 1e3
+        return float(np.median(seconds)), torch.cuda.max_memory_allocated() / 1e6 - held
+    return float(np.median(seconds)), process("VmHWM") - held
 
 
 def main():
@@ -101,7 +107,7 @@ def main():
                              memory=round(memory)))
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print_table(rows, dict(part="part", batch="micro-batch", masked="masked", seconds="seconds",
-                           ratio="/ teacher forward", tokens="tokens/s", memory="peak MB"))
+                           ratio="/ teacher forward", tokens="tokens/s", memory="peak MB above"))
     print(f"\n{name}, {dtype}, torch {torch.__version__}; student {args.size}, teacher {args.teacher}, V {V}, "
           f"rows of {args.length}; one [B, L, V] float32 tensor at the largest micro-batch would take "
           f"{4e-6 * max(args.micro_batch_size) * args.length * V:,.0f} MB.")

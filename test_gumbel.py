@@ -2301,6 +2301,82 @@ def test_kd_and_init_from_train_and_continue(text_runs, cli, monkeypatch, tmp_pa
     refused(cli(train, f"{base} --steps=4 --out={tmp_path / 'kd'}"), "other settings", "kd")
 
 
+def test_block_diffusion_trains_samples_and_is_evaluated(text_runs, cli, monkeypatch, tmp_path):
+    """From scratch, from an MDLM with and without noise, from an AR model, from other blocks; then every command."""
+    monkeypatch.chdir(text_runs)
+    base = f"--model=bd3lm --data=mine --length=24 {TINY} --save_every=2"
+    noisy = "--gumbel --teacher=out/ar"
+    nelbo, given_noise = "val_nelbo", "val_nll_given_noise"
+    for name, flags, val in (("plain", "", nelbo), ("from-plain", "--init_from=out/plain --block_size=8", nelbo),
+                             ("gumbel", f"{noisy} --init_from=out/plain --block_size=1", given_noise),
+                             ("gumbel2", f"{noisy} --init_from=out/gumbel --clip=0.6,1", given_noise),
+                             ("from-ar", "--init_from=out/ar --kd=token --teacher=out/ar --block_size=24", nelbo),
+                             ("again", f"--init_from={tmp_path}/from-plain --block_size=4 --clip_search", nelbo)):
+        out = tmp_path / name
+        code, _, err = cli(train, f"{base} {flags} --steps=4 --out={out}")
+        assert code == 0, err
+        assert ("has block size 8, this run 4" in err) == (name == "again")
+        log = [json.loads(line) for line in open(out / "log.jsonl")]
+        ckpt = sample.load_checkpoint(str(out))
+        assert any(val in line for line in log) and ckpt["config"]["shift"] == (name == "from-ar")
+        code, _, err = cli(train, f"{base} {flags} --steps=6 --out={out}")
+        assert code == 0 and "continuing at step 4" in err, err
+        if name == "from-plain":                           # raw and EMA both start from the source's EMA weights
+            source = sample.load_model("out/plain")
+            code, _, err = cli(train, f"{base} --block_size=8 --init_from=out/plain --lr=1e-12 --steps=1 "
+                               f"--out={tmp_path}/x")
+            for weights in ("raw", "ema"):
+                assert torch.allclose(sample.load_model(f"{tmp_path}/x", weights).transformer.embed.weight,
+                                      source.transformer.embed.weight, atol=1e-6)
+        if name == "again":
+            found = [line for line in log if "clip_search" in line]
+            assert [line["step"] for line in found] == [0, 4] and len(found[0]["clip_search"]) == 64
+            best = min(found[-1]["clip_search"], key=found[-1]["clip_search"].get)
+            assert found[-1]["clip"] == [float(v) for v in best.split(",")] == list(ckpt["clip"])
+    for name, flags, words in (("plain", "--length=70 --steps=2 --n=3", ["nfe"]),
+                               ("gumbel2", "--length=30 --greedy --prompt=Some --stop_at_eos", ["Some"]),
+                               ("gumbel", "--infill=So[MASK][MASK]x --no_cache --sampler=first_hitting", ["So"])):
+        code, out, err = cli(sample, f"--ckpt={tmp_path}/{name} {flags}")
+        assert code == 0 and all(w in out for w in words), err
+    code, out, err = cli(evaluate, f"ppl --n=20 --ckpt {tmp_path}/plain {tmp_path}/gumbel {tmp_path}/gumbel2 "
+                         f"out/plain --json={tmp_path}/p.json")
+    assert code == 0, err
+    kinds = [r["kind"] for r in json.load(open(tmp_path / "p.json"))["rows"]]
+    assert kinds == ["nelbo", "nll_given_noise", "nll_given_noise", "nelbo"]
+    code, out, err = cli(evaluate, f"genppl --n=4 --judge=out/ar --nfe=3,12,24 --ckpt {tmp_path}/plain out/plain "
+                         f"--json={tmp_path}/g.json")
+    rows = json.load(open(tmp_path / "g.json"))["rows"]
+    assert [r["nfe"] for r in rows] == [6, 12, 24] + [3, 12, 24]                   # 6 blocks: at least 6 calls
+    assert all(r["nfe_counted"] <= r["nfe"] for r in rows)
+    for module, flags, words in (
+            (train, f"{base} --block_size=5", ["--block_size=5", "--length=24", "divisor"]),
+            (train, f"{base} --clip=0.8,0.3", ["--clip=0.8,0.3", "LOW < HIGH"]),
+            (train, f"{base} --clip=0.5", ["--clip=0.5", "LOW"]), (train, f"{base} --clip=0,2", ["--clip", "at most 1"]),
+            (train, f"{base} --clip=0.1,0.7 --clip_search", ["exclude"]),
+            (train, "--data=mine --block_size=4", ["--model=bd3lm"]),
+            (sample, "--ckpt=out/plain --stop_at_eos", ["BD3-LM"]),
+            (sample, f"--ckpt={tmp_path}/plain --length=60 --prompt={'a' * 30}", ["30 tokens", "at most 23"]),
+            (sample, f"--ckpt={tmp_path}/plain --sampler=apd --verifier=out/ar", ["--sampler=apd", "MDLM"]),
+            (evaluate, f"ppl --ckpt {tmp_path}/plain --length=22", ["--length=22", "block size, 4"])):
+        refused(cli(module, flags), *words)
+
+
+def test_maze_in_blocks(runs, cli, monkeypatch):
+    """Rows of 12, one more PAD, divide into blocks; the teacher of that length is found; success is the same notion."""
+    monkeypatch.chdir(runs)
+    args = train.parse(["--model=bd3lm", "--gumbel", "--data=maze"])
+    assert (args.length, args.block_size, args.t_one) == (12, 4, 0.5)
+    assert cli(train, f"--model=ar --data=maze --length=12 --steps=2 --out=out/maze-ar-12 {TINY}")[0] == 0
+    code, _, err = cli(train, f"--model=bd3lm --gumbel --data=maze --steps=4 {TINY}")
+    assert code == 0 and "training it first" not in err, err
+    code, out, err = cli(evaluate, "maze --ckpt out/maze-ar-12 out/maze-bd3lm-gumbel --n=50 --nfe=1,6,12")
+    assert code == 0, err
+    assert [line.split("|")[3].strip() for line in out.splitlines() if "bd3lm" in line] == ["3", "6", "12"] * 2
+    paths = prepare.maze_paths()
+    assert prepare.maze_valid(np.pad(paths, ((0, 0), (0, 1)), constant_values=prepare.PAD)).all()
+    assert not prepare.maze_valid(np.pad(paths, ((0, 0), (0, 1)), constant_values=0)).any()
+
+
 def test_gpt2_large_is_the_default_teacher(tmp_path, cli, monkeypatch):
     """Shards of GPT-2 ids and no --teacher: gpt2-large, whatever it is that downloads it."""
     monkeypatch.chdir(tmp_path)

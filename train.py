@@ -557,7 +557,7 @@ def train(args, world):
                 value = validate(averaged, teacher, val, args, world)
                 record(step=step, **{name: value})
                 world.say(f"{args.out} step {step}: {name} {value:.4f}")
-                if args.clip_search and step < args.steps:
+                if args.clip_search:
                     clip = choose_clip()
                 began, tokens_then = time.time(), tokens_seen
             if step % args.save_every == 0 or step == args.steps or stopping:

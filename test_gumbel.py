@@ -2351,7 +2351,8 @@ def test_block_diffusion_trains_samples_and_is_evaluated(text_runs, cli, monkeyp
     for module, flags, words in (
             (train, f"{base} --block_size=5", ["--block_size=5", "--length=24", "divisor"]),
             (train, f"{base} --clip=0.8,0.3", ["--clip=0.8,0.3", "LOW < HIGH"]),
-            (train, f"{base} --clip=0.5", ["--clip=0.5", "LOW"]), (train, f"{base} --clip=0,2", ["--clip", "at most 1"]),
+            (train, f"{base} --clip=0.5", ["--clip=0.5", "LOW"]),
+            (train, f"{base} --clip=0,2", ["--clip", "at most 1"]),
             (train, f"{base} --clip=0.1,0.7 --clip_search", ["exclude"]),
             (train, "--data=mine --block_size=4", ["--model=bd3lm"]),
             (sample, "--ckpt=out/plain --stop_at_eos", ["BD3-LM"]),

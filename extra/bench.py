@@ -14,6 +14,7 @@ import time
 import numpy as np
 import torch
 
+from bd3lm import BD3LM
 from data.prepare import Parser, number
 from evaluate import print_table
 from mdlm import MDLM, stratified_t
@@ -55,10 +56,13 @@ def main():
     parser.add_argument("--length", type=number(int, 2, 1024), default=1024, help="tokens of a row")
     parser.add_argument("--micro_batch_size", type=lambda s: [number(int, 1)(x) for x in s.split(",")], default=[8, 16],
                         help="rows per step, a comma list")
+    parser.add_argument("--block_size", type=number(int, 1), default=4, help="of BD3-LM")
     parser.add_argument("--repeats", type=number(int, 1), default=5, help="after one warm-up")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile the student's transformer")
     args = parser.parse_args()
+    if args.length % args.block_size:
+        parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: choose a divisor")
     device, dtype, autocast = device_and_dtype(args.dtype)
     V, (n_layer, n_embd, n_head) = args.vocab_size, SIZES[args.size]
     torch.manual_seed(0)
@@ -68,10 +72,11 @@ def main():
         body_to_bfloat16(teacher)
     plain = MDLM(V, args.length, V - 1, n_layer, n_embd, n_head).to(device)
     noisy = MDLM(V, args.length, V - 1, n_layer, n_embd, n_head, noise="gumbel").to(device)
-    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (plain, noisy)}
+    blocks = BD3LM(V, args.length, V - 1, args.block_size, n_layer=n_layer, n_embd=n_embd, n_head=n_head).to(device)
+    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (plain, noisy, blocks)}
     if args.compile:
-        plain.transformer.compile()
-        noisy.transformer.compile()
+        for model in optimizers:
+            model.transformer.compile()
     rows = []
     for B in args.micro_batch_size:
         tokens = torch.randint(V - 1, (B, args.length), device=device)
@@ -87,7 +92,7 @@ def main():
 
         def step(model, **kw):
             with autocast:
-                loss, _ = model.loss(tokens, t, generator=generator, **kw)
+                loss, _ = model.loss(tokens, t[:, None].expand(B, model.n_blocks), generator=generator, **kw)
             loss.backward()
             optimizers[model].step()
             optimizers[model].zero_grad(set_to_none=True)
@@ -99,7 +104,8 @@ def main():
         for part, f in (("teacher forward (body)", body), ("extraction: body, head, posterior, projection", extract),
                         ("step of MDLM", lambda: step(plain)),
                         ("step of MDLM + token KD", lambda: step(plain, teacher=teacher, kd=1.0)),
-                        ("step of MDLM + Gumbel", lambda: step(noisy, teacher=teacher))):
+                        ("step of MDLM + Gumbel", lambda: step(noisy, teacher=teacher)),
+                        (f"step of BD3-LM, blocks of {args.block_size}", lambda: step(blocks))):
             seconds, memory = timed(f, args.repeats, device)
             base = base or seconds
             rows.append(dict(part=part, batch=B, masked=int(masked.sum()), seconds=f"{seconds:.3g}",

@@ -39,10 +39,10 @@ def training_rule(length, block_size):
 
 
 @lru_cache(maxsize=8)
-def training_mask(length, block_size, device):
-    """That rule as the transformer takes it: block-sparse on CUDA; boolean on a CPU, where flex has no backward."""
+def training_mask(length, block_size, device, sparse=False):
+    """That rule as the transformer takes it: a boolean matrix or, `sparse`, what flex_attention takes, on CUDA."""
     rule = training_rule(length, block_size)
-    if torch.device(device).type == "cuda":
+    if sparse:
         return create_block_mask(rule, None, None, 2 * length, 2 * length, device)
     i = torch.arange(2 * length, device=device)
     return rule(None, None, i[:, None], i)
@@ -58,7 +58,7 @@ def block_causal(first, queries, keys_from, block_size, window, device):
 
 
 class BlockCache(KVCache):
-    """Keys and values of clean blocks, of the last `window` positions at least: for samples of any length.
+    """Keys and values of the clean blocks that later ones see, `window` positions less a block: for any sample length.
 
     `length` positions have gone in, the buffer holds those from `start` on. `rows`: the rows of the batch that the
     network is being called for, None for all.
@@ -148,8 +148,10 @@ class BD3LM(MDLM):
         if clean is None or L % self.block_size:
             raise ValueError(f"BD3-LM takes noised and clean rows, of a multiple of {self.block_size} tokens")
         h = torch.cat([self.embed(z, g), self.transformer.embed(clean)], 1)                               # (B, 2L, D)
+        # flex_attention has no backward on a CPU, wants heads of 16, and skips tiles of 128
+        sparse = device.type == "cuda" and h.shape[2] >= 16 * self.transformer.n_head and L >= 128
         h = self.transformer(h, positions=torch.arange(L, device=device).repeat(2),
-                             mask=training_mask(L, self.block_size, device))
+                             mask=training_mask(L, self.block_size, device, sparse))
         return self._turn(h[:, :L])
 
     def log_probs(self, noised, clean, noise=None):
@@ -190,33 +192,37 @@ class BD3LM(MDLM):
         """Fill in the [MASK]s of tokens [B, T] (BOS first), block by block -> (tokens [B, T], nfe [B]). T is free.
 
         As MDLM's `generate`, with `steps` per block; `noise` [B, T, V], `reveal` [B, T]. A block sees the last L - K
-        tokens before it. A clean block enters the KV cache in the first call for the next one, so the cache costs no
-        call of its own; `cached=False` computes all of it anew each time. `stop_at_eos`: a row ends with the first EOS
-        (= BOS) that it draws, what is masked after it becomes EOS too, and is not computed.
+        tokens before it; a prompt, or given text between [MASK]s, has at most L. A clean block enters the KV cache in
+        the first call for the next one, so the cache costs no call of its own; `cached=False` computes all of it anew
+        each time. `stop_at_eos`: a row ends with the first EOS (= BOS) that it draws, what is masked after it becomes
+        EOS too, and is not computed.
         """
         self.check_sampling(tokens, tau, top_p, noise, resample_noise)
         T, K, device = tokens.shape[1], self.block_size, tokens.device
-        x = F.pad(tokens, (0, -T % K), value=self.mask_id)     # whole blocks; what is drawn beyond T is cut off
-        if noise is not None and x.shape[1] > T:
-            fresh = sample_gumbel((len(x), x.shape[1] - T, self.mask_id), generator, device)
-            noise = torch.cat([noise, fresh], 1)
-        if reveal is not None:
-            reveal = F.pad(reveal, (0, -T % K), value=1)
-        nfe = torch.zeros(len(x), dtype=torch.long, device=device)
-        alive = torch.arange(len(x), device=device)            # rows that have not ended
-        cache, given = self.new_cache(len(x), min(x.shape[1], 2 * self.length + K)), 0
-        for a in range(0, x.shape[1], K):
+        masked, position = tokens == self.mask_id, torch.arange(T, device=device)
+        before = F.pad(torch.where(masked, position, -1).cummax(1)[0][:, :-1], (1, 0), value=-1)
+        if ((position - before - 1) * masked > self.length).any():
+            raise ValueError(f"a given text must fit into the window of {self.length} tokens")
+        end = int((masked * (position + 1)).max())             # nothing is drawn beyond
+        end += -end % K
+        x, nfe = tokens, torch.zeros(len(tokens), dtype=torch.long, device=device)
+        if (extra := max(0, end - T)):                         # whole blocks; what is drawn beyond T is cut off
+            last = masked[:, end - K:].any(1, keepdim=True)
+            x = torch.cat([x, torch.where(last, self.mask_id, self.bos).expand(-1, extra)], 1)
+            if noise is not None:
+                noise = torch.cat([noise, sample_gumbel((len(x), extra, self.mask_id), generator, device)], 1)
+            if reveal is not None:
+                reveal = torch.cat([reveal, reveal[:, end - K:].amax(1, keepdim=True).expand(-1, extra)], 1)
+        x, alive = x.clone(), torch.arange(len(x), device=device)                          # rows that have not ended
+        cache = self.new_cache(len(x), min(end, 2 * self.length + K)) if cached else None
+        for a in range(0, end, K):
             block = x[alive, a:a + K]                                                                         # (b, K)
             masked = block == self.mask_id
             if not masked.any():
-                given += K
-                if given > self.length:
-                    raise ValueError(f"a given text must fit into the window of {self.length} tokens")
                 continue
-            given = 0
             noise_now = None if noise is None else noise[alive, a:a + K]
             g = self.embed_noise(masked, tau, noise_now, generator)
-            step = (reveal[alive, a:a + K] if reveal is not None else
+            step = (reveal[alive, a:a + K] * masked if reveal is not None else
                     reveal_steps(masked, steps, sampler, order, generator))
 
             def hidden(z, rows):
@@ -237,9 +243,11 @@ class BD3LM(MDLM):
                 x[alive, a:a + K] = torch.where(masked & after, self.bos, new)
                 gone = alive[ended]
                 x[gone] = x[gone].masked_fill(x[gone] == self.mask_id, self.bos)
-                alive, cache.kv = alive[~ended], cache.kv[:, :, ~ended]
+                alive = alive[~ended]
                 if not len(alive):
                     break
+                if cached:
+                    cache.kv = cache.kv[:, :, ~ended]
         return x[:, :T], nfe
 
 

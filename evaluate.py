@@ -243,7 +243,8 @@ def nfe(args, models, device):
                   for k, rs in line.items()}
         table.append(dict(model=label, decode=decode) | {k: f"{means[k]:.1f} ± {errors[k]:.1f}" for k in line})
         points.append((f"{label}, {decode}", list(line), [means[k] for k in line], [errors[k] for k in line]))
-    print_table(table, dict(model="success %", decode="decode") | {k: f"NFE {k}" for k in sorted({10, *args.nfe})})
+    print_table(table, dict(model="success %", decode="decode") | {
+        k: f"NFE {k}" for k in sorted({k for line in groups.values() for k in line})})
     print(f"\n± standard error over {args.n} samples ({10 * args.n} for theory), or standard deviation over seeds.\n"
           f"Students: {sampling_note(args, models)}")
     if args.plot:
@@ -388,7 +389,7 @@ def ppl(args, models, device):
         if paired:
             rows[-1]["ppl_bound"] = rows[-1]["ppl"]
     print_table(rows, PPL_COLUMNS)
-    print("\nperplexity: exp(nats + teacher's nats), an upper bound except for an AR model, where it is exact. "
+    print("\nperplexity: exp(nats + teacher's nats), an upper bound; for an AR model and blocks of one token, exact. "
           f"Up to {args.n} rows of validation data, noise and masks drawn once.\n"
           "nll_given_noise is no likelihood: its noise is drawn given the text.")
     return rows
@@ -429,7 +430,7 @@ def main(argv=None):
             loading_flags(p)
             continue
         p.add_argument("--nfe", type=steps_list, default=[8, 64] if text else [1, 2, 4, 8, 16],
-                       help="numbers of steps, as in 1,2,4")
+                       help="numbers of steps, as in 1,2,4; BD3-LM makes the same number, at least one, in each block")
         p.add_argument("--decode", type=decodes, default=["sample"] if text else ["sample", "greedy"],
                        help="sample, greedy (argmax)")
         if name == "genppl":

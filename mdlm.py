@@ -11,6 +11,7 @@ import json
 import math
 import os
 import zipfile
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -45,7 +46,9 @@ class KVCache:
         return self.kv[layer, 0, :, :, :b], self.kv[layer, 1, :, :, :b]
 
 
-compiled_flex = torch.compile(flex_attention)              # uncompiled, it would hold all attention scores
+@lru_cache
+def compiled_flex():
+    return torch.compile(flex_attention)                   # uncompiled, it would hold all attention scores
 
 
 def rope_tables(positions, head_dim):
@@ -82,7 +85,7 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.update(layer, k, v)
         if isinstance(mask, BlockMask):
-            y = compiled_flex(q, k, v, block_mask=mask)
+            y = compiled_flex()(q, k, v, block_mask=mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         y = self.attn_out(y.transpose(1, 2).reshape(B, L, D))
@@ -394,6 +397,7 @@ class MDLM(nn.Module):
         hidden = self._noisy_hidden(tokens, tau, top_p, noise, resample_noise, generator)
         if reveal is None:
             reveal = reveal_steps(tokens == self.mask_id, steps, sampler, order, generator)
+        reveal = reveal * (tokens == self.mask_id)
         return unmask(tokens, reveal, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
 
     def check_sampling(self, tokens, tau, top_p, noise, resample_noise):

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -182,8 +183,8 @@ def load_verifier(args, models, device):
             raise BadInput("--verifier is read with --sampler=apd only: add it, or leave --verifier out")
         return None
     for m in models:
-        if isinstance(m, (CausalLM, BD3LM)):
-            raise BadInput(f"--sampler=apd needs an MDLM to draft: {m.name} is a {m.args['model']} checkpoint")
+        if isinstance(m, BD3LM):
+            raise BadInput(f"--sampler=apd needs an MDLM to draft: {m.name} is a BD3-LM")
     if not args.verifier:
         raise BadInput("--sampler=apd needs --verifier: an AR checkpoint of the same vocabulary, or gpt2")
     length = getattr(args, "length", None) or min(m.length for m in models)
@@ -238,9 +239,14 @@ def start_tokens(model, tokenizer, prompt, infill, length):
     except (ValueError, OverflowError):
         raise BadInput("prompts of this model are made of " + (
             "U D L R and . (PAD)" if tokenizer.name == "maze" else f"ids below {model.config['vocab_size']}")) from None
-    if len(ids) + 1 > min(length, model.length):           # BD3-LM: what is given must fit into its window
-        raise BadInput(f"--{'infill' if infill is not None else 'prompt'} has {len(ids)} tokens, but "
-                       f"this model takes at most {min(length, model.length) - 1} here: shorten it")
+    flag = "--infill" if infill is not None else "--prompt"
+    if len(ids) + 1 > length:
+        raise BadInput(f"{flag} has {len(ids)} tokens, but a sample of this model has at most {length - 1}: shorten it")
+    given = max(len(list(run)) for masked, run in groupby([model.bos] + ids, lambda i: i == model.config["vocab_size"])
+                if not masked)
+    if given > model.length:                               # BD3-LM, whose samples may be longer
+        raise BadInput(f"{flag} has {given - 1} tokens in a row, but this model's window has {model.length}: "
+                       "shorten it")
     if not ar:
         ids += [model.mask_id] * (length - 1 - len(ids)) if infill is None or tokenizer.name == "maze" else []
     return torch.tensor([[model.bos] + ids])
@@ -334,6 +340,8 @@ def main():
         return write_shards(model, args, device, autocast if args.dtype != "auto" else contextlib.nullcontext())
     length = args.length or min(model.length, 1024)
     tau, top_p = resolve_sampling(args, model)
+    if args.sampler == "apd" and isinstance(model, CausalLM):
+        raise BadInput("--sampler=apd needs a masked model to draft: --ckpt is an AR model")
     apd = load_verifier(args, [model], device)
     tokenizer = Tokenizer(model.meta["tokenizer"], model.config["vocab_size"])
     start = start_tokens(model, tokenizer, args.prompt, args.infill, length).to(device)

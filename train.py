@@ -54,7 +54,7 @@ FREE = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wandb", "c
 def window(text):
     """--clip: "0.3,0.8" -> (0.3, 0.8)."""
     low, high = (number(float, 0, 1)(part) for part in text.split(",")) if text.count(",") == 1 else (1, 0)
-    if not (low < high or low == high == 1):
+    if not (max(low, T_MIN) < high or low == high == 1):
         raise BadInput(f"--clip={text}: two noise levels, 0 <= LOW < HIGH <= 1, as in 0.3,0.8")
     return max(low, T_MIN), high
 
@@ -236,8 +236,9 @@ def resume(args, meta):
     if not os.path.exists(os.path.join(args.out, "ckpt.pt")):
         return None
     ckpt = load_checkpoint(args.out)
-    changed = [f"--{k}: {ckpt['args'].get(k)} there, {v} now" for k, v in vars(args).items()
-               if k not in FREE and k != "steps" and ckpt["args"].get(k) != v]
+    there = {k: None if v in (None, False) else v for k, v in ckpt["args"].items()}      # a new flag, off: no change
+    changed = [f"--{k}: {there.get(k)} there, {v} now" for k, v in vars(args).items()
+               if k not in FREE and k != "steps" and there.get(k) != (None if v is False else v)]
     if args.schedule == "cosine" and ckpt["args"]["steps"] != args.steps:
         changed.append(f"--steps: {ckpt['args']['steps']} there, {args.steps} now, under a cosine schedule")
     if ckpt["meta"] != meta:
@@ -291,8 +292,9 @@ def find_teacher(args, meta, world):
 
 def initial_weights(model, source, args):
     """--init_from: the weights of `source` into `model`; BadInput where they do not fit. A noise embedding that the
-    source lacks stays new, and so does the row of [MASK] that an AR model lacks."""
-    state, own = source.state_dict(), model.state_dict()
+    source lacks stays new, one that the model lacks is left out; the row of [MASK] that an AR model lacks is new."""
+    own = model.state_dict()
+    state = {k: v for k, v in source.state_dict().items() if k in own or not k.startswith("noise_embed.")}
     embed = "transformer.embed.weight"
     if isinstance(source, CausalLM) and args.model != "ar" and embed in state \
             and state[embed][0].shape == own[embed][0].shape:
@@ -557,7 +559,7 @@ def train(args, world):
                 value = validate(averaged, teacher, val, args, world)
                 record(step=step, **{name: value})
                 world.say(f"{args.out} step {step}: {name} {value:.4f}")
-                if args.clip_search:
+                if args.clip_search and step % args.eval_every == 0:
                     clip = choose_clip()
                 began, tokens_then = time.time(), tokens_seen
             if step % args.save_every == 0 or step == args.steps or stopping:

@@ -236,9 +236,9 @@ def resume(args, meta):
     if not os.path.exists(os.path.join(args.out, "ckpt.pt")):
         return None
     ckpt = load_checkpoint(args.out)
-    there = {k: None if v in (None, False) else v for k, v in ckpt["args"].items()}      # a new flag, off: no change
-    changed = [f"--{k}: {there.get(k)} there, {v} now" for k, v in vars(args).items()
-               if k not in FREE and k != "steps" and there.get(k) != (None if v is False else v)]
+    old = {k: v for k, v in vars(args).items() if v is None or v is False} | ckpt["args"]  # new flags, off: no change
+    changed = [f"--{k}: {old.get(k)} there, {v} now" for k, v in vars(args).items()
+               if k not in FREE and k != "steps" and old.get(k) != v]
     if args.schedule == "cosine" and ckpt["args"]["steps"] != args.steps:
         changed.append(f"--steps: {ckpt['args']['steps']} there, {args.steps} now, under a cosine schedule")
     if ckpt["meta"] != meta:

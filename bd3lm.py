@@ -156,7 +156,7 @@ class BD3LM(MDLM):
 
     def log_probs(self, noised, clean, noise=None):
         """The training pass after SUBS: noised and clean rows [B, L], noise [B, L, V] -> [B, L, V + 1]."""
-        return self._subs(noised, noise, clean)
+        return super().log_probs(noised, noise, clean)
 
     def losses(self, tokens, t, teacher=None, z=None, clip=None, generator=None, **kw):
         """As MDLM's, with a noise level per block, t [B, n_blocks]. `clip` (low, high): t was drawn in this window, the

@@ -369,14 +369,11 @@ class MDLM(nn.Module):
         weight = per_token(1 / t if weight is None else weight)[masked]
         return weight * (nll + kd * kl), masked, {"nll_masked": nll, "kl_masked": kl} if kd else {"nll_masked": nll}
 
-    def log_probs(self, tokens, noise=None):
+    def log_probs(self, tokens, noise=None, clean=None):
         """The plain forward after SUBS: tokens [B, L] with [MASK]s, noise [B, L, V] -> [B, L, V + 1] log-probabilities.
 
-        An unmasked position copies its token: 0 there, -inf elsewhere.
+        An unmasked position copies its token: 0 there, -inf elsewhere. `clean`: see `hidden`.
         """
-        return self._subs(tokens, noise)
-
-    def _subs(self, tokens, noise, clean=None):
         g = None if noise is None or self.noise_embed is None else self.noise_embed(noise)
         if noise is not None and g is None:
             raise ValueError("this model was built without noise")
@@ -395,10 +392,9 @@ class MDLM(nn.Module):
         `noise` [B, L, V] and `reveal` [B, L] (see `reveal_steps`) replace the draws. Given tokens are never changed.
         """
         hidden = self._noisy_hidden(tokens, tau, top_p, noise, resample_noise, generator)
-        if reveal is None:
-            reveal = reveal_steps(tokens == self.mask_id, steps, sampler, order, generator)
-        reveal = reveal * (tokens == self.mask_id)
-        return unmask(tokens, reveal, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
+        masked = tokens == self.mask_id
+        step = reveal_steps(masked, steps, sampler, order, generator) if reveal is None else reveal * masked
+        return unmask(tokens, step, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
 
     def check_sampling(self, tokens, tau, top_p, noise, resample_noise):
         """ValueError for what a sampler cannot be given."""

@@ -204,7 +204,7 @@ def check_vocabulary(what, model, meta):
 def default_teacher(meta, length):
     """The teacher of data with this meta where none is named: the maze's own, GPT-2-large for its ids, or None."""
     if meta["tokenizer"] == "maze":
-        return os.path.join("out", f"{meta['name']}-ar" + f"-{length}" * (length > meta["row_length"] + 1))
+        return os.path.join("out", f"{meta['name']}-ar" + f"-{length}" * ((length or 0) > meta["row_length"] + 1))
     return "gpt2-large" if meta["tokenizer"] == "gpt2" else None
 
 

@@ -269,7 +269,7 @@ def restart_log(path, step):
 
 def find_teacher(args, meta, world):
     """The model of --teacher; on the maze, the one that `--model=ar` with the same data trains, trained if absent."""
-    path = args.teacher or default_teacher(meta, args.length or 0)
+    path = args.teacher or default_teacher(meta, args.length)
     if args.teacher is None and os.path.basename(args.data) in ("maze", "maze_skewed"):
         teacher_args = parse(["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}",
                               "--report=0"] + [f"--length={args.length}"] * bool(args.length))
@@ -493,14 +493,13 @@ def train(args, world):
     stop = []
     handlers = {s: signal.signal(s, lambda signum, frame: stop.append(signum)) for s in (signal.SIGTERM, signal.SIGINT)}
 
-    order = RowOrder(len(data), args.batch_size, args.seed)
+    order, n_blocks = RowOrder(len(data), args.batch_size, args.seed), getattr(model, "n_blocks", 1)
     accumulate, bad, began, tokens_then = local // micro, 0, time.time(), tokens_seen
     bar = tqdm(total=args.steps, initial=step, desc=args.out, unit="step", disable=not world.master, mininterval=1)
     try:
         if args.clip_search and step == 0:
             clip = choose_clip()
         while step < args.steps:
-            n_blocks = getattr(model, "n_blocks", 1)
             rows, levels = order(step), stratified_t(args.batch_size * n_blocks, rng(args.seed, LEVELS, step),
                                                      args.t_one, *clip or ()).view(-1, n_blocks)
             loss_sum, extra = 0.0, {}
@@ -593,7 +592,7 @@ def main():
     if world.size > 1:
         dist.destroy_process_group()
     if meta["tokenizer"] == "maze" and args.report and world.master:
-        ckpts = ([args.teacher or default_teacher(meta, args.length or 0)] * (args.noise not in (None, "unpaired"))
+        ckpts = ([args.teacher or default_teacher(meta, args.length)] * (args.noise not in (None, "unpaired"))
                  + [args.out])
         evaluate.main(["maze", f"--n={args.report}", f"--dtype={args.dtype}", "--ckpt", *ckpts])
 

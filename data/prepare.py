@@ -14,6 +14,7 @@ taken as GPT-2 ids, and llm.c's (256-int32 header) are read too.
 A training row is [BOS] + the next L - 1 tokens; rows do not overlap.
 """
 import argparse
+import collections
 import csv
 import functools
 import gzip
@@ -263,15 +264,13 @@ class Writer:
     """Writes a dataset into OUT.partial and renames it to OUT when it is complete.
 
     With a `key` (whatever decides the content), a run that was interrupted goes on after the last `commit(done)`:
-    `self.done` says where. Another key starts over. `hold_out`: that many of the last documents become the val split,
-    without knowing beforehand how many there are: their ends are kept in a file.
+    `self.done` says where. Another key starts over.
     """
 
-    def __init__(self, out, meta, key=None, hold_out=0, shard_tokens=100_000_000):
+    def __init__(self, out, meta, key=None, shard_tokens=100_000_000):
         out = os.path.normpath(out)
         self.out, self.partial, self.meta, self.shard_tokens = out, out + ".partial", meta, shard_tokens
-        self.key, self.hold_out, self.done, self.held = key, hold_out, 0, 0
-        self.files, self.open, self.ends = [], {}, []
+        self.key, self.done, self.files, self.open = key, 0, [], {}
         if (meta.get("vocab_size") or 0) > 1 << 16:
             raise BadInput(f"shards hold at most 65536 ids, this vocabulary has {meta['vocab_size']}")
         if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
@@ -283,7 +282,6 @@ class Writer:
                 os.makedirs(self.partial)
             except OSError as e:
                 raise BadInput(f"{self.partial} cannot be made ({e.strerror}): choose another --out") from None
-            open(self._path("ends"), "wb").close()
 
     def _path(self, name):
         return os.path.join(self.partial, name)
@@ -292,23 +290,19 @@ class Writer:
         try:
             with open(self.progress) as f:
                 p = json.load(f)
-            if (p["key"] != self.key or p["held"] not in (0, self.hold_out)
-                    or any(os.path.getsize(self._path(n)) < size for n, size in p["sizes"].items())):
+            sizes = {f["name"]: 2 * f["tokens"] for f in p["files"]}
+            if p["key"] != self.key or any(os.path.getsize(self._path(n)) < size for n, size in sizes.items()):
                 return False
         except (OSError, ValueError, KeyError):
             return False
-        self.done, self.files, self.held = p["done"], p["files"], p["held"]
-        self._tidy(p["sizes"])
-        print(f"{self.partial}: continuing after {self.done} units", file=sys.stderr)
-        return True
-
-    def _tidy(self, sizes):
-        """Leave on disk what is committed, and no more."""
-        for name in set(os.listdir(self.partial)) - {"progress.json"}:
+        self.done, self.files = p["done"], p["files"]
+        for name in set(os.listdir(self.partial)) - {"progress.json"}:         # what is committed stays, and no more
             if name in sizes:
                 os.truncate(self._path(name), sizes[name])
             else:
                 os.remove(self._path(name))
+        print(f"{self.partial}: continuing after {self.done} units", file=sys.stderr)
+        return True
 
     def write(self, split, ids):
         ids = np.ascontiguousarray(ids, dtype="<u2")
@@ -332,49 +326,20 @@ class Writer:
         os.fsync(file.fileno())
         file.close()
 
-    def end_document(self):
-        """Documents that may be held out say where they end."""
-        if self.hold_out:
-            self.ends.append(sum(f["tokens"] for f in self.files if f["split"] == "train"))
-
     def commit(self, done):
         """All that was written is on disk, and stands for `done` units of the input."""
         for name in list(self.open):
             self._close(name)
-        with open(self._path("ends"), "ab") as f:
-            np.array(self.ends, dtype="<i8").tofile(f)
-        self.ends, self.done = [], done
-        sizes = {f["name"]: 2 * f["tokens"] for f in self.files} | {"ends": os.path.getsize(self._path("ends"))}
+        self.done = done
         with open(self.progress + ".tmp", "w") as f:
-            json.dump(dict(key=self.key, done=done, held=self.held, files=self.files, sizes=sizes), f)
+            json.dump(dict(key=self.key, done=done, files=self.files), f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(self.progress + ".tmp", self.progress)
-        return sizes
-
-    def _hold_out(self):
-        """The tokens after the last document that stays in train become val's. The originals go after the commit."""
-        ends = np.fromfile(self._path("ends"), dtype="<i8")
-        if len(ends) <= self.hold_out:
-            raise BadInput(f"there are {len(ends)} documents, and the last {self.hold_out} should be held out: "
-                           "set a smaller --val_documents")
-        a = int(ends[-self.hold_out - 1])
-        for entry in [f for f in self.files if f["split"] == "train"]:
-            keep = min(a, entry["tokens"])
-            a -= keep
-            if keep < entry["tokens"]:
-                tail = np.memmap(self._path(entry["name"]), dtype="<u2", mode="r", offset=2 * keep)
-                for i in range(0, len(tail), 1 << 24):
-                    self.write("val", tail[i:i + (1 << 24)])
-                entry["tokens"] = keep
-        self.files, self.held = [f for f in self.files if f["tokens"]], self.hold_out
 
     def finish(self):
-        """Hold out, hash, name, write meta.json, rename the folder. Returns tokens per split."""
+        """Hash, name, write meta.json, rename the folder. Returns tokens per split."""
         self.commit(self.done)
-        if self.hold_out and not self.held:
-            self._hold_out()
-            self._tidy(self.commit(self.done))
         for f in self.files:
             with open(self._path(f["name"]), "rb") as file:
                 f["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -388,9 +353,7 @@ class Writer:
             f.flush()
             os.fsync(f.fileno())
         os.rename(self.partial, self.out)                  # fails if someone filled OUT meanwhile
-        for name in ("ends", "progress.json"):
-            if os.path.exists(path := os.path.join(self.out, name)):
-                os.remove(path)
+        os.remove(os.path.join(self.out, "progress.json"))
         return {split: sum(f["tokens"] for f in self.files if f["split"] == split) for split in ("train", "val")}
 
 
@@ -516,9 +479,14 @@ def sources(files, hub, flag="--files", **how):
 COMMIT = 1 << 25                                         # tokens between two points at which a run can be continued
 
 
-def write_text(writer, stream, tokenizer, eos=True, batch_chars=1 << 22):
-    """Encode a stream of (split, text, whether it ends its document), EOS (= BOS) after each. -> {split: tokens}."""
+def write_text(writer, stream, tokenizer, eos=True, hold_out=0, batch_chars=1 << 22):
+    """Encode a stream of (split, text, whether it ends its document), EOS (= BOS) after each. -> {split: tokens}.
+
+    `hold_out`: so many of the last documents become the val split; a document waits in memory (2 bytes a token) until
+    as many have followed it.
+    """
     batch, pending, done, since, n = [], 0, writer.done, 0, 0
+    waiting, whole = collections.deque(), 0
     with tqdm(unit="token", unit_scale=True, desc=writer.out, mininterval=1) as bar:
         for split, text, ends in itertools.chain(itertools.islice(stream, done, None), [(None, "", True)]):
             if split:
@@ -528,20 +496,24 @@ def write_text(writer, stream, tokenizer, eos=True, batch_chars=1 << 22):
                 continue
             for ids, (where, _, ends) in zip(tokenizer.encode([text for _, text, _ in batch]), batch):
                 ids = np.append(ids, np.uint16(tokenizer.bos)) if ends and eos else ids
-                writer.write(where, ids)
-                since += len(ids)
-                if ends:
-                    n += 1
-                    if where == "train":
-                        writer.end_document()
                 bar.update(len(ids))
-            done += len(batch)
+                waiting.append((where, ids, ends))
+                n, whole = n + ends, whole + ends
+                while waiting and (whole > hold_out or not hold_out):
+                    where, ids, ends = waiting.popleft()
+                    writer.write(where, ids)
+                    done, since, whole = done + 1, since + len(ids), whole - ends
             batch, pending = [], 0
             if since > COMMIT:
                 writer.commit(done)
                 since = 0
             bar.set_postfix(documents=n, refresh=False)
-    writer.done = done
+    if hold_out and not done:
+        raise BadInput(f"there are {whole} documents, and the last {hold_out} should be held out: set a smaller "
+                       "--val_documents")
+    for _, ids, _ in waiting:
+        writer.write("val", ids)
+    writer.done = done + len(waiting)
     tokens = writer.finish()
     print(f"{writer.out}: {tokens['train']} tokens for training, {tokens['val']} for validation", file=sys.stderr)
     return tokens
@@ -591,10 +563,8 @@ def make_openwebtext(args):
     """OpenWebText, its last documents held out (Appendix C.1: 100,000), EOS after each document."""
     tokenizer = Tokenizer(args.tokenizer)
     stream = sources(args.files, args.hub or "Skylion007/openwebtext", field=args.field)
-    key = fingerprint(args)
-    del key["val_documents"]                             # decided at the end
-    writer = Writer(args.out, text_meta(args.out, tokenizer), key, hold_out=args.val_documents)
-    write_text(writer, (("train", text, ends) for _, text, ends in stream()), tokenizer)
+    writer = Writer(args.out, text_meta(args.out, tokenizer), fingerprint(args))
+    write_text(writer, (("train", text, ends) for _, text, ends in stream()), tokenizer, hold_out=args.val_documents)
 
 
 def make_lm1b(args):

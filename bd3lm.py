@@ -247,7 +247,7 @@ class BD3LM(MDLM):
                 if not len(alive):
                     break
                 if cached:
-                    cache.kv = cache.kv[:, :, ~ended]
+                    cache.batch_select_indices(~ended)
         return x[:, :T], nfe
 
 

@@ -4,6 +4,7 @@
     python evaluate.py nfe  --ckpt out/maze-mdlm-gumbel out/maze-mdlm            # success against NFE, a row per model
     python evaluate.py genppl --judge=gpt2-large --ckpt out/mine-mdlm-gumbel     # samples under an AR judge, + entropy
     python evaluate.py ppl --ckpt out/mine-mdlm-gumbel out/mine-mdlm out/mine-ar # bounds on the likelihood of data
+    python evaluate.py acceptance --ckpt out/mine-medusa-gumbel out/mine-medusa  # what a backbone takes of its drafts
 """
 import json
 import math
@@ -19,8 +20,9 @@ from tqdm import tqdm
 from data.prepare import (BadInput, Parser, Shards, Tokenizer, check_output, maze_dataset, maze_keys, maze_paths,
                           maze_valid, number, optional, run_main)
 from mdlm import reveal_steps, stratified_t, unmask
-from sample import (check_vocabulary, default_teacher, device_and_dtype, entropy, generate, load_ar, load_model,
-                    load_verifier, loading_flags, resolve_sampling, sampling_flags)
+from medusa import Medusa
+from sample import (PROMPTED, check_vocabulary, default_teacher, device_and_dtype, entropy, generate, load_ar,
+                    load_model, load_verifier, loading_flags, medusa_flags, own_flags, resolve_sampling, sampling_flags)
 from teacher import CausalLM, extract_sequential
 
 
@@ -123,11 +125,11 @@ def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, ba
     length = length or min(model.length, 1024)
     for a in range(0, n, batch):
         b = min(batch, n - a)
-        start = torch.full((b, 1 if isinstance(model, CausalLM) else length), getattr(model, "mask_id", model.bos),
+        start = torch.full((b, 1 if isinstance(model, PROMPTED) else length), getattr(model, "mask_id", model.bos),
                            device=device)
         start[:, 0] = model.bos
         tokens, *nfe = generate(model, start, steps // blocks(model, length), tau, top_p, greedy, args.sampler,
-                                args.order, length=length, generator=generator, apd=apd)
+                                args.order, length=length, generator=generator, apd=apd, **own_flags(model, args))
         out.append(tokens[:, 1:].cpu().numpy())
         calls.append([c.sum().item() for c in nfe])
     return np.concatenate(out), *(np.sum(calls, 0) / n), *[None] * (2 - len(nfe))
@@ -320,7 +322,7 @@ def genppl(args, models, device):
     apd = load_verifier(args, models, device)
     jobs = [("data", "", 0)] * bool(args.data) + [
         (m, d, k) for m in models for d in args.decode
-        for k in ([length - 1] if isinstance(m, CausalLM) or args.sampler == "apd" else steps_of(m, length, args.nfe))]
+        for k in ([length - 1] if isinstance(m, PROMPTED) or args.sampler == "apd" else steps_of(m, length, args.nfe))]
     rows = []
     for model, decode, k in tqdm(jobs, desc="genppl", unit="row", disable=not sys.stderr.isatty()):
         if model == "data":
@@ -396,6 +398,125 @@ def ppl(args, models, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Medusa
+
+def ratio_with_error(a, b):
+    """sum a / sum b over independent prompts, with its standard error (linearised: prompts differ in both)."""
+    n, total = len(a), max(1, b.sum())
+    r = a.sum() / total
+    return float(r), float(np.sqrt(n / max(1, n - 1) * ((a - r * b) ** 2).sum()) / total)
+
+
+def acceptance_row(verified, accepted):
+    """Counts per prompt [n, K] -> each head's conditional acceptance, and the accepted length: tokens per backbone call
+    (head 0's and the accepted ones) over whole drafts. With standard errors over prompts."""
+    row = {}
+    for k in range(verified.shape[1]):
+        row[f"head{k + 1}"], row[f"head{k + 1}_stderr"] = ratio_with_error(accepted[:, k], verified[:, k])
+    row["accepted_length"], row["accepted_length_stderr"] = ratio_with_error(
+        verified[:, 0] + accepted.sum(1), verified[:, 0])
+    return row
+
+
+def perfect_heads(rows, heads, start=0, weights=None):
+    """The best heads without noise, on an enumerable language: counts [n, K] as `Medusa.decode` has them, under exact
+    acceptance. rows [n, L] without BOS, each of probability `weights` [n] (equal); `start` tokens are given.
+
+    From the true prefix, head k proposes the most frequent token k places after the next one. The backbone writes the
+    row whatever is proposed, so a row decides its drafts: which are looked at and which accepted.
+    """
+    verified, accepted = np.zeros((2, len(rows), heads), dtype=int)
+    for r, row in enumerate(rows):
+        p = start
+        while p + heads < len(row):
+            like = (rows[:, :p] == row[:p]).all(1)
+            ok = np.cumprod([np.bincount(rows[like, p + k], None if weights is None else weights[like]).argmax()
+                             == row[p + k] for k in range(1, heads + 1)])
+            verified[r] += np.append(1, ok[:-1])
+            accepted[r] += ok
+            p += 1 + ok.sum()
+    return verified, accepted
+
+
+def acceptance(args, models, device):
+    """Medusa's drafts: acceptance per head, accepted length, speed against the backbone alone (Table 3, C.2)."""
+    for model in models:
+        if not isinstance(model, Medusa):
+            raise BadInput(f"--ckpt: {model.name} is a {model.args['model']} checkpoint, acceptance is of Medusa heads")
+    first = models[0]
+    length = args.length or min(128, *(m.length for m in models))
+    data = Shards(args.data or first.args["data"], "val", length)
+    maze = data.meta["tokenizer"] == "maze"
+    length, prompt = data.length, args.prompt_length or (1 if maze else length // 4)
+    for model in models:
+        check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
+        if length > model.backbone.length:
+            raise BadInput(f"--length={length} is more than the {model.backbone.length} tokens of {model.name}'s "
+                           "backbone")
+        if prompt + len(model.heads) >= length:
+            raise BadInput(f"--prompt_length={prompt} leaves no room for a draft of {model.name} in rows of {length}")
+    order = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
+    if maze and prompt == 1:
+        order = np.resize(order, args.n)                   # the prompt is BOS alone: any number of samples
+    rows = []
+    jobs = [(m, accept) for m in models for accept in args.accept]
+    bar = tqdm(total=len(order) * len(jobs), desc="acceptance", unit="prompt", disable=not sys.stderr.isatty())
+
+    def timed(what, *a, **kw):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.time()
+        out = what(*a, **kw)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return out, time.time() - began
+    for model, accept in jobs:
+        counts, calls, seconds, alone = [], 0, 0.0, 0.0
+        kw = dict(length=length, tau=args.tau, top_p=args.top_p)
+        for a in range(0, len(order), args.batch_size):
+            start = torch.from_numpy(data.rows(order[a:a + args.batch_size])[:, :prompt]).to(device)
+
+            def run():
+                g = torch.Generator(device).manual_seed(args.seed + a)
+                return model.decode(start, **kw, accept=accept, epsilon=args.epsilon, delta=args.delta, generator=g)
+
+            def run_alone():
+                g = torch.Generator(device).manual_seed(args.seed + a)
+                return model.backbone.generate(start, **kw, greedy=accept == "greedy", generator=g)
+            if a == 0:                                     # warm-up
+                run(), run_alone()
+            (_, nfe, verified, accepted), took = timed(run)
+            seconds, alone = seconds + took, alone + timed(run_alone)[1]
+            calls += int(nfe.sum())
+            counts.append(np.stack([verified.cpu().numpy(), accepted.cpu().numpy()]))
+            bar.update(len(start))
+        new = len(order) * (length - prompt)
+        rows.append(dict(model=model.name, accept=accept, nfe_counted=calls / len(order), n=len(order),
+                         **acceptance_row(*np.concatenate(counts, 1)), calls_per_token=calls / new,
+                         tokens_per_s=new / seconds, plain_tokens_per_s=new / alone, speedup=alone / seconds))
+    if maze:
+        path = maze_dataset(data.meta["name"]).astype(np.int64)
+        path = np.pad(path, ((0, 0), (0, length - 1 - path.shape[1])), constant_values=4)
+        rows.append(dict(model="theory", accept="exact", **acceptance_row(*perfect_heads(
+            path, max(len(m.heads) for m in models), prompt - 1))))
+    for row in rows:
+        row["lengths"] = f"{row['accepted_length']:.3f} ± {row['accepted_length_stderr']:.3f}"
+        row |= {f"rate{k}": f"{row[f'head{k}']:.3f} ± {row[f'head{k}_stderr']:.3f}"
+                for k in range(1, 100) if f"head{k}" in row}
+    heads = max(len(m.heads) for m in models)
+    print_table(rows, dict(model="model", accept="acceptance") | {f"rate{k}": f"head {k}" for k in range(1, heads + 1)}
+                | dict(lengths="accepted length", calls_per_token="calls per token", tokens_per_s="tokens/s",
+                       plain_tokens_per_s="backbone alone", speedup="speed-up"))
+    print(f"\n{len(order)} prompts of {prompt} tokens (BOS included) continued to {length}, {args.batch_size} at once, "
+          f"tau {args.tau}, top_p {args.top_p}, epsilon {args.epsilon}, delta {args.delta}, "
+          f"{args.weights or 'EMA'} weights, seed {args.seed}, {torch.get_num_threads()} threads.\n"
+          "head k: of its candidates whose predecessors were accepted, the accepted ones; accepted length: tokens per "
+          "backbone call, in whole drafts; calls: the prompt's included." + maze * (
+              "\ntheory: the best heads without noise, on the true language, for a backbone that knows it."))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def steps_list(text):
     return sorted({number(int, 1)(part) for part in text.split(",")})
@@ -410,23 +531,32 @@ def decodes(text):
 
 def main(argv=None):
     parser = Parser(description="Evaluate checkpoints.")
-    functions = dict(maze=maze, nfe=nfe, genppl=genppl, ppl=ppl)
+    functions = dict(maze=maze, nfe=nfe, genppl=genppl, ppl=ppl, acceptance=acceptance)
     sub = parser.add_subparsers(dest="what", required=True, metavar="|".join(functions), parser_class=Parser)
     for name, function in functions.items():
-        text = name in ("genppl", "ppl")
+        text = name in ("genppl", "ppl", "acceptance")
         p = sub.add_parser(name, help=function.__doc__.splitlines()[0])
         p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints or run directories")
-        p.add_argument("--n", type=number(int, 2), default=dict(genppl=300, ppl=2000).get(name, 1000),
-                       help="validation rows" if name == "ppl" else "samples per row")
+        p.add_argument("--n", type=number(int, 2), default=dict(genppl=300, ppl=2000, acceptance=500).get(name, 1000),
+                       help=dict(ppl="validation rows", acceptance="prompts").get(name, "samples per row"))
         p.add_argument("--json", help="also write the rows to this file")
         if text:
-            p.add_argument("--data", help="shards: " + ("validation text; default: the run's own" if name == "ppl" else
-                                                        "adds a row for their validation text"))
+            p.add_argument("--data", help="shards: " + (
+                "adds a row for their validation text" if name == "genppl" else "validation text; default: the run's"))
             p.add_argument("--batch_size", type=number(int, 1), default=32, help="rows at once")
             p.add_argument("--length", type=number(int, 2),
-                           help="tokens of a row, BOS included; default: the models' (the shortest, at most 1024)")
+                           help="tokens of a row, BOS included; default: the models' (the shortest, at most "
+                                f"{128 if name == 'acceptance' else 1024})")
         if name == "ppl":
             p.add_argument("--teacher", help="of students with noise; default: the one that they were trained with")
+            loading_flags(p)
+            continue
+        if name == "acceptance":
+            p.add_argument("--prompt_length", type=number(int, 1),
+                           help="tokens of a prompt, BOS included; default: a quarter of a row (maze: BOS)")
+            p.add_argument("--tau", type=number(float, above=0), default=1.0, help="sampling temperature")
+            p.add_argument("--top_p", type=number(float, above=0, high=1), default=1.0, help="nucleus")
+            medusa_flags(p, several=True)
             loading_flags(p)
             continue
         p.add_argument("--nfe", type=steps_list, default=[8, 64] if text else [1, 2, 4, 8, 16],
@@ -435,6 +565,7 @@ def main(argv=None):
                        help="sample, greedy (argmax)")
         if name == "genppl":
             p.add_argument("--judge", required=True, help="AR checkpoint, gpt2[-medium|-large|-xl], or hf:NAME")
+            medusa_flags(p)
         if name == "nfe":
             p.add_argument("--plot", help="also draw them into this .png or .svg (needs matplotlib)")
         sampling_flags(p)
@@ -448,6 +579,9 @@ def main(argv=None):
     if len({m.name for m in models}) < len(models):
         for path, m in zip(args.ckpt, models):
             m.name = path                                  # run directories of the same name
+    for m in models:
+        if isinstance(m, Medusa) and args.what not in ("genppl", "acceptance"):
+            raise BadInput(f"--ckpt: {m.name} holds Medusa heads: evaluate.py acceptance and genppl measure these")
     with autocast, torch.no_grad():
         rows = functions[args.what](args, models, device)
     write_json(args.json, rows, args, began, dtype, device)

@@ -45,6 +45,14 @@ class KVCache:
         self.kv[layer, 0, :, :, a:b], self.kv[layer, 1, :, :, a:b] = k, v
         return self.kv[layer, 0, :, :, :b], self.kv[layer, 1, :, :, :b]
 
+    # as the caches of `transformers`, which can stand in: forget the last n positions, crop(-n); keep these rows
+
+    def crop(self, n):
+        self.length += n
+
+    def batch_select_indices(self, rows):
+        self.kv = self.kv[:, :, rows]
+
 
 @lru_cache
 def compiled_flex():

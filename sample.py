@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -23,9 +24,11 @@ import teacher
 from bd3lm import BD3LM
 from data.prepare import BadInput, Parser, Tokenizer, Writer, check_output, draw_maze, number, run_main
 from mdlm import MDLM, ORDERS, SAMPLERS
+from medusa import ACCEPT, Medusa, backbone_hash
 from teacher import AR, GPT2, GPT2_SIZES, HF, CausalLM
 
-MODELS = {"ar": AR, "mdlm": MDLM, "bd3lm": BD3LM}
+MODELS = {"ar": AR, "mdlm": MDLM, "bd3lm": BD3LM, "medusa": Medusa}
+PROMPTED = (CausalLM, Medusa)                              # continue a prompt; the others fill in [MASK]s
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step", "tokens_seen", "rng", "args", "config", "meta", "git")
 
 
@@ -77,8 +80,22 @@ def load_model(path, weights=None, device="cpu"):
             raise BadInput(f"{path} does not hold the weights that its config describes: "
                            f"{str(e).splitlines()[-1].strip()}") from None
         model.args, model.meta, model.step = ckpt["args"], ckpt["meta"], ckpt["step"]
+        if isinstance(model, Medusa):
+            backbone, sha256 = load_backbone(model.config["backbone"], device)
+            if sha256 != model.config["sha256"]:
+                raise BadInput(f"{path} holds heads of another backbone than {model.config['backbone']} is now (its "
+                               f"weights' hash is {sha256}, the heads' {model.config['sha256']}): put that one back")
+            model.attach(backbone)
+    model.path = path
     model.name = os.path.basename(os.path.abspath(path if not path.endswith(".pt") else os.path.dirname(path)))
     return model.to(device).eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=1)                                      # heads that are compared share it
+def load_backbone(path, device):
+    backbone = load_model(path)
+    sha256 = backbone_hash(backbone)
+    return backbone.to(device), sha256
 
 
 def load_foreign(path, weights):
@@ -125,19 +142,31 @@ def device_and_dtype(dtype):
 # sampling
 
 def generate(model, tokens, steps, tau, top_p, greedy, sampler="ancestral", order="random", resample_noise=False,
-             length=None, generator=None, apd=None, **blocks):
-    """`model.generate` for any kind of model: an AR model continues the prompt and ignores what is about steps.
+             length=None, generator=None, apd=None, **kw):
+    """`model.generate` for any kind of model: AR models and Medusa continue the prompt and ignore what is about steps.
 
-    `apd`: a dict with `verifier`, `ratio`, `max_lookahead`, for sampler "apd". `steps` are per block, and `blocks` may
-    hold `stop_at_eos` and `cached`, for BD3-LM. -> (tokens, nfe [, verifier calls]).
+    `apd`: a dict with `verifier`, `ratio`, `max_lookahead`, for sampler "apd". `steps` are per block for BD3-LM. `kw`:
+    what only `model.generate` knows (see `own_flags`). -> (tokens, nfe [, verifier calls]).
     """
     if isinstance(model, CausalLM):
         return model.generate(tokens, length, tau=tau, top_p=top_p, greedy=greedy, generator=generator)
+    if isinstance(model, Medusa):
+        return model.generate(tokens, length, tau, top_p, generator=generator, **kw)
     if sampler == "apd":
         return model.generate_apd(tokens, **apd, tau=tau, top_p=top_p, greedy=greedy, resample_noise=resample_noise,
                                   generator=generator)
     return model.generate(tokens, steps, sampler, order, tau=tau, top_p=top_p, greedy=greedy,
-                          resample_noise=resample_noise, generator=generator, **blocks)
+                          resample_noise=resample_noise, generator=generator, **kw)
+
+
+def own_flags(model, args):
+    """The arguments of `model.generate` that not all models have, from the flags."""
+    if isinstance(model, Medusa):
+        return dict(accept="greedy" if getattr(args, "greedy", False) else args.accept, epsilon=args.epsilon,
+                    delta=args.delta, cached=not getattr(args, "no_cache", False))
+    if isinstance(model, BD3LM):
+        return dict(stop_at_eos=getattr(args, "stop_at_eos", False), cached=not getattr(args, "no_cache", False))
+    return {}
 
 
 def sampling_flags(parser):
@@ -157,6 +186,22 @@ def sampling_flags(parser):
     loading_flags(group)
 
 
+def accepts(text):
+    if not set(values := text.split(",")) <= set(ACCEPT):
+        raise BadInput(f"--accept={text}: a comma list of {', '.join(ACCEPT)}")
+    return values
+
+
+def medusa_flags(parser, several=False):
+    group = parser.add_argument_group("Medusa")
+    group.add_argument("--accept", **(dict(type=accepts, default=["typical", "exact"]) if several else
+                                      dict(choices=ACCEPT, default="typical")),
+                       help="typical: drafts that are not unlikely; exact: that the backbone would draw; greedy: that "
+                            "are its argmax" + "; a comma list" * several)
+    group.add_argument("--epsilon", type=number(float, 0), default=0.09, help="typical: accept above this probability,")
+    group.add_argument("--delta", type=number(float, 0), default=0.3, help="or above delta exp(-entropy)")
+
+
 def loading_flags(group):
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed and flags: same result")
     group.add_argument("--weights", choices=["ema", "raw"], help="default: EMA, where a file has both")
@@ -167,7 +212,7 @@ def loading_flags(group):
 def resolve_sampling(args, model):
     """tau and top_p of `args`, or the defaults for this model's data."""
     text = model.meta["tokenizer"] != "maze"
-    noisy = getattr(model, "noise_embed", None) is not None
+    noisy = isinstance(model, MDLM) and model.noise_embed is not None
     tau = args.tau if args.tau is not None else 0.85 if text and noisy else 1.0
     top_p = args.top_p if args.top_p is not None else 0.9 if text else 1.0
     if args.order != "random" and args.sampler != "fixed":
@@ -183,8 +228,8 @@ def load_verifier(args, models, device):
             raise BadInput("--verifier is read with --sampler=apd only: add it, or leave --verifier out")
         return None
     for m in models:
-        if isinstance(m, BD3LM):
-            raise BadInput(f"--sampler=apd needs an MDLM to draft: {m.name} is a BD3-LM")
+        if isinstance(m, (BD3LM, Medusa)):
+            raise BadInput(f"--sampler=apd needs an MDLM to draft: {m.name} is a {m.args['model']} checkpoint")
     if not args.verifier:
         raise BadInput("--sampler=apd needs --verifier: an AR checkpoint of the same vocabulary, or gpt2")
     length = getattr(args, "length", None) or min(m.length for m in models)
@@ -224,11 +269,11 @@ def start_tokens(model, tokenizer, prompt, infill, length):
     """One row to start from: [BOS] + prompt (+ [MASK]s), or the infill text with its [MASK]s. -> LongTensor [1, *]."""
     def encode(text):
         return tokenizer.encode([text])[0].tolist()
-    ar = isinstance(model, CausalLM)
+    prompted = isinstance(model, PROMPTED)
     try:
         if infill is not None:
-            if ar:
-                raise BadInput("--infill needs a masked model: an AR model only continues a --prompt")
+            if prompted:
+                raise BadInput("--infill needs a masked model: AR models and Medusa only continue a --prompt")
             ids = []
             for i, part in enumerate(infill.split("[MASK]")):
                 ids += [model.mask_id] * (i > 0) + encode(part)
@@ -247,7 +292,7 @@ def start_tokens(model, tokenizer, prompt, infill, length):
     if given > model.length:                               # BD3-LM, whose samples may be longer
         raise BadInput(f"{flag} has {given - 1} tokens in a row, but this model's window has {model.length}: "
                        "shorten it")
-    if not ar:
+    if not prompted:
         ids += [model.mask_id] * (length - 1 - len(ids)) if infill is None or tokenizer.name == "maze" else []
     return torch.tensor([[model.bos] + ids])
 
@@ -319,10 +364,11 @@ def main():
     parser.add_argument("--resample_noise", action="store_true", help="draw the noise anew at each step")
     parser.add_argument("--stop_at_eos", action="store_true", help="BD3-LM: a sample ends with its first EOS")
     parser.add_argument("--no_cache", action="store_true",
-                        help="BD3-LM: compute all clean blocks again at each call, to compare with the KV cache")
+                        help="BD3-LM, Medusa: compute all of the clean text again at each call, to compare")
     parser.add_argument("--out", help="also write the samples to this .jsonl file")
     parser.add_argument("--shards", help="write n rows of an AR model's text to this folder, as a dataset to train on")
     sampling_flags(parser)
+    medusa_flags(parser)
     args = parser.parse_args()
 
     if args.prompt and args.infill is not None:
@@ -331,9 +377,9 @@ def main():
         check_output("--out", args.out, fresh=True)
     device, _, autocast = device_and_dtype(args.dtype)
     model = load_model(args.ckpt, args.weights, device)
-    blocks = dict(stop_at_eos=args.stop_at_eos, cached=not args.no_cache) if isinstance(model, BD3LM) else {}
-    if (args.stop_at_eos or args.no_cache) and not blocks:
-        raise BadInput("--stop_at_eos and --no_cache are for BD3-LM: leave them out for this model")
+    own, blocks = own_flags(model, args), isinstance(model, BD3LM)
+    if args.stop_at_eos and not blocks or args.no_cache and not own:
+        raise BadInput("--stop_at_eos is for BD3-LM, --no_cache for it and Medusa: leave them out for this model")
     if args.length and args.length > model.length and not blocks:
         raise BadInput(f"--length={args.length} is more than the {model.length} tokens that this model was trained on")
     if args.shards:                                        # exact by default: bf16 only if it is asked for
@@ -354,7 +400,7 @@ def main():
             with autocast:
                 tokens, nfe, *checks = generate(
                     model, start.expand(b, -1), args.steps or (model.block_size if blocks else length), tau, top_p,
-                    args.greedy, args.sampler, args.order, args.resample_noise, length, generator, apd, **blocks)
+                    args.greedy, args.sampler, args.order, args.resample_noise, length, generator, apd, **own)
             for i, row in enumerate(tokens[:, 1:].tolist()):
                 while args.stop_at_eos and row[-2:] == [model.bos] * 2:                # one EOS is enough to print
                     row.pop()

@@ -26,7 +26,7 @@ GPT2_SIZES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large"
 class CausalLM(nn.Module):
     """What every AR model here does: a teacher, a baseline of student size, a verifier or a judge.
 
-    A subclass gives `config` (vocab_size, length, bos, ...), `hidden` and `logits`.
+    A subclass gives `config` (vocab_size, length, bos, ...), `hidden`, `logits` and `output_layer`.
     """
 
     def __init__(self, **config):
@@ -97,6 +97,9 @@ class AR(CausalLM):
     def hidden(self, tokens, cache=None):
         """tokens [B, L] -> [B, L, D]; with a KVCache, the tokens that follow what it holds."""
         return self.transformer(self.transformer.embed(tokens), cache)
+
+    def output_layer(self):
+        return self.transformer.head
 
     def logits(self, h, exact=True):
         """h [N, D] -> [N, V], in float32 even under autocast: a bf16 logit near -60 is off by up to a quarter.
@@ -199,9 +202,12 @@ class HF(CausalLM):
     def hidden(self, tokens, cache=None):
         return self.lm.base_model(tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
+    def output_layer(self):
+        return self.lm.get_output_embeddings()
+
     def logits(self, h, exact=True):
         with torch.autocast(h.device.type, enabled=False) if exact else nullcontext():
-            return self.lm.get_output_embeddings()(h.float()).float()
+            return self.output_layer()(h.float()).float()
 
 
 def body_to_bfloat16(teacher):

@@ -34,11 +34,13 @@ import bd3lm
 import evaluate
 import gumbel
 import mdlm
+import medusa
 import sample
 import train
 from bd3lm import BD3LM, clipped_mask, training_mask
 from data import prepare
 from gumbel import GumbelEmbedding, gumbel_max, posterior_gumbel, sample_exponential, sample_gumbel
+from medusa import Medusa
 from mdlm import MDLM, KVCache, draw_tokens, load_published, nucleus, own_pace, reveal_steps, stratified_t, unmask
 from teacher import AR, GPT2, HF, LogitsTable, body_to_bfloat16, extract_parallel, extract_sequential
 from teacher import load_published as load_published_ar
@@ -1010,6 +1012,271 @@ def test_blocks_get_the_same_noise_levels_on_average():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# medusa.py
+
+def tiny_heads(noise=None, V=7, L=12, seed=0, heads=3, std=0.3, **kw):
+    """Random heads on a random backbone."""
+    torch.manual_seed(seed)
+    ar = tiny_ar(V, L, seed)
+    model = randomise(Medusa(V, L, V - 1, 32, heads, noise=noise, bias=True, **kw), seed, std=std)
+    return model.attach(ar)
+
+
+@pytest.mark.parametrize("noise", [None, "gumbel"])
+def test_heads_start_as_the_backbone(noise):
+    model = Medusa(7, 12, 6, 32, noise=noise, bias=True).attach(tiny_ar(7, 12), start=True)
+    x, xi = rows_of(3, L=12), sample_gumbel((3, 16, 7), gen())
+    logp = model.log_probs(x, xi if noise else None)
+    assert logp.shape == (3, 12, 4, 7)
+    assert torch.allclose(logp, model.backbone.log_probs(x)[:, :, None].expand_as(logp), atol=1e-5)
+    assert not any("backbone" in name for name in model.state_dict())
+
+
+def test_heads_are_their_formula():
+    """Each (j, k) by itself: the transformer run on e_{j+1} .. e_{j+1+k} alone, then a + SiLU(U a + b), then W."""
+    model, x, xi = tiny_heads("gumbel"), rows_of(2, L=12), sample_gumbel((2, 16, 7), gen(1))
+    h, W = model.backbone.hidden(x), model.noise_embed.weight
+    got = model.log_probs(x, xi)
+    e = xi.softmax(-1) @ W.t()
+    for j in (0, 4, 11):
+        assert torch.allclose(got[:, j, 0], model.backbone.log_probs(x)[:, j], atol=1e-5)
+        for k in (1, 2, 3):
+            a = h[:, j] + model.accumulator(e[:, j + 1:j + 2 + k])[:, -1]
+            fc, out = model.heads[k - 1].fc, model.heads[k - 1].out
+            u = a @ fc.weight.t() + fc.bias
+            z = (a + u * torch.sigmoid(u)) @ out.weight.t() + out.bias
+            assert torch.allclose(got[:, j, k], z.log_softmax(-1), atol=1e-5), (j, k)
+    plain = tiny_heads()
+    a = plain.backbone.hidden(x)[:, 3]
+    z = plain.heads[1].out(a + F.silu(plain.heads[1].fc(a)))
+    assert torch.allclose(plain.log_probs(x)[:, 3, 2], z.log_softmax(-1), atol=1e-5)
+
+
+def test_heads_read_the_noise_of_their_own_positions_only():
+    """Head k at j: the noise of j + 1 .. j + 1 + k, no later one, none of the past, and no token after j."""
+    model, x, xi = tiny_heads("gumbel"), rows_of(1, L=12), sample_gumbel((1, 16, 7), gen(1))
+    full = model.log_probs(x, xi)
+    for i in range(16):
+        other = xi.clone()
+        other[:, i] = sample_gumbel((7,), gen(2))
+        changed = (model.log_probs(x, other) != full).any(-1)[0]                                        # (L, K + 1)
+        for j in range(12):
+            for k in range(4):
+                assert bool(changed[j, k]) == (k > 0 and j + 1 <= i <= j + 1 + k), (i, j, k)
+    y = x.clone()
+    y[0, 7] = (y[0, 7] + 1) % 6
+    changed = (model.log_probs(y, xi) != full).any(-1)[0]
+    assert not changed[:7].any() and changed[7:].all()
+
+
+@pytest.mark.parametrize("noise", [None, "gumbel"])
+def test_heads_loss_is_the_cross_entropy_at_their_offsets(noise, monkeypatch):
+    """Against log_probs, position by position; with noise drawn by the loss and with the same noise extracted before;
+    whatever the chunks, gradients included."""
+    model, x = tiny_heads(noise), rows_of(4, L=12)
+    xi = extract_parallel(model.backbone, x, gen(5)) if noise else None
+    logp = model.log_probs(x, xi)
+    want = [-torch.stack([logp[range(4), j, k, x[:, j + 1 + k]] for j in range(12 - 1 - k)]).mean().detach()
+            for k in (1, 2, 3)]
+    grads = []
+    for values in (gumbel.CHUNK, 50):
+        monkeypatch.setattr(gumbel, "CHUNK", values)
+        monkeypatch.setattr(mdlm, "CHUNK", values)
+        loss, parts = model.loss(x, generator=gen(5)) if values > 50 else model.loss(x, xi)
+        assert torch.allclose(loss, sum(want) / 3, atol=1e-5)
+        assert [round(v, 4) for v in parts.values()] == [round(float(w), 4) for w in want]
+        assert list(parts) == ["nll_head1", "nll_head2", "nll_head3"]
+        model.zero_grad()
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(*grads, atol=1e-5) and (grads[0] != 0).float().mean() > 0.5
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def test_each_head_learns_its_own_offset():
+    """A row of independent tokens, but x_7 = x_5, x_13 = x_10, x_20 = x_16, on a backbone that sees one token: only
+    head 1 at 5, head 2 at 10 and head 3 at 16 can know better than chance. (In this family the first head has been left
+    untrained, and the last ignored, more than once.)"""
+    torch.manual_seed(0)
+    V, L, pairs = 6, 22, {(5, 1): 7, (10, 2): 13, (16, 3): 20}
+
+    def rows(n, seed):
+        x = rows_of(n, V, L, seed)
+        for (j, _), i in pairs.items():
+            x[:, i] = x[:, j]
+        return x
+    ar = AR(V, L, V - 1, n_layer=1, n_embd=32, n_head=1, dropout=0.0)          # untrained: blocks are the identity
+    ar.transformer.positions = torch.nn.Embedding(L, 32)                       # each position known, so that it differs
+    torch.nn.init.normal_(ar.transformer.positions.weight)
+    torch.nn.init.normal_(ar.transformer.embed.weight)
+    model = Medusa(V, L, V - 1, 32, bias=True).attach(ar, start=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
+    for step in range(250):
+        loss, _ = model.loss(rows(64, step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x = rows(400, 1000)
+    logp = model.log_probs(x)
+    for k in (1, 2, 3):
+        for j in range(L - 1 - k):
+            nll = -logp[range(400), j, k, x[:, j + 1 + k]].mean()
+            assert nll < 0.3 if (j, k) in pairs else nll > math.log(V - 1) - 0.1, (j, k, nll)
+
+
+@pytest.mark.parametrize("kind", ["ar", "gpt2", "hf"])
+@pytest.mark.parametrize("noise", [None, "gumbel"])
+def test_exact_acceptance_is_the_backbone_alone(noise, kind, tmp_path):
+    """With heads that know nothing: token for token what the backbone draws with the same noise, and its argmax under
+    greedy acceptance; with and without cache, in a batch and row by row; up to the last position the backbone has."""
+    model, L = tiny_heads(noise), 12
+    if kind == "gpt2":
+        model.attach(randomise(GPT2(7, L, 6, 2, 32, 2, 0.0, learned=L), std=1.0).requires_grad_(False))
+    elif kind == "hf":
+        transformers = pytest.importorskip("transformers", reason="pip install transformers")
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=7, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            bos_token_id=6, initializer_range=0.5, max_position_embeddings=L)).save_pretrained(tmp_path)
+        model.attach(HF(str(tmp_path)))
+    start, xi = rows_of(9, L=3), sample_gumbel((9, L, 7), gen(1))
+    paces = set()
+    for kw in (dict(), dict(tau=0.7, top_p=0.8)):
+        want, _ = model.backbone.generate(start, L, noise=xi, **kw)
+        for cached in (True, False):
+            x, nfe, verified, accepted = model.decode(start, L, accept="exact", noise=xi, cached=cached, **kw)
+            assert torch.equal(x, want), cached
+        alone = [model.decode(start[i:i + 1], L, accept="exact", noise=xi[i:i + 1], **kw) for i in range(9)]
+        for got, parts in zip((x, nfe, verified, accepted), zip(*alone)):
+            assert torch.equal(got, torch.cat(parts))
+        paces |= set(nfe.tolist())
+        assert (verified[:, 0] > 0).all() and (accepted <= verified).all()
+        assert (verified[:, 1:] == accepted[:, :-1]).all()
+    assert len(paces) > 1 and max(paces) <= L - 3                               # some candidates were right, by chance
+    want, _ = model.backbone.generate(start, L, greedy=True)
+    assert torch.equal(model.decode(start, L, accept="greedy")[0], want)
+    for length in (3, 4, 5):                                # nothing to write, one token, two
+        x, nfe, *_ = model.decode(start, length, accept="exact", noise=xi)
+        assert torch.equal(x, model.backbone.generate(start, length, noise=xi)[0]) and (nfe == min(length - 3, 2)).all()
+
+
+def test_noise_of_undecided_positions_is_kept():
+    """Fresh noise, exact acceptance: the joint law of the text is the backbone's, whatever the heads propose; it would
+    not be if a rejected candidate's position drew new noise (it would then avoid the candidate)."""
+    V, L = 4, 5
+    model = tiny_heads("gumbel", V, L, std=1.0)
+    x, nfe = model.generate(torch.full((30_000, 1), V - 1), accept="exact", generator=gen(1))
+    assert len(nfe.unique()) > 1
+    rows = torch.cartesian_prod(*[torch.arange(V)] * (L - 1))
+    rows = torch.cat([torch.full((len(rows), 1), V - 1), rows], 1)
+    with torch.no_grad():
+        p = model.backbone.log_probs(rows[:, :-1]).gather(-1, rows[:, 1:, None]).sum((1, 2)).exp().double()
+    count = torch.bincount((x[:, 1:] * V ** torch.arange(L - 2, -1, -1)).sum(1), minlength=len(rows))
+    order = p.argsort()
+    parts = [order[i::32] for i in range(32)]               # cells large enough for a chi-squared test
+    assert abs(p.sum() - 1) < 1e-4
+    want = np.array([p[i].sum() for i in parts]) * 30_000
+    assert stats.chisquare([int(count[i].sum()) for i in parts], want / want.sum() * 30_000).pvalue > 1e-4
+    top = order[-8:]
+    assert stats.chisquare(count[top].double() / count[top].sum() * 1000, p[top] / p[top].sum() * 1000).pvalue > 1e-4
+
+
+def test_typical_acceptance():
+    logits = torch.randn(50, 9, generator=gen()) * 3
+    x = torch.randint(9, (50,), generator=gen(1))
+    for z, i, ok in zip(logits, x, mdlm_typical := medusa.typical(logits, x, 0.2, 0.5)):
+        p = np.exp(z.double().numpy()) / np.exp(z.double().numpy()).sum()
+        assert bool(ok) == (p[i] > min(0.2, 0.5 * math.exp((p * np.log(p)).sum())))
+    assert 0 < mdlm_typical.sum() < 50
+    # its limits: everything is accepted, nothing is; then the text is the backbone's own
+    model, start, xi = tiny_heads("gumbel"), rows_of(5, L=2), sample_gumbel((5, 12, 7), gen(1))
+    x, nfe, verified, accepted = model.decode(start, 12, epsilon=0.0, noise=xi)
+    assert torch.equal(verified, accepted) and (nfe == 4).all()                 # prompt, 4 + 4 tokens, 1 + 1
+    x, nfe, verified, accepted = model.decode(start, 12, epsilon=1.0, delta=1e9, noise=xi)
+    assert accepted.sum() == 0 and (nfe == 10).all() and torch.equal(x, model.backbone.generate(start, 12, noise=xi)[0])
+    # in between, what was accepted is not unlikely, and what stands first in a draft is the backbone's own draw
+    x, nfe, verified, accepted = model.decode(start, 12, noise=xi)
+    assert 0 < accepted.sum() < verified.sum()
+
+
+def test_decoding_bad_input():
+    model, start = tiny_heads(), rows_of(2, L=3)
+    for kw, words in ((dict(accept="always"), "accept"), (dict(tau=0), "tau"), (dict(top_p=0), "top_p"),
+                      (dict(length=13), "backbone"), (dict(length=2), "prompt")):
+        with pytest.raises(ValueError, match=words):
+            model.generate(start, **kw)
+    with pytest.raises(ValueError, match="too short"):
+        Medusa(7, 4, 6, 32, heads=3)
+    with pytest.raises(ValueError, match="width 32"):
+        model.attach(AR(7, 12, 6, n_layer=1, n_embd=16, n_head=1))
+    with pytest.raises(ValueError, match="without noise"):
+        model.log_probs(start, sample_gumbel((2, 3, 7)))
+
+
+def test_what_the_noise_buys():
+    """A language small enough to enumerate: under exact acceptance, heads without noise stay below the best that such
+    heads can do (max_x q(x), by enumeration over texts), heads with noise pass it on their way to 1."""
+    V, L, K = 4, 8, 2
+    torch.manual_seed(0)
+    ar = randomise(AR(V, L, V - 1, n_layer=2, n_embd=32, n_head=2, dropout=0.0, predict_bos=False), std=1.0)
+    ar.requires_grad_(False)
+    rows = torch.cartesian_prod(*[torch.arange(V - 1)] * (L - 1))
+    rows = torch.cat([torch.full((len(rows), 1), V - 1), rows], 1)
+    p = ar.log_probs(rows[:, :-1]).gather(-1, rows[:, 1:, None]).sum((1, 2)).exp().double()
+    verified, accepted = evaluate.perfect_heads(rows[:, 1:].numpy(), K, weights=p.numpy())
+    best = (p.numpy() @ accepted) / (p.numpy() @ verified)
+    # head 1 after BOS alone, from its definition: q(x) = sum_y p(y) p(x | y), accepted with probability max q
+    q = torch.stack([p[rows[:, 2] == x].sum() for x in range(V - 1)])
+    first = rows[:, 2] == q.argmax()
+    assert abs(float(p @ first.double()) - q.max()) < 1e-9
+    got = {}
+    for noise in (None, "gumbel"):
+        torch.manual_seed(0)
+        model = Medusa(V, L, V - 1, 32, K, noise=noise, bias=True, predict_bos=False).attach(ar, start=True)
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
+        for step in range(400):
+            x = rows[torch.multinomial(p, 64, replacement=True, generator=gen(step))]
+            optimizer.zero_grad()
+            model.loss(x, generator=gen(step))[0].backward()
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 400)
+        _, _, v, a = model.eval().decode(torch.full((4000, 1), V - 1), accept="exact", generator=gen(1))
+        got[noise] = evaluate.acceptance_row(v.numpy(), a.numpy())
+    print(f"\nacceptance of heads 1, 2 under exact acceptance: best without noise {best.round(3)}, "
+          f"trained without {got[None]}, with {got['gumbel']}")
+    for k in (1, 2):
+        error = 4 * got[None][f"head{k}_stderr"]
+        assert got[None][f"head{k}"] < best[k - 1] + error and got["gumbel"][f"head{k}"] > best[k - 1] + error
+
+
+def test_perfect_heads_and_errors():
+    """The enumeration against a decoder whose heads are the true marginals; the error of a ratio against a bootstrap.
+    """
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 3, (60, 7))
+    v, a = evaluate.perfect_heads(rows, 2, start=1)
+    for row, vr, ar in zip(rows, v, a):
+        p, seen, taken = 1, [0, 0], [0, 0]
+        while p + 2 < 7:
+            fit = [r for r in rows if list(r[:p]) == list(row[:p])]
+            step = 1
+            for k in (1, 2):
+                seen[k - 1] += 1
+                counts = [sum(r[p + k] == x for r in fit) for x in range(3)]
+                if counts.index(max(counts)) != row[p + k]:
+                    break
+                taken[k - 1] += 1
+                step += 1
+            p += step
+        assert list(vr) == seen and list(ar) == taken
+    b = rng.integers(1, 20, 400)
+    a = rng.binomial(b, 0.3 + 0.4 * (b > 10))               # a long prompt accepts more
+    r, error = evaluate.ratio_with_error(a, b)
+    draws = [(a[i].sum() / b[i].sum()) for i in rng.integers(0, 400, (2000, 400))]
+    assert r == a.sum() / b.sum() and abs(error / np.std(draws) - 1) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # teacher.py: parallel and sequential extraction
 
 def test_ar_samples_follow_its_probabilities():
@@ -1741,7 +2008,7 @@ def test_prepare_continues_where_it_was_interrupted(tmp_path, cli, monkeypatch, 
     flags = f"{what} --files x.jsonl --tokenizer=bytes {extra}"
     real = prepare.write_text
     monkeypatch.setattr(prepare, "write_text", lambda *a, **kw: real(*a, **kw, batch_chars=9000))
-    monkeypatch.setattr(prepare.Writer.__init__, "__defaults__", (None, 0, 10_000))                # small shards
+    monkeypatch.setattr(prepare.Writer.__init__, "__defaults__", (None, 10_000))                   # small shards
     assert cli(prepare, f"{flags} --out=a")[0] == 0
     with monkeypatch.context() as m:
         interrupt_after(m, 5)
@@ -1763,18 +2030,21 @@ def test_prepare_continues_where_it_was_interrupted(tmp_path, cli, monkeypatch, 
 
 
 def test_openwebtext_survives_its_last_steps(tmp_path, cli, monkeypatch):
-    """Killed while it hashes, or told of too few documents, it encodes nothing again: --val_documents may change."""
+    """Killed while it hashes, it encodes nothing again; too few documents to hold out are refused."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in LONG[:40]))
     flags = "openwebtext --files x.jsonl --tokenizer=bytes"
-    monkeypatch.setattr(prepare.Writer.__init__, "__defaults__", (None, 0, 2000))
+    monkeypatch.setattr(prepare.Writer.__init__, "__defaults__", (None, 2000))
     assert cli(prepare, f"{flags} --val_documents=9 --out=a")[0] == 0
-    refused(cli(prepare, f"{flags} --out=b"), "40 documents", "smaller --val_documents")
+    for n in (40, 100_000):
+        refused(cli(prepare, f"{flags} --val_documents={n} --out=b"), "40 documents", "smaller --val_documents")
+        assert not os.path.exists("b.partial")
     encoded, encode = [], prepare.Tokenizer.encode
     monkeypatch.setattr(prepare.Tokenizer, "encode", lambda self, texts: encoded.extend(texts) or encode(self, texts))
     with monkeypatch.context() as m:
         m.setattr(prepare.hashlib, "file_digest", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert cli(prepare, f"{flags} --val_documents=9 --out=b")[0] == 130
+    encoded.clear()
     assert cli(prepare, f"{flags} --val_documents=9 --out=b")[0] == 0
     assert not encoded and same_dataset("a", "b")
 
@@ -2005,7 +2275,12 @@ def test_defaults_are_the_papers_and_presets_give_way():
     ("--data=data/text --length=4000", ["no train row", "--length"]),
     ("--data=openwebtext", ["data/openwebtext", "prepare.py openwebtext"]),
     ("--kd=token --gumbel", ["--kd", "without noise"]), ("--kd=sequence", ["--kd", "token"]),
-    ("--kd=token --model=ar", ["--kd", "masked"]),
+    ("--kd=token --model=ar", ["--kd", "masked"]), ("--kd=token --model=medusa", ["--kd", "masked"]),
+    ("--heads=2", ["--heads", "medusa"]), ("--model=medusa --heads=0", ["--heads", "at least 1"]),
+    ("--model=medusa --n_embd=64", ["--n_embd", "backbone"]), ("--model=medusa --t_one=0.5", ["--t_one", "masked"]),
+    ("--model=medusa --gumbel --inject=add", ["--inject", "masked"]),
+    ("--data=data/text --length=16 --model=medusa --out=out/new", ["--model=medusa", "--teacher", "--model=ar"]),
+    ("--data=data/text --length=16 --model=medusa --teacher=out/maze-mdlm --out=out/x", ["maze-mdlm", "--model=ar"]),
     ("--data=maze --init_from=nowhere --out=out/new", ["nowhere", "no checkpoint"]),
     ("--data=maze --init_from=out/maze-ar --out=out/new", ["--init_from=out/maze-ar", "shape"]),
     ("--data=data/text --length=16 --kd=token --out=out/new", ["--teacher", "--model=ar"]),
@@ -2125,6 +2400,9 @@ def test_sigterm_saves_and_the_same_command_continues(runs):
     while f"continuing at step {step}" not in seen:
         assert (line := p.stderr.readline()), seen
         seen += line
+    while f'"step": {step + 2},' not in (runs / "out/term/log.jsonl").read_text():          # handlers are in place
+        assert p.poll() is None and time.time() < deadline
+        time.sleep(0.01)
     p.send_signal(signal.SIGINT)
     assert p.wait(600) == 128 + signal.SIGINT
 
@@ -2149,7 +2427,7 @@ def test_averaged_weights_hold_no_graph(runs, monkeypatch):
         seen.append({k: {n: p.clone() for n, p in state[k].items()} for k in ("model", "ema")})
         save(path, state)
     monkeypatch.setattr(train, "save", spy)
-    monkeypatch.setattr(train.copy, "deepcopy", lambda m: models.append(copied(m)) or models[-1])
+    monkeypatch.setattr(train.copy, "deepcopy", lambda *a: models.append(copied(*a)) or models[-1])
     args = train.parse(f"--model=mdlm --data=maze --out=out/ema --steps=5 --save_every=1 {TINY}".split())
     train.train(args, train.World("float32"))
     assert not any(p.requires_grad for p in models[-1].parameters())
@@ -2400,6 +2678,103 @@ def test_maze_in_blocks(runs, cli, monkeypatch):
     paths = prepare.maze_paths()
     assert prepare.maze_valid(np.pad(paths, ((0, 0), (0, 1)), constant_values=prepare.PAD)).all()
     assert not prepare.maze_valid(np.pad(paths, ((0, 0), (0, 1)), constant_values=0)).any()
+
+
+HEADS = "--batch_size=16 --warmup=2 --log_every=1 --eval_every=4 --eval_rows=40 --report=0 --n_layer=1"
+
+
+def test_medusa_trains_decodes_and_is_evaluated(text_runs, cli, monkeypatch, tmp_path):
+    monkeypatch.chdir(text_runs)
+    args = train.parse(["--model=medusa", "--gumbel", "--teacher=x"])
+    assert (args.heads, args.n_layer, args.n_embd, args.batch_size, args.lr, args.schedule, args.steps) == (
+        3, 1, None, 256, 1e-3, "cosine", 20_000)
+    base = f"--model=medusa --teacher=out/ar --data=mine --length=24 --schedule=constant {HEADS}"
+    for name, flags, val in (("plain", "", "val_nll_heads"), ("unpaired", "--noise=unpaired", "val_nll_heads"),
+                             ("gumbel", "--gumbel --heads=2", "val_nll_heads_given_noise")):
+        out = tmp_path / name
+        for steps in (4, 6):                               # the second continues the first
+            code, _, err = cli(train, f"{base} {flags} --steps={steps} --out={out}")
+            assert code == 0 and ("continuing at step 4" in err) == (steps == 6), err
+        log = [json.loads(line) for line in open(out / "log.jsonl")]
+        assert val in log[-1] and {"nll_head1", "nll_head2"} <= set(log[1])
+        ckpt = sample.load_checkpoint(str(out))
+        assert ckpt["config"]["backbone"] == "out/ar" and ckpt["args"]["heads"] == 3 - (name == "gumbel")
+        assert {k.split(".")[0] for k in ckpt["model"]} - {"heads"} == (
+            set() if name == "plain" else {"noise_embed", "accumulator"})             # and nothing of the backbone
+    code, _, err = cli(train, f"{base} --steps=6 --out={tmp_path}/whole")
+    assert code == 0 and same_checkpoints(tmp_path / "whole/ckpt.pt", tmp_path / "plain/ckpt.pt")
+    code, out, err = cli(sample, f"--ckpt={tmp_path}/gumbel --n=3 --prompt=The --accept=exact --out={tmp_path}/a.jsonl")
+    assert code == 0 and "nfe" in out, err
+    assert len({line for line in out.splitlines() if line.startswith("---")}) == 3
+    assert all(json.loads(line)["text"].startswith("The") for line in open(f"{tmp_path}/a.jsonl"))
+    for flags in ("--accept=typical --epsilon=0.5", "--greedy", "--greedy --no_cache"):
+        assert cli(sample, f"--ckpt={tmp_path}/gumbel --n=2 {flags}")[0] == 0
+    texts = [cli(sample, f"--ckpt={path} --n=1 --greedy --prompt=The")[1].split("\n", 1)[1]
+             for path in ("out/ar", f"{tmp_path}/plain")]
+    assert texts[0] == texts[1] and texts[0].startswith("The")
+    code, out, err = cli(evaluate, f"acceptance --ckpt {tmp_path}/gumbel {tmp_path}/plain --n=6 --batch_size=4 "
+                         f"--accept=typical,exact,greedy --json={tmp_path}/a.json")
+    assert code == 0 and len(out.splitlines()[2:8]) == 6 and "| gumbel | typical |" in out and "speed-up" in out, err
+    rows = json.load(open(f"{tmp_path}/a.json"))["rows"]
+    assert [r["accept"] for r in rows] == ["typical", "exact", "greedy"] * 2 and "head3" not in rows[0]
+    for r in rows:
+        assert 1 <= r["accepted_length"] <= 4 and 0 <= r["head1"] <= 1 and r["n"] == 6
+        assert abs(r["calls_per_token"] * 18 - r["nfe_counted"]) < 1e-9 and r["nfe_counted"] <= 18
+    code, out, err = cli(evaluate, f"genppl --judge=out/ar --ckpt {tmp_path}/gumbel out/ar --n=4")
+    assert code == 0 and "| gumbel | sample | 23 |" in out, (out, err)
+    for what in ("ppl", "maze", "nfe"):
+        refused(cli(evaluate, f"{what} --ckpt {tmp_path}/gumbel"), "Medusa heads", "acceptance")
+    refused(cli(evaluate, "acceptance --ckpt out/plain"), "mdlm checkpoint", "Medusa")
+    refused(cli(evaluate, f"acceptance --ckpt {tmp_path}/plain --accept=always"), "--accept=always", "typical")
+    refused(cli(evaluate, f"acceptance --ckpt {tmp_path}/plain --prompt_length=22"), "--prompt_length=22")
+    refused(cli(evaluate, f"acceptance --ckpt {tmp_path}/plain --length=48"), "--length=48", "24")
+    refused(cli(sample, f"--ckpt={tmp_path}/plain --infill=a[MASK]"), "--infill")
+    refused(cli(sample, f"--ckpt={tmp_path}/plain --prompt={'x' * 24}"), "--prompt has 24 tokens")
+    refused(cli(sample, f"--ckpt={tmp_path}/plain --sampler=apd --verifier=out/ar"), "apd", "medusa")
+    refused(cli(sample, f"--ckpt={tmp_path}/plain --shards={tmp_path}/s"), "AR model")
+    refused(cli(train, f"{base} --steps=6 --out={tmp_path}/x --init_from=out/ar"), "--init_from=out/ar", "kind")
+    refused(cli(train, f"--gumbel --teacher={tmp_path}/plain --data=mine --length=24 --out={tmp_path}/x {TINY}"),
+            "--teacher", "--model=ar")
+    # the backbone trained on: other weights under the same name
+    shutil.copytree("out/ar", tmp_path / "ar")
+    heads = f"{base.replace('out/ar', str(tmp_path / 'ar'))} --steps=2 --out={tmp_path}/heads"
+    assert cli(train, heads)[0] == 0 and cli(sample, f"--ckpt={tmp_path}/heads --n=1")[0] == 0
+    ckpt = torch.load(tmp_path / "ar/ckpt.pt", weights_only=True)
+    for state in (ckpt["ema"], ckpt["model"]):
+        state["transformer.head.bias"][3] += 1
+    torch.save(ckpt, tmp_path / "ar/ckpt.pt")
+    sample.load_backbone.cache_clear()
+    refused(cli(sample, f"--ckpt={tmp_path}/heads --n=1"), "another backbone", "ar")
+    refused(cli(train, heads.replace("--steps=2", "--steps=4")), "another backbone", "--out")
+    shutil.rmtree(tmp_path / "ar")
+    sample.load_backbone.cache_clear()
+    refused(cli(sample, f"--ckpt={tmp_path}/heads --n=1"), "no checkpoint", "ar")
+
+
+def test_medusa_on_the_maze_and_on_other_backbones(runs, cli, monkeypatch, tmp_path):
+    """The maze's own teacher as backbone, with the enumerated row; a GPT-2 folder and a Hugging Face model."""
+    monkeypatch.chdir(runs)
+    small = HEADS.replace("--report=0", "--report=20")
+    code, out, err = cli(train, f"--model=medusa --gumbel --data=maze --steps=3 {small} --out={tmp_path}/m")
+    assert code == 0 and "training it first" not in err, err
+    lines = out.splitlines()
+    assert ["m | typical", "m | exact", "theory | exact"] == [" | ".join(s.split(" | ")[:2])[2:] for s in lines[2:5]]
+    assert "| theory | exact | 0.459" in out
+    writer = prepare.Writer(str(tmp_path / "ids"), dict(name="ids", tokenizer="ids", row_length=None, vocab_size=300,
+                                                        bos=299, predict_bos=True))
+    for split in ("train", "val"):
+        writer.write(split, np.random.default_rng(0).integers(0, 299, 2000))
+    writer.finish()
+    save_gpt2(tmp_path / "gpt2", V=300, L=64)
+    base, gpt2 = f"--model=medusa --gumbel --data={tmp_path}/ids --steps=2 {HEADS}", f"--teacher={tmp_path}/gpt2"
+    for dtype in ("float32", "bfloat16"):
+        code, _, err = cli(train, f"{base} {gpt2} --length=32 --dtype={dtype} --out={tmp_path}/{dtype}")
+        assert code == 0, err
+        code, out, err = cli(evaluate, f"acceptance --ckpt {tmp_path}/{dtype} --n=4 --dtype={dtype}")
+        assert code == 0 and "backbone alone" in out, err
+    refused(cli(train, f"{base} {gpt2} --length=128 --out={tmp_path}/x"), "rows of 64", "--length=64")
+    refused(cli(train, f"{base} --teacher=out/maze-ar --length=10 --out={tmp_path}/x"), "vocab_size 6", "300")
+    refused(cli(train, f"{base} {gpt2} --length=4 --out={tmp_path}/x"), "too short for 3 heads")
 
 
 def test_gpt2_large_is_the_default_teacher(tmp_path, cli, monkeypatch):

@@ -26,6 +26,7 @@ from bd3lm import windows
 from data.prepare import BadInput, Parser, Shards, make_maze, number, optional, run_main
 from gumbel import KINDS
 from mdlm import T_MIN, stratified_t
+from medusa import Medusa, backbone_hash
 from sample import (MODELS, build, default_teacher, device_and_dtype, load_ar, load_checkpoint, load_model,
                     torch_seed)
 from teacher import CausalLM, LogitsTable, body_to_bfloat16
@@ -41,7 +42,9 @@ PRESETS = {("maze", "ar"): dict(MAZE, n_layer=8, n_head=8, batch_size=64, lr=2e-
            ("maze", "mdlm+noise"): dict(MAZE_STUDENT, t_one=0.5),
            ("maze", "bd3lm"): dict(MAZE_STUDENT, length=12),                    # 11 is prime: rows get one more PAD
            ("maze", "bd3lm+noise"): dict(MAZE_STUDENT, length=12, t_one=0.5),
+           ("maze", "medusa"): dict(MAZE, batch_size=128, lr=1e-3, steps=1600),
            ("lm1b", None): dict(length=128)}
+MEDUSA = dict(dropout=0.0, batch_size=256, lr=1e-3, schedule="cosine", steps=20_000)           # the paper's (C.2)
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for MFU
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
@@ -70,8 +73,9 @@ def parse(argv):
                        help="noise in place of, or added to, [MASK]")
     group.add_argument("--kd", choices=["token"],
                        help="a baseline without noise: NELBO + KL from the teacher's next-token distribution (Table 4)")
-    group.add_argument("--teacher", help="AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME; "
-                       "default: gpt2-large for its vocabulary; on the maze found, or trained first, by itself")
+    group.add_argument("--teacher", help="AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME (medusa: "
+                       "the backbone); default: gpt2-large (medusa: gpt2) for its vocabulary; on the maze found, or "
+                       "trained first, by itself")
     group.add_argument("--init_from", help="start from these weights: a checkpoint of the same model, a published MDLM,"
                        " or an AR checkpoint of the same shape (the student reads its outputs shifted by one, as AR)")
     group.add_argument("--data", default="openwebtext",
@@ -83,9 +87,11 @@ def parse(argv):
                        help="train on noise levels in this window only; validation stays the NELBO")
     group.add_argument("--clip_search", action="store_true",
                        help="at the start and at each validation, take the window in which the loss varies least")
+    group = parser.add_argument_group("multi-token prediction (--model=medusa)")
+    group.add_argument("--heads", type=number(int, 1), help="heads beside the backbone's own; default 3")
     group = parser.add_argument_group("network")
     group.add_argument("--size", choices=SIZES, help="tiny 8/256/8, small 12/768/12 (default), medium 24/1024/16")
-    group.add_argument("--n_layer", type=number(int, 1), help="overrides --size")
+    group.add_argument("--n_layer", type=number(int, 1), help="overrides --size; medusa: of what reads the noise, 1")
     group.add_argument("--n_embd", type=number(int, 1), help="overrides --size")
     group.add_argument("--n_head", type=number(int, 1), help="overrides --size")
     group.add_argument("--dropout", type=number(float, 0, 1), default=0.1, help="on both residual branches")
@@ -123,12 +129,24 @@ def parse(argv):
     name = os.path.basename(first.data.rstrip("/"))
     family = "maze" if name in ("maze", "maze_skewed") else name
     kind = first.model + "+noise" * bool(first.gumbel or first.noise)
+    if first.model == "medusa":
+        parser.set_defaults(**MEDUSA)
     parser.set_defaults(**next((PRESETS[key] for key in ((family, kind), (family, first.model), (family, None))
                                 if key in PRESETS), {}))
     args = parser.parse_args(argv)
     for key, value in zip(("n_layer", "n_embd", "n_head"), SIZES[args.size or "small"]):
         if getattr(first, key) is None and (args.size or getattr(args, key) is None):       # --size overrides a preset
             setattr(args, key, value)
+    if args.model == "medusa":
+        if first.size or first.n_embd or first.n_head:
+            parser.error("--size, --n_embd and --n_head are not for --model=medusa: its heads have the width of their "
+                         "backbone, which --teacher names")
+        if args.t_one:
+            parser.error("--t_one is for masked models, not for --model=medusa")
+        args.size, args.n_layer, args.n_embd, args.n_head = None, first.n_layer or 1, None, None
+        args.heads = args.heads or 3
+    elif args.heads:
+        parser.error("--heads is for --model=medusa: add it, or leave --heads out")
     args.noise = args.noise or ("gumbel" if args.gumbel else None)
     args.gumbel = args.noise is not None
     if args.data == name:
@@ -137,13 +155,13 @@ def parse(argv):
         parser.error("--gumbel and --noise are for students: --model=ar is the teacher")
     if args.t_one and args.model == "ar":
         parser.error("--t_one is for masked models, not for --model=ar")
-    if args.kd and (args.gumbel or args.model == "ar"):
+    if args.kd and (args.gumbel or args.model in ("ar", "medusa")):
         parser.error("--kd is a baseline of masked models without noise: leave out --gumbel and --noise, or --kd")
-    if args.teacher and args.noise in (None, "unpaired") and not args.kd:
-        parser.error("--teacher is read with --gumbel (not with --noise=unpaired) and --kd only: add one, or leave "
-                     "--teacher out")
-    if args.inject == "add" and not args.gumbel:
-        parser.error("--inject is read with --gumbel only: add it, or leave --inject out")
+    if args.teacher and args.noise in (None, "unpaired") and not args.kd and args.model != "medusa":
+        parser.error("--teacher is read with --gumbel (not with --noise=unpaired), --kd and --model=medusa only: add "
+                     "one, or leave --teacher out")
+    if args.inject == "add" and (not args.gumbel or args.model == "medusa"):
+        parser.error("--inject is read by masked models with --gumbel only: add it, or leave --inject out")
     if args.model != "bd3lm" and (args.block_size or args.clip or args.clip_search):
         parser.error("--block_size, --clip and --clip_search are for --model=bd3lm: add it, or leave them out")
     if args.model == "bd3lm":
@@ -153,7 +171,7 @@ def parse(argv):
         if bool(args.clip) + args.clip_search + (args.t_one > 0) > 1:
             parser.error("--clip, --clip_search and --t_one (a default of --gumbel on the maze) exclude each other: "
                          "give one, and --t_one=0 with the first two")
-    if args.n_embd % (2 * args.n_head):
+    if args.n_embd and args.n_embd % (2 * args.n_head):
         parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = {2 * args.n_head}")
     args.out = args.out or os.path.join("out", f"{name}-{args.model}" + f"-{args.noise}" * args.gumbel
                                     + f"-{args.kd}-kd" * bool(args.kd))
@@ -270,6 +288,8 @@ def restart_log(path, step):
 def find_teacher(args, meta, world):
     """The model of --teacher; on the maze, the one that `--model=ar` with the same data trains, trained if absent."""
     path = args.teacher or default_teacher(meta, args.length)
+    if args.teacher is None and args.model == "medusa" and path == "gpt2-large":
+        path = "gpt2"                                      # the paper's backbone is the small one
     if args.teacher is None and os.path.basename(args.data) in ("maze", "maze_skewed"):
         teacher_args = parse(["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}",
                               "--report=0"] + [f"--length={args.length}"] * bool(args.length))
@@ -279,8 +299,8 @@ def find_teacher(args, meta, world):
             train(teacher_args, world)
             world.barrier()
     if path is None:
-        raise BadInput("--gumbel and --kd need --teacher: an AR checkpoint of this vocabulary; train one with "
-                       f"`python train.py --model=ar --data={args.data}`")
+        raise BadInput("--gumbel, --kd and --model=medusa need --teacher: an AR checkpoint of this vocabulary; train "
+                       f"one with `python train.py --model=ar --data={args.data}`")
     if not world.master:                                   # one process downloads
         world.barrier()
     try:
@@ -296,7 +316,7 @@ def initial_weights(model, source, args):
     own = model.state_dict()
     state = {k: v for k, v in source.state_dict().items() if k in own or not k.startswith("noise_embed.")}
     embed = "transformer.embed.weight"
-    if isinstance(source, CausalLM) and args.model != "ar" and embed in state \
+    if isinstance(source, CausalLM) and args.model in ("mdlm", "bd3lm") and embed in state \
             and state[embed][0].shape == own[embed][0].shape:
         state[embed] = torch.cat([state[embed], own[embed][-1:]])
     state = {k: v for k, v in own.items() if k.startswith("noise_embed.")} | state
@@ -318,7 +338,12 @@ def flops_per_row(model, teacher, L, masked=0.5):
         D = net.embed.weight.shape[1]
         twice = 1 + (getattr(model, "n_blocks", 1) > 1 and net is model.transformer)             # BD3-LM's [z ; x]
         return L * passes * (twice * (2 * blocks + 4 * len(net.blocks) * L * D) + 2 * share * net.head.weight.numel())
-    total = network(model.transformer, 1.0 if model.transformer.causal else masked, 3)
+    if isinstance(model, Medusa):                          # the noise and a row of K + 1 places at every position
+        masked, total = 1.0, 6 * L * sum(p.numel() for p in model.heads.parameters())
+        if model.accumulator is not None:
+            total += 6 * L * (len(model.heads) + 1) * sum(p.numel() for p in model.accumulator.parameters())
+    else:
+        total = network(model.transformer, 1.0 if model.transformer.causal else masked, 3)
     if getattr(model, "noise_embed", None) is not None:
         total += L * masked * 4 * model.noise_embed.weight.numel()
     if teacher is not None and hasattr(teacher, "transformer"):
@@ -341,6 +366,11 @@ def validation_batches(model, teacher, data, n, args, world, window=()):
                 t=levels[a:a + micro].to(world.device), teacher=teacher, generator=generator)
 
 
+def loss_arguments(args):
+    """Which of the arguments of `MDLM.loss` this kind of model takes."""
+    return dict(ar=(), medusa=("generator",)).get(args.model, ("t", "teacher", "generator"))
+
+
 @torch.no_grad()
 def validate(model, teacher, data, args, world):
     """Validation loss in nats per predicted token, on fixed rows with fixed draws, shared out over the processes.
@@ -350,7 +380,7 @@ def validate(model, teacher, data, args, world):
     total = count = 0.0
     for tokens, kw in validation_batches(model, teacher, data, args.eval_rows, args, world):
         with world.autocast:
-            total += model.loss(tokens, **({} if args.model == "ar" else kw))[0].item() * len(tokens)
+            total += model.loss(tokens, **{k: kw[k] for k in loss_arguments(args)})[0].item() * len(tokens)
         count += len(tokens)
     total, count = world.sum(total, count)
     return total / count
@@ -396,12 +426,22 @@ def train(args, world):
     val = Shards(args.data, "val", args.length)
     meta = data.meta
     ckpt = resume(args, meta)
-    teacher = find_teacher(args, meta, world) if args.kd or args.noise not in (None, "unpaired") else None
+    medusa = args.model == "medusa"
+    teacher = find_teacher(args, meta, world) if medusa or args.kd or args.noise not in (None, "unpaired") else None
     torch.manual_seed(args.seed)
     config = dict(vocab_size=meta["vocab_size"], bos=meta["bos"], predict_bos=meta["predict_bos"], length=data.length,
-                  n_layer=args.n_layer, n_embd=args.n_embd, n_head=args.n_head, dropout=args.dropout)
+                  n_layer=args.n_layer, dropout=args.dropout)
+    if medusa:
+        layer = teacher.output_layer()
+        config |= dict(n_embd=layer.weight.shape[1], heads=args.heads, noise=args.noise, bias=layer.bias is not None,
+                       backbone=teacher.path, sha256=backbone_hash(teacher))
+        if ckpt and ckpt["config"]["sha256"] != config["sha256"]:
+            raise BadInput(f"{args.out} holds heads of another backbone than {teacher.path} is now: choose another "
+                           "--out, or put that backbone back")
+    else:
+        config |= dict(n_embd=args.n_embd, n_head=args.n_head)
     source = load_model(args.init_from) if args.init_from and not ckpt else None
-    if args.model != "ar":
+    if args.model in ("mdlm", "bd3lm"):
         shift = ckpt["config"].get("shift", False) if ckpt else source is not None and source.config.get(
             "shift", isinstance(source, CausalLM))
         config |= dict(noise=args.noise, inject=args.inject, shift=shift)
@@ -411,11 +451,13 @@ def train(args, world):
             world.say(f"--init_from={args.init_from} has block size {source.config['block_size']}, this run "
                       f"{args.block_size}: the weights fit any")
     model = build(args.model, config)
+    if medusa:
+        model.attach(teacher, start=True)
     if source is not None:
         initial_weights(model, source, args)
         del source
     model.to(world.device)
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)               # EMA: starts from where the run starts
+    averaged = copy.deepcopy(model, {id(teacher): teacher}).eval().requires_grad_(False)  # EMA; shares the backbone
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0, fused=True)
     step, tokens_seen, clip = 0, 0, args.clip
@@ -430,10 +472,12 @@ def train(args, world):
         if step >= args.steps:
             return meta
     if args.compile:
-        model.transformer.compile()
+        for net in ([getattr(teacher, "transformer", None) or teacher.lm.base_model]
+                    + [model.accumulator] * bool(args.noise) if medusa else [model.transformer]):
+            net.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     table = None
-    if teacher is not None and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
+    if teacher is not None and not medusa and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
         table = LogitsTable(teacher, data)                                     # small dataset: one teacher pass for all
     elif teacher is not None and world.dtype == "bfloat16":
         body_to_bfloat16(teacher)
@@ -463,7 +507,7 @@ def train(args, world):
                threads=torch.get_num_threads(), torch=torch.__version__, git=evaluate.git_commit(),
                rows=len(data), meta=meta)
     world.say(f"{args.out}: {args.model}{', ' + args.noise + ' noise' if args.gumbel else ''}, {args.n_layer} layers "
-              f"x {args.n_embd}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+              f"x {config['n_embd']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
               f"{len(data)} rows of {data.length}, {world.device}, {world.dtype}, "
               f"{world.size} process{'es' * (world.size > 1)}, micro-batch {micro} of {args.batch_size}")
 
@@ -510,12 +554,11 @@ def train(args, world):
                 tokens = torch.from_numpy(data.rows(rows[a:a + micro])).to(world.device)
                 generator = torch.Generator(world.device).manual_seed(torch_seed(args.seed, NOISE, step, world.rank, m))
                 torch.manual_seed(torch_seed(args.seed, NOISE, step, world.rank, m, 1))           # dropout
-                kw = {}
-                if args.model != "ar":
-                    kw = dict(t=levels[a:a + micro].to(world.device), generator=generator, kd=float(bool(args.kd)),
-                              teacher=table.at(rows[a:a + micro]) if table else teacher)
-                    if clip:
-                        kw["clip"] = tuple(clip)
+                kw = dict(t=levels[a:a + micro].to(world.device), generator=generator,
+                          teacher=table.at(rows[a:a + micro]) if table else teacher)
+                kw = {k: kw[k] for k in loss_arguments(args)} | ({"kd": 1.0} if args.kd else {})
+                if clip:
+                    kw["clip"] = tuple(clip)
                 if world.size > 1:
                     ddp.require_backward_grad_sync = m == accumulate - 1       # before the forward pass, as DDP wants
                 with world.autocast:
@@ -553,8 +596,9 @@ def train(args, world):
                 record(**line)
                 began, tokens_then = time.time(), tokens_seen
             if step % args.eval_every == 0 or step == args.steps:
-                name = ("val_nll" if args.model == "ar" else
-                        "val_nll_given_noise" if args.noise not in (None, "unpaired") else "val_nelbo")
+                name = {"ar": "val_nll", "medusa": "val_nll_heads"}.get(args.model, "val_nelbo")
+                if args.noise not in (None, "unpaired"):
+                    name = name.replace("nelbo", "nll") + "_given_noise"
                 value = validate(averaged, teacher, val, args, world)
                 record(step=step, **{name: value})
                 world.say(f"{args.out} step {step}: {name} {value:.4f}")
@@ -594,7 +638,8 @@ def main():
     if meta["tokenizer"] == "maze" and args.report and world.master:
         ckpts = ([args.teacher or default_teacher(meta, args.length)] * (args.noise not in (None, "unpaired"))
                  + [args.out])
-        evaluate.main(["maze", f"--n={args.report}", f"--dtype={args.dtype}", "--ckpt", *ckpts])
+        what = ["acceptance", args.out] if args.model == "medusa" else ["maze", *ckpts]
+        evaluate.main([what[0], f"--n={args.report}", f"--dtype={args.dtype}", "--ckpt", *what[1:]])
 
 
 if __name__ == "__main__":

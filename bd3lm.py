@@ -66,7 +66,7 @@ class BlockCache(KVCache):
 
     def __init__(self, model, batch, block_size, window, size):
         super().__init__(model, batch, size)
-        self.block_size, self.window, self.start, self.rows = block_size, window, 0, None
+        self.block_size, self.window, self.start, self.rows, self.last = block_size, window, 0, None, None
 
     def make_room(self, n):
         """Before n more positions go in: forget what no block to come sees, if the buffer is full."""
@@ -129,7 +129,8 @@ class BD3LM(MDLM):
     """Block diffusion language model: an MDLM whose rows are made of blocks of `block_size` tokens (BOS in the first).
 
     The same parameters as MDLM's, so either starts from the other's weights. With noise, the masked positions of the
-    noised half read it, as in MDLM; clean blocks have none. `shift` (see MDLM) turns within each block.
+    noised half read it, as in MDLM; clean blocks have none. `shift` (see MDLM): at the start of a block, position i - 1
+    is the clean token before it; so with K = 1 and an AR model's weights this is that AR model.
     """
 
     def __init__(self, vocab_size, length, bos, block_size=4, **kw):
@@ -138,9 +139,6 @@ class BD3LM(MDLM):
         super().__init__(vocab_size, length, bos, **kw)
         self.config |= dict(block_size=block_size)
         self.block_size, self.n_blocks = block_size, length // block_size
-
-    def _turn(self, h):
-        return h.unflatten(1, (-1, self.block_size)).roll(1, 2).flatten(1, 2) if self.shift else h
 
     def hidden(self, z, g=None, clean=None):
         """Noised rows z [B, L], noise embeddings g [B, L, D], clean rows [B, L] -> hidden states of z [B, L, D]."""
@@ -152,7 +150,11 @@ class BD3LM(MDLM):
         sparse = device.type == "cuda" and h.shape[2] >= 16 * self.transformer.n_head and L >= 128
         h = self.transformer(h, positions=torch.arange(L, device=device).repeat(2),
                              mask=training_mask(L, self.block_size, device, sparse))
-        return self._turn(h[:, :L])
+        h, clean = h.split(L, 1)
+        if self.shift:
+            first = torch.arange(L, device=device)[:, None] % self.block_size == 0
+            h = torch.where(first, clean.roll(1, 1), h.roll(1, 1))
+        return h
 
     def log_probs(self, noised, clean, noise=None):
         """The training pass after SUBS: noised and clean rows [B, L], noise [B, L, V] -> [B, L, V + 1]."""
@@ -179,9 +181,14 @@ class BD3LM(MDLM):
         h = torch.cat([self.transformer.embed(before), self.embed(z, g)], 1) if n else self.embed(z, g)
         cache.make_room(n + K)
         mask = block_causal(cache.length, n + K, cache.seen_from, K, self.length, z.device) if n else None
-        h = self.transformer(h, cache, mask=mask)[:, n:]
+        h = self.transformer(h, cache, mask=mask)
         cache.length -= K                                     # the noised block leaves the cache again
-        return self._turn(h)
+        if self.shift:
+            if n:
+                cache.last = h[:, n - 1:n]                    # (b, 1, D): the clean token before the block
+            last = h[:, :1] if cache.last is None else cache.last if cache.rows is None else cache.last[cache.rows]
+            h = torch.cat([last, h[:, n:-1]], 1)
+        return h[:, -K:]
 
     def new_cache(self, batch, size):
         return BlockCache(self.transformer, batch, self.block_size, self.length, size)

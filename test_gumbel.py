@@ -773,6 +773,27 @@ def test_one_block_is_mdlm(noise, shift):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+def test_blocks_from_an_ar_model_continue_it():
+    """With its weights and `shift`: blocks of one token are the AR model, in the training pass and in the sampler; in
+    larger blocks, the first token given nothing of its block is predicted from the clean text before it alone."""
+    ar, x = tiny_ar(L=8), rows_of(3, L=8)
+    for K in (1, 4):
+        model = BD3LM(7, 8, 6, K, n_layer=2, n_embd=32, n_head=2, dropout=0.0, shift=True).eval()
+        train.initial_weights(model, ar, argparse.Namespace(model="bd3lm", init_from="ar"))
+        logp = model.log_probs(x.clone().index_fill_(1, torch.arange(1, 8), 7), x)
+        if K == 1:
+            assert torch.allclose(logp[:, 1:, :7], ar.log_probs(x)[:, :-1], atol=1e-5)
+            for cached in (True, False):
+                assert torch.equal(model.generate(all_masked(3, 8), 1, greedy=True, cached=cached)[0],
+                                   ar.generate(torch.full((3, 1), 6), greedy=True)[0])
+        else:
+            y = x.clone()
+            y[:, 5:] = (y[:, 5:] + 1) % 6
+            other = model.log_probs(y.clone().index_fill_(1, torch.arange(1, 8), 7), y)
+            assert torch.equal(other[:, 4], logp[:, 4]) and not torch.equal(
+                model.log_probs(y.clone().index_fill_(1, torch.arange(1, 8), 7), y.flip(1))[:, 4], logp[:, 4])
+
+
 @pytest.mark.parametrize("noise", [None, "gumbel"])
 def test_blocks_of_one_token_are_the_chain_rule(noise):
     """At t = 1 and block size 1 the loss is -log p(x), token by token through the sampler's cached calls."""

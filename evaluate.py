@@ -6,6 +6,7 @@
     python evaluate.py ppl --ckpt out/mine-mdlm-gumbel out/mine-mdlm out/mine-ar # bounds on the likelihood of data
     python evaluate.py acceptance --ckpt out/mine-medusa-gumbel out/mine-medusa  # what a backbone takes of its drafts
 """
+import itertools
 import json
 import math
 import os
@@ -17,12 +18,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.prepare import (BadInput, Parser, Shards, Tokenizer, check_output, maze_dataset, maze_keys, maze_paths,
+from data.prepare import (PAD, BadInput, Parser, Shards, Tokenizer, check_output, maze_dataset, maze_keys, maze_paths,
                           maze_valid, number, optional, run_main)
+from gumbel import sample_gumbel
 from mdlm import reveal_steps, stratified_t, unmask
 from medusa import Medusa
 from sample import (PROMPTED, check_vocabulary, default_teacher, device_and_dtype, entropy, generate, load_ar,
-                    load_model, load_verifier, loading_flags, medusa_flags, own_flags, resolve_sampling, sampling_flags)
+                    load_model, load_verifier, loading_flags, medusa_flags, own_flags, resolve_sampling,
+                    sampling_flags, torch_seed)
 from teacher import CausalLM, extract_sequential
 
 
@@ -41,7 +44,8 @@ def git_commit():
 
 
 PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position"}
-DIGITS = dict(tau=2, top_p=2, gen_ppl=2, entropy=2, entropy_set=2, nll=3, nll_stderr=3, teacher_nll=3, ppl=2)
+DIGITS = dict(tau=2, top_p=2, gen_ppl=2, entropy=2, entropy_set=2, nll=3, nll_stderr=3, teacher_nll=3, ppl=2,
+              calls_per_token=3, agreement=3, speedup=2, tokens_per_s=0, alone_tokens_per_s=0)
 
 
 def print_table(rows, columns):
@@ -320,6 +324,9 @@ def genppl(args, models, device):
     tokenizer = Tokenizer(models[0].meta["tokenizer"], models[0].config["vocab_size"])
     other = Tokenizer(judge.meta["tokenizer"]) if judge.meta["tokenizer"] != tokenizer.name else None
     apd = load_verifier(args, models, device)
+    for m in models:
+        if isinstance(m, PROMPTED) and length > m.length:
+            raise BadInput(f"--length={length} is more than the {m.length} tokens that {m.name} was trained on")
     jobs = [("data", "", 0)] * bool(args.data) + [
         (m, d, k) for m in models for d in args.decode
         for k in ([length - 1] if isinstance(m, PROMPTED) or args.sampler == "apd" else steps_of(m, length, args.nfe))]
@@ -339,7 +346,9 @@ def genppl(args, models, device):
                                entropy=float(np.mean([entropy(r) for r in sampled])), entropy_set=entropy(sampled)))
     print_table(rows, GENPPL_COLUMNS)
     print(f"\nn = {args.n} samples a row of {length - 1} tokens, judge {judge.name}; entropy: of the tokens of a sample"
-          f" (mean), and of the whole set, in nats.\n{sampler_note(args)}")
+          f" (mean), and of the whole set, in nats.\n{sampler_note(args)}"
+          + f" Medusa: {args.accept} acceptance, epsilon {args.epsilon}, delta {args.delta}." * any(
+              isinstance(m, Medusa) for m in models))
     return rows
 
 
@@ -402,7 +411,9 @@ def ppl(args, models, device):
 
 def ratio_with_error(a, b):
     """sum a / sum b over independent prompts, with its standard error (linearised: prompts differ in both)."""
-    n, total = len(a), max(1, b.sum())
+    n, total = len(a), b.sum()
+    if not total:
+        return None, None
     r = a.sum() / total
     return float(r), float(np.sqrt(n / max(1, n - 1) * ((a - r * b) ** 2).sum()) / total)
 
@@ -419,11 +430,13 @@ def acceptance_row(verified, accepted):
 
 
 def perfect_heads(rows, heads, start=0, weights=None):
-    """The best heads without noise, on an enumerable language: counts [n, K] as `Medusa.decode` has them, under exact
-    acceptance. rows [n, L] without BOS, each of probability `weights` [n] (equal); `start` tokens are given.
+    """Heads without noise that learnt their task perfectly, on an enumerable language: counts [n, K] as `Medusa.decode`
+    has them under exact acceptance. rows [n, L] without BOS, of probability `weights` [n] (equal); `start` tokens are
+    given.
 
-    From the true prefix, head k proposes the most frequent token k places after the next one. The backbone writes the
-    row whatever is proposed, so a row decides its drafts: which are looked at and which accepted.
+    Head k proposes the mode of its marginal, the most frequent token k places after the next one, given the prefix
+    (head 1 can do no better; later ones could, by building on those before). The backbone writes the row whatever is
+    proposed, so a row decides its drafts: which are looked at and which accepted.
     """
     verified, accepted = np.zeros((2, len(rows), heads), dtype=int)
     for r, row in enumerate(rows):
@@ -443,76 +456,72 @@ def acceptance(args, models, device):
     for model in models:
         if not isinstance(model, Medusa):
             raise BadInput(f"--ckpt: {model.name} is a {model.args['model']} checkpoint, acceptance is of Medusa heads")
-    first = models[0]
     length = args.length or min(128, *(m.length for m in models))
-    data = Shards(args.data or first.args["data"], "val", length)
-    maze = data.meta["tokenizer"] == "maze"
-    length, prompt = data.length, args.prompt_length or (1 if maze else length // 4)
+    data = Shards(args.data or models[0].args["data"], "val", length)
+    maze, length = data.meta["name"] in ("maze", "maze_skewed"), data.length
+    prompt = args.prompt_length or (1 if maze else max(1, length // 4))
     for model in models:
         check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
         if length > model.backbone.length:
             raise BadInput(f"--length={length} is more than the {model.backbone.length} tokens of {model.name}'s "
                            "backbone")
         if prompt + len(model.heads) >= length:
-            raise BadInput(f"--prompt_length={prompt} leaves no room for a draft of {model.name} in rows of {length}")
+            raise BadInput(f"rows of {length} tokens have no room for a prompt of {prompt} and a draft of {model.name}:"
+                           " set --length or --prompt_length")
     order = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
-    if maze and prompt == 1:
-        order = np.resize(order, args.n)                   # the prompt is BOS alone: any number of samples
-    rows = []
-    jobs = [(m, accept) for m in models for accept in args.accept]
-    bar = tqdm(total=len(order) * len(jobs), desc="acceptance", unit="prompt", disable=not sys.stderr.isatty())
+    if prompt == 1:
+        order = np.resize(order, args.n)                   # BOS alone: any number of samples
+    rows, kw = [], dict(length=length, tau=args.tau, top_p=args.top_p)
 
-    def timed(what, *a, **kw):
+    def clock():
         if device == "cuda":
             torch.cuda.synchronize()
-        began = time.time()
-        out = what(*a, **kw)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return out, time.time() - began
-    for model, accept in jobs:
+        return time.perf_counter()
+    bar = tqdm(total=len(order) * len(models) * len(args.accept), unit="prompt", disable=not sys.stderr.isatty())
+    for model, accept in itertools.product(models, args.accept):
         counts, calls, seconds, alone = [], 0, 0.0, 0.0
-        kw = dict(length=length, tau=args.tau, top_p=args.top_p)
+        how = dict(accept=accept, epsilon=args.epsilon, delta=args.delta)
         for a in range(0, len(order), args.batch_size):
             start = torch.from_numpy(data.rows(order[a:a + args.batch_size])[:, :prompt]).to(device)
-
-            def run():
-                g = torch.Generator(device).manual_seed(args.seed + a)
-                return model.decode(start, **kw, accept=accept, epsilon=args.epsilon, delta=args.delta, generator=g)
-
-            def run_alone():
-                g = torch.Generator(device).manual_seed(args.seed + a)
-                return model.backbone.generate(start, **kw, greedy=accept == "greedy", generator=g)
-            if a == 0:                                     # warm-up
-                run(), run_alone()
-            (_, nfe, verified, accepted), took = timed(run)
-            seconds, alone = seconds + took, alone + timed(run_alone)[1]
+            generator = torch.Generator(device).manual_seed(torch_seed(args.seed, a))
+            if a == 0:                                     # warm-up, and the same noise for both
+                xi = sample_gumbel((len(start[:8]), length, model.vocab_size), generator, device)
+                both = (model.decode(start[:8], **kw, **how, noise=xi)[0],
+                        model.backbone.generate(start[:8], **kw, noise=xi, greedy=accept == "greedy")[0])
+            began = clock()
+            _, nfe, verified, accepted = model.decode(start, **kw, **how, generator=generator)
+            seconds, began = seconds + clock() - began, clock()
+            model.backbone.generate(start, **kw, greedy=accept == "greedy", generator=generator)
+            alone += clock() - began
             calls += int(nfe.sum())
             counts.append(np.stack([verified.cpu().numpy(), accepted.cpu().numpy()]))
             bar.update(len(start))
         new = len(order) * (length - prompt)
         rows.append(dict(model=model.name, accept=accept, nfe_counted=calls / len(order), n=len(order),
                          **acceptance_row(*np.concatenate(counts, 1)), calls_per_token=calls / new,
-                         tokens_per_s=new / seconds, plain_tokens_per_s=new / alone, speedup=alone / seconds))
-    if maze:
-        path = maze_dataset(data.meta["name"]).astype(np.int64)
-        path = np.pad(path, ((0, 0), (0, length - 1 - path.shape[1])), constant_values=4)
-        rows.append(dict(model="theory", accept="exact", **acceptance_row(*perfect_heads(
-            path, max(len(m.heads) for m in models), prompt - 1))))
-    for row in rows:
-        row["lengths"] = f"{row['accepted_length']:.3f} ± {row['accepted_length_stderr']:.3f}"
-        row |= {f"rate{k}": f"{row[f'head{k}']:.3f} ± {row[f'head{k}_stderr']:.3f}"
-                for k in range(1, 100) if f"head{k}" in row}
-    heads = max(len(m.heads) for m in models)
-    print_table(rows, dict(model="model", accept="acceptance") | {f"rate{k}": f"head {k}" for k in range(1, heads + 1)}
-                | dict(lengths="accepted length", calls_per_token="calls per token", tokens_per_s="tokens/s",
-                       plain_tokens_per_s="backbone alone", speedup="speed-up"))
+                         tokens_per_s=new / seconds, alone_tokens_per_s=new / alone, speedup=alone / seconds,
+                         agreement=float((both[0] == both[1])[:, prompt:].double().mean())))
+    bar.close()
+    if maze and args.tau == args.top_p == 1 and "exact" in args.accept:
+        paths = np.pad(maze_dataset(data.meta["name"]).astype(np.int64), ((0, 0), (0, length - 11)),
+                       constant_values=PAD)
+        for heads in sorted({len(m.heads) for m in models}):
+            row = acceptance_row(*perfect_heads(paths, heads, prompt - 1))
+            rows.append(dict(model="theory", accept="exact") | {k: v for k, v in row.items() if "stderr" not in k})
+    heads = range(1, 1 + max(len(m.heads) for m in models))
+    table = [row | {key: f"{row[key]:.3f}" + (f" ± {row[key + '_stderr']:.3f}" if key + "_stderr" in row else "")
+                    for key in ["accepted_length"] + [f"head{k}" for k in heads] if row.get(key) is not None}
+             for row in rows]
+    print_table(table, dict(model="model", accept="acceptance") | {f"head{k}": f"head {k}" for k in heads}
+                | dict(accepted_length="accepted length", calls_per_token="calls per token", agreement="same text",
+                       tokens_per_s="tokens/s", alone_tokens_per_s="backbone alone", speedup="speed-up"))
     print(f"\n{len(order)} prompts of {prompt} tokens (BOS included) continued to {length}, {args.batch_size} at once, "
           f"tau {args.tau}, top_p {args.top_p}, epsilon {args.epsilon}, delta {args.delta}, "
           f"{args.weights or 'EMA'} weights, seed {args.seed}, {torch.get_num_threads()} threads.\n"
           "head k: of its candidates whose predecessors were accepted, the accepted ones; accepted length: tokens per "
-          "backbone call, in whole drafts; calls: the prompt's included." + maze * (
-              "\ntheory: the best heads without noise, on the true language, for a backbone that knows it."))
+          "backbone call, in whole drafts;\ncalls: the prompt's included; same text: of the tokens of up to 8 samples, "
+          "those that the backbone alone writes from the same noise." + maze * (
+              "\ntheory: heads that know the true marginals, without noise, on a backbone that knows the language."))
     return rows
 
 

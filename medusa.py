@@ -66,6 +66,15 @@ def typical(logits, candidates, epsilon=0.09, delta=0.3):
     return p.gather(-1, candidates[..., None]).squeeze(-1) > threshold
 
 
+def keep(rows, cache, *tensors):
+    """Those rows of the cache (or None) and of the tensors; nothing is copied where all of them stay."""
+    if len(rows) == len(tensors[0]):
+        return tensors
+    if cache is not None and len(rows):
+        cache.batch_select_indices(rows)
+    return [t[rows] for t in tensors]
+
+
 def backbone_hash(backbone):
     """SHA-256 of an AR model's weights as float32, first 16 hex digits: which backbone a set of heads belongs to."""
     h = hashlib.sha256()
@@ -157,9 +166,9 @@ class Medusa(nn.Module):
 
         Noise that is not given, beyond its end, enters as a zero embedding, as it does beyond the row in training.
         """
-        h, e = self.backbone.hidden(tokens), None
         if (noise is None) != (self.noise_embed is None):
             raise ValueError("these heads were built " + ("with noise: give it" if noise is None else "without noise"))
+        h, e = self.backbone.hidden(tokens), None
         if noise is not None:
             e = self.noise_embed(noise[:, 1:])
             e = self.windows(F.pad(e, (0, 0, 0, max(0, tokens.shape[1] - e.shape[1]))))[:, :tokens.shape[1]]
@@ -188,8 +197,8 @@ class Medusa(nn.Module):
             typical   it is not unlikely under the backbone's distribution there: see `typical`
             exact     it is what the backbone draws there, with the same noise: the text is then what the backbone alone
                       would have written
-            greedy    it is the backbone's argmax; head 0 takes its argmax too, and the noise plays no part (heads with
-                      noise, which never saw this, read zeros)
+            greedy    it is the backbone's argmax; head 0 takes its argmax too. No noise is drawn: heads with noise,
+                      which never saw this, read zeros
         nfe counts backbone calls, that for the prompt included. verified, accepted: how often head k's candidate was
         looked at and taken, in drafts that end within the sample. `noise` [B, T, V]: drawn once per position unless
         given. Rows go at their own pace: each call computes anew what the slowest row has not reached.
@@ -202,24 +211,24 @@ class Medusa(nn.Module):
             raise ValueError(f"tau must be positive and top_p in (0, 1], got {tau} and {top_p}")
         if not 1 <= P <= T <= backbone.length:
             raise ValueError(f"the prompt has {P} tokens, the sample {T}, the backbone's rows {backbone.length}")
-        x, p = F.pad(tokens, (0, T + K - P), value=self.bos), torch.full((B,), P, device=device)
-        rows, places = torch.arange(B if P < T else 0, device=device), torch.arange(K + 1, device=device)
         nfe = torch.zeros(B, dtype=torch.long, device=device)
         verified, accepted = nfe.new_zeros(B, K), nfe.new_zeros(B, K)
-        if noise is not None:
-            noise = F.pad(noise, (0, 0, 0, K))
+        if P == T:
+            return tokens, nfe, verified, accepted
 
         def fresh(n):
             return torch.zeros(n, V, device=device) if accept == "greedy" else sample_gumbel((n, V), generator, device)
 
         def own(logits, xi):                                  # the backbone's choice: [..., V], [..., V] -> [...]
             return draw_tokens(logits.flatten(0, -2), top_p, accept == "greedy", xi.flatten(0, -2)).view(xi.shape[:-1])
-        if len(rows):
-            cache = backbone.new_cache(B, T) if cached else None
-            h = backbone.hidden(tokens, cache)[:, -1]         # (b, D) of the last known token
-            logits = backbone.logits(h) / tau                 # (b, V) of the next one
-            nfe, held = nfe + 1, P
-            xi = fresh(B * (K + 1)).view(B, K + 1, V) if noise is None else noise[:, P:P + K + 1]
+        x = F.pad(tokens, (0, T + K - P), value=self.bos)     # known up to p, then the draft
+        p, rows, places = nfe + P, torch.arange(B, device=device), torch.arange(K + 1, device=device)
+        cache = backbone.new_cache(B, T) if cached else None
+        h = backbone.hidden(tokens, cache)[:, -1]             # (b, D) of the last known token
+        logits = backbone.logits(h) / tau                     # (b, V) of the next one
+        nfe, held = nfe + 1, P
+        noise = None if noise is None else F.pad(noise, (0, 0, 0, K))
+        xi = fresh(B * (K + 1)).view(B, K + 1, V) if noise is None else noise[:, P:P + K + 1]
         while len(rows):
             # draft: positions p .. p + K
             at = p[rows, None] + places                                                             # (b, K + 1)
@@ -227,12 +236,9 @@ class Medusa(nn.Module):
             x[rows[:, None], at] = new
             # rows for which head 0's token was the last are complete
             go = (p[rows] + 1 < T).nonzero().squeeze(1)
-            if len(go) < len(rows):
-                rows, at, new, xi = rows[go], at[go], new[go], xi[go]
-                if not len(rows):
-                    break
-                if cached:
-                    cache.batch_select_indices(go)
+            rows, at, new, xi = keep(go, cache, rows, at, new, xi)
+            if not len(rows):
+                break
             # verify: one backbone call, from where the slowest row is
             start, end = int(p[rows].min()) if cached else 0, min(T, int(at.max()) + 1)
             if cached and start < held:                       # what was rejected leaves the cache
@@ -250,14 +256,11 @@ class Medusa(nn.Module):
             whole = (at[:, -1:] < T).long()
             verified[rows] += whole * F.pad(ok[:, :-1], (1, 0), value=1)
             accepted[rows] += whole * ok
-            # the accepted, and head 0's, are known; what follows is drafted from the last of them
+            # head 0's token and the accepted ones are known; the next draft starts from the last of them
             p[rows] += 1 + n
             i = torch.arange(len(rows), device=device)
-            h, logits = h[i, n], logits[i, n]
             go = (p[rows] < T).nonzero().squeeze(1)
-            rows, n, h, logits, xi = rows[go], n[go], h[go], logits[go], xi[go]
-            if cached and len(rows):
-                cache.batch_select_indices(go)
+            rows, n, h, logits, xi = keep(go, cache, rows, n, h[i, n], logits[i, n], xi)
             if noise is not None:
                 xi = noise[rows[:, None], p[rows, None] + places]
             else:                                             # keep the noise of positions not yet decided

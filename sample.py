@@ -81,7 +81,10 @@ def load_model(path, weights=None, device="cpu"):
                            f"{str(e).splitlines()[-1].strip()}") from None
         model.args, model.meta, model.step = ckpt["args"], ckpt["meta"], ckpt["step"]
         if isinstance(model, Medusa):
-            backbone, sha256 = load_backbone(model.config["backbone"], device)
+            try:
+                backbone, sha256 = load_backbone(model.config["backbone"], device)
+            except BadInput as e:
+                raise BadInput(f"{path} needs its backbone {model.config['backbone']}: {e}") from None
             if sha256 != model.config["sha256"]:
                 raise BadInput(f"{path} holds heads of another backbone than {model.config['backbone']} is now (its "
                                f"weights' hash is {sha256}, the heads' {model.config['sha256']}): put that one back")
@@ -151,7 +154,8 @@ def generate(model, tokens, steps, tau, top_p, greedy, sampler="ancestral", orde
     if isinstance(model, CausalLM):
         return model.generate(tokens, length, tau=tau, top_p=top_p, greedy=greedy, generator=generator)
     if isinstance(model, Medusa):
-        return model.generate(tokens, length, tau, top_p, generator=generator, **kw)
+        return model.generate(tokens, length, tau, top_p, generator=generator,
+                              **kw | ({"accept": "greedy"} if greedy else {}))
     if sampler == "apd":
         return model.generate_apd(tokens, **apd, tau=tau, top_p=top_p, greedy=greedy, resample_noise=resample_noise,
                                   generator=generator)
@@ -162,8 +166,8 @@ def generate(model, tokens, steps, tau, top_p, greedy, sampler="ancestral", orde
 def own_flags(model, args):
     """The arguments of `model.generate` that not all models have, from the flags."""
     if isinstance(model, Medusa):
-        return dict(accept="greedy" if getattr(args, "greedy", False) else args.accept, epsilon=args.epsilon,
-                    delta=args.delta, cached=not getattr(args, "no_cache", False))
+        return dict(accept=args.accept, epsilon=args.epsilon, delta=args.delta,
+                    cached=not getattr(args, "no_cache", False))
     if isinstance(model, BD3LM):
         return dict(stop_at_eos=getattr(args, "stop_at_eos", False), cached=not getattr(args, "no_cache", False))
     return {}
@@ -195,9 +199,9 @@ def accepts(text):
 def medusa_flags(parser, several=False):
     group = parser.add_argument_group("Medusa")
     group.add_argument("--accept", **(dict(type=accepts, default=["typical", "exact"]) if several else
-                                      dict(choices=ACCEPT, default="typical")),
-                       help="typical: drafts that are not unlikely; exact: that the backbone would draw; greedy: that "
-                            "are its argmax" + "; a comma list" * several)
+                                      dict(choices=ACCEPT[:2], default="typical")),
+                       help="typical: drafts that are not unlikely; exact: that the backbone would draw; "
+                       + ("greedy: its argmax; a comma list" if several else "greedy decoding takes its argmax"))
     group.add_argument("--epsilon", type=number(float, 0), default=0.09, help="typical: accept above this probability,")
     group.add_argument("--delta", type=number(float, 0), default=0.3, help="or above delta exp(-entropy)")
 

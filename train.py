@@ -91,7 +91,7 @@ def parse(argv):
     group.add_argument("--heads", type=number(int, 1), help="heads beside the backbone's own; default 3")
     group = parser.add_argument_group("network")
     group.add_argument("--size", choices=SIZES, help="tiny 8/256/8, small 12/768/12 (default), medium 24/1024/16")
-    group.add_argument("--n_layer", type=number(int, 1), help="overrides --size; medusa: of what reads the noise, 1")
+    group.add_argument("--n_layer", type=number(int, 1), help="overrides --size; medusa: layers that read the noise, 1")
     group.add_argument("--n_embd", type=number(int, 1), help="overrides --size")
     group.add_argument("--n_head", type=number(int, 1), help="overrides --size")
     group.add_argument("--dropout", type=number(float, 0, 1), default=0.1, help="on both residual branches")
@@ -143,6 +143,9 @@ def parse(argv):
                          "backbone, which --teacher names")
         if args.t_one:
             parser.error("--t_one is for masked models, not for --model=medusa")
+        if (first.n_layer or args.dropout) and not (args.gumbel or args.noise):
+            parser.error("--n_layer and --dropout are read by --model=medusa with --gumbel only: its heads have one "
+                         "layer each")
         args.size, args.n_layer, args.n_embd, args.n_head = None, first.n_layer or 1, None, None
         args.heads = args.heads or 3
     elif args.heads:
@@ -314,16 +317,17 @@ def initial_weights(model, source, args):
     """--init_from: the weights of `source` into `model`; BadInput where they do not fit. A noise embedding that the
     source lacks stays new, one that the model lacks is left out; the row of [MASK] that an AR model lacks is new."""
     own = model.state_dict()
-    state = {k: v for k, v in source.state_dict().items() if k in own or not k.startswith("noise_embed.")}
+    of_noise = ("noise_embed.", "accumulator.")
+    state = {k: v for k, v in source.state_dict().items() if k in own or not k.startswith(of_noise)}
     embed = "transformer.embed.weight"
     if isinstance(source, CausalLM) and args.model in ("mdlm", "bd3lm") and embed in state \
             and state[embed][0].shape == own[embed][0].shape:
         state[embed] = torch.cat([state[embed], own[embed][-1:]])
-    state = {k: v for k, v in own.items() if k.startswith("noise_embed.")} | state
+    state = {k: v for k, v in own.items() if k.startswith(of_noise)} | state
     wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [k for k in state if k not in own]
     if wrong:
         raise BadInput(f"--init_from={args.init_from} is another kind or shape of network (they differ in {wrong[0]}): "
-                       "give the same --n_layer, --n_embd and vocabulary, or leave --init_from out")
+                       "give the same flags of the network and vocabulary, or leave --init_from out")
     model.load_state_dict(state)
 
 
@@ -339,7 +343,7 @@ def flops_per_row(model, teacher, L, masked=0.5):
         twice = 1 + (getattr(model, "n_blocks", 1) > 1 and net is model.transformer)             # BD3-LM's [z ; x]
         return L * passes * (twice * (2 * blocks + 4 * len(net.blocks) * L * D) + 2 * share * net.head.weight.numel())
     if isinstance(model, Medusa):                          # the noise and a row of K + 1 places at every position
-        masked, total = 1.0, 6 * L * sum(p.numel() for p in model.heads.parameters())
+        masked, total = float(model.noise_embed is not None), 6 * L * sum(p.numel() for p in model.heads.parameters())
         if model.accumulator is not None:
             total += 6 * L * (len(model.heads) + 1) * sum(p.numel() for p in model.accumulator.parameters())
     else:
@@ -452,7 +456,12 @@ def train(args, world):
                       f"{args.block_size}: the weights fit any")
     model = build(args.model, config)
     if medusa:
-        model.attach(teacher, start=True)
+        try:
+            model.attach(teacher, start=True)
+        except ValueError as e:
+            raise BadInput(f"--teacher={teacher.path} cannot be a backbone: {e}") from None
+        if source is not None and source.config.get("sha256", config["sha256"]) != config["sha256"]:
+            raise BadInput(f"--init_from={args.init_from} holds heads of another backbone than {teacher.path}")
     if source is not None:
         initial_weights(model, source, args)
         del source
@@ -638,8 +647,8 @@ def main():
     if meta["tokenizer"] == "maze" and args.report and world.master:
         ckpts = ([args.teacher or default_teacher(meta, args.length)] * (args.noise not in (None, "unpaired"))
                  + [args.out])
-        what = ["acceptance", args.out] if args.model == "medusa" else ["maze", *ckpts]
-        evaluate.main([what[0], f"--n={args.report}", f"--dtype={args.dtype}", "--ckpt", *what[1:]])
+        what = ["acceptance", "--ckpt", args.out] if args.model == "medusa" else ["maze", "--ckpt", *ckpts]
+        evaluate.main(what + [f"--n={args.report}", f"--dtype={args.dtype}"])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python evaluate.py maze --ckpt out/maze-ar out/maze-mdlm-gumbel              # success with diversity, row by row
     python evaluate.py nfe  --ckpt out/maze-mdlm-gumbel out/maze-mdlm            # success against NFE, a row per model
     python evaluate.py genppl --judge=gpt2-large --ckpt out/mine-mdlm-gumbel     # samples under an AR judge, + entropy
+    python evaluate.py mauve  --judge=gpt2-large --ckpt out/mine-mdlm-gumbel     # MAUVE against validation text
     python evaluate.py ppl --ckpt out/mine-mdlm-gumbel out/mine-mdlm out/mine-ar # bounds on the likelihood of data
     python evaluate.py acceptance --ckpt out/mine-medusa-gumbel out/mine-medusa  # what a backbone takes of its drafts
 """
@@ -45,7 +46,7 @@ def git_commit():
 
 PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position"}
 DIGITS = dict(tau=2, top_p=2, gen_ppl=2, entropy=2, entropy_set=2, nll=3, nll_stderr=3, teacher_nll=3, ppl=2,
-              calls_per_token=3, agreement=3, speedup=2, tokens_per_s=0, alone_tokens_per_s=0)
+              mauve=3, mauve_std=3, calls_per_token=3, agreement=3, speedup=2, tokens_per_s=0, alone_tokens_per_s=0)
 
 
 def print_table(rows, columns):
@@ -304,12 +305,16 @@ def judge_nll(judge, samples, device, batch=32):
     return nll, count
 
 
-GENPPL_COLUMNS = dict(model="model", decode="decode", nfe="NFE", nfe_counted="calls", verifier_calls="verifier",
-                      tau="τ", top_p="top_p", gen_ppl="GenPPL", entropy="entropy", entropy_set="entropy of the set")
+TEXT_COLUMNS = dict(model="model", decode="decode", nfe="NFE", nfe_counted="calls", verifier_calls="verifier",
+                    tau="τ", top_p="top_p", gen_ppl="GenPPL", mauve="MAUVE", mauve_std="±", entropy="entropy",
+                    entropy_set="entropy of the set")
 
 
-def genppl(args, models, device):
-    """Generative perplexity of samples under an AR judge, always with their entropy (lower entropy lowers GenPPL)."""
+def text_setting(args, models, device):
+    """What the metrics of generated text share, checked: -> (judge, to_judge, validation data or None, row length).
+
+    to_judge(rows of the models' ids) -> the judge's ids, through text where the tokenizers differ.
+    """
     judge = load_model(args.judge, device=device)
     if not isinstance(judge, CausalLM):
         raise BadInput(f"--judge={args.judge} is a {judge.args['model']} checkpoint: it must be an AR model")
@@ -317,38 +322,127 @@ def genppl(args, models, device):
     if len(names) > 1:
         raise BadInput(f"--ckpt: these have the tokenizers {', '.join(sorted(names))}: give checkpoints of one")
     length = args.length or min(min(m.length for m in models), 1024)
+    for m in models:
+        if isinstance(m, PROMPTED) and length > m.length:
+            raise BadInput(f"--length={length} is more than the {m.length} tokens that {m.name} was trained on")
     data = Shards(args.data, "val", length) if args.data else None
     if data and data.meta["tokenizer"] not in names:
         raise BadInput(f"--data={args.data} has the tokenizer {data.meta['tokenizer']}, the checkpoints "
                        f"{', '.join(names)}: they must be the same")
     tokenizer = Tokenizer(models[0].meta["tokenizer"], models[0].config["vocab_size"])
     other = Tokenizer(judge.meta["tokenizer"]) if judge.meta["tokenizer"] != tokenizer.name else None
+    return judge, lambda rows: other.encode([tokenizer.decode(r) for r in rows]) if other else rows, data, length
+
+
+def text_rows(args, models, device, length):
+    """For each model, decoding and number of steps: yields (facts of a table row, samples [n, length - 1])."""
     apd = load_verifier(args, models, device)
-    for m in models:
-        if isinstance(m, PROMPTED) and length > m.length:
-            raise BadInput(f"--length={length} is more than the {m.length} tokens that {m.name} was trained on")
-    jobs = [("data", "", 0)] * bool(args.data) + [
-        (m, d, k) for m in models for d in args.decode
-        for k in ([length - 1] if isinstance(m, PROMPTED) or args.sampler == "apd" else steps_of(m, length, args.nfe))]
+    jobs = [(m, d, k) for m in models for d in args.decode
+            for k in ([length - 1] if isinstance(m, PROMPTED) or args.sampler == "apd" else
+                      steps_of(m, length, args.nfe))]
+    for model, decode, k in tqdm(jobs, unit="row", disable=not sys.stderr.isatty()):
+        sampled, calls, checks = sample_rows(model, args.n, k, decode == "greedy", args, device, apd, length,
+                                             batch=args.batch_size)
+        yield dict(model=model.name, decode=decode, nfe=k, nfe_counted=calls, verifier_calls=checks,
+                   **dict(zip(("tau", "top_p"), resolve_sampling(args, model)))), sampled
+
+
+def text_facts(sampled):
+    return dict(n=len(sampled), entropy=float(np.mean([entropy(r) for r in sampled])), entropy_set=entropy(sampled))
+
+
+def text_note(args, models, judge, length):
+    return (f"n = {args.n} samples a row of {length - 1} tokens, judge {judge.name}; entropy: of the tokens of a sample"
+            f" (mean), and of the whole set, in nats.\n{sampler_note(args)}"
+            + f" Medusa: {args.accept} acceptance, epsilon {args.epsilon}, delta {args.delta}." * any(
+                isinstance(m, Medusa) for m in models))
+
+
+def validation_rows(data, n, seed):
+    """n rows of a dataset, the same for a seed, without BOS."""
+    return data.rows(np.random.default_rng(seed).permutation(len(data))[:n])[:, 1:]
+
+
+def genppl(args, models, device):
+    """Generative perplexity of samples under an AR judge, always with their entropy (lower entropy lowers GenPPL)."""
+    judge, to_judge, data, length = text_setting(args, models, device)
+    rows, real = [], [(dict(model="data"), validation_rows(data, args.n, args.seed))] if data else []
+    for row, sampled in itertools.chain(real, text_rows(args, models, device, length)):
+        nll, count = judge_nll(judge, to_judge(sampled), device)
+        rows.append(row | dict(gen_ppl=float(np.exp(nll.sum() / max(1, count.sum())))) | text_facts(sampled))
+    print_table(rows, TEXT_COLUMNS)
+    print("\n" + text_note(args, models, judge, length))
+    return rows
+
+
+@torch.no_grad()
+def last_hidden(judge, samples, device, batch=32):
+    """MAUVE's features: an AR model's hidden state at the last token of each sample (id arrays) -> [n, D] float32."""
+    out, order = [None] * len(samples), sorted(range(len(samples)), key=lambda i: len(samples[i]))
+    for a in range(0, len(order), batch):
+        some = order[a:a + batch]
+        ids = [torch.as_tensor(np.asarray(samples[i][:judge.length], dtype=np.int64)) for i in some]
+        h = judge.hidden(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device))
+        for i, x, row in zip(some, ids, h):
+            out[i] = row[len(x) - 1].float().cpu()
+    return torch.stack(out)
+
+
+def kmeans(x, k, generator, redo=5, iterations=500):
+    """Lloyd's algorithm from k random points, the best of `redo` runs: x [N, d] -> labels [N]."""
+    best = (math.inf, None)
+    for _ in range(redo):
+        centre, labels = x[torch.randperm(len(x), generator=generator)[:k]], None
+        for _ in range(iterations):
+            distance = torch.cdist(x, centre)
+            nearest, new = distance.min(1)
+            if labels is not None and torch.equal(new, labels):
+                break
+            labels = new
+            count = torch.bincount(labels, minlength=k)
+            centre = torch.zeros_like(centre).index_add_(0, labels, x) / count.clamp(min=1)[:, None]
+            centre[count == 0] = x[nearest.topk(int((count == 0).sum())).indices]      # an empty one: the worst point
+        best = min(best, (float(nearest.square().sum()), labels), key=lambda run: run[0])
+    return best[1]
+
+
+def mauve_scores(p, q, seeds=5):
+    """MAUVE (Pillutla et al. 2021) of features p, q [n, D], for several seeds of k-means -> [seeds]. As mauve-text:
+    unit rows, joint PCA to 90 % of the variance, n / 10 clusters, the area under exp(-5 KL), no smoothing.
+    """
+    x = torch.nn.functional.normalize(torch.cat([p, q]).double())
+    _, s, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    kept = 1 + int(((s ** 2).cumsum(0) / (s ** 2).sum() >= 0.9).nonzero()[0])
+    x, k, scores = (x - x.mean(0)) @ v[:kept].T, max(2, round(min(len(p), len(q)) / 10)), []
+    w = torch.linspace(1e-6, 1 - 1e-6, 25).double()[:, None]
+    for seed in range(seeds):
+        labels = kmeans(x.float(), k, torch.Generator().manual_seed(seed))
+        a, b = (torch.bincount(part, minlength=k).double() / len(part) for part in labels.split([len(p), len(q)]))
+        mix = w * a + (1 - w) * b                                                                            # (25, k)
+        curve = [torch.exp(-5 * (torch.xlogy(d, d) - torch.xlogy(d, mix)).sum(1)) for d in (b, a)]
+        curve = torch.cat([torch.eye(2).double(), torch.stack(curve, 1)])           # with its ends, (1, 0) and (0, 1)
+        scores.append(sum(float(torch.trapezoid(c[o, 1], c[o, 0])) / 2
+                          for c in (curve, curve.flip(1)) for o in [c[:, 0].argsort()]))
+    return np.array(scores)
+
+
+def mauve(args, models, device):
+    """MAUVE of samples against validation text: mean and standard deviation over 5 runs of k-means (Section D.1)."""
+    args.data = args.data or models[0].args.get("data")
+    if not args.data:
+        raise BadInput(f"--data is needed for {models[0].name}: the text to compare with")
+    judge, to_judge, data, length = text_setting(args, models, device)
+    real = last_hidden(judge, to_judge(validation_rows(data, args.n, args.seed)), device)
+    if min(args.n, len(real)) < 1000:
+        print(f"{args.n} samples against {len(real)} rows: below 1000 MAUVE is too high, and rough", file=sys.stderr)
     rows = []
-    for model, decode, k in tqdm(jobs, desc="genppl", unit="row", disable=not sys.stderr.isatty()):
-        if model == "data":
-            sampled = data.rows(np.random.default_rng(args.seed).permutation(len(data))[:args.n])[:, 1:]
-            row = dict(model="data", decode="", nfe=None)
-        else:
-            sampled, calls, checks = sample_rows(model, args.n, k, decode == "greedy", args, device, apd, length,
-                                                 batch=args.batch_size)
-            row = dict(model=model.name, decode=decode, nfe=k, nfe_counted=calls, verifier_calls=checks,
-                       **dict(zip(("tau", "top_p"), resolve_sampling(args, model))))
-        ids = other.encode([tokenizer.decode(r) for r in sampled]) if other else sampled
-        nll, count = judge_nll(judge, ids, device)
-        rows.append(row | dict(gen_ppl=float(np.exp(nll.sum() / max(1, count.sum()))), n=len(sampled),
-                               entropy=float(np.mean([entropy(r) for r in sampled])), entropy_set=entropy(sampled)))
-    print_table(rows, GENPPL_COLUMNS)
-    print(f"\nn = {args.n} samples a row of {length - 1} tokens, judge {judge.name}; entropy: of the tokens of a sample"
-          f" (mean), and of the whole set, in nats.\n{sampler_note(args)}"
-          + f" Medusa: {args.accept} acceptance, epsilon {args.epsilon}, delta {args.delta}." * any(
-              isinstance(m, Medusa) for m in models))
+    for row, sampled in text_rows(args, models, device, length):
+        scores = mauve_scores(last_hidden(judge, to_judge(sampled), device), real)
+        rows.append(row | dict(mauve=float(scores.mean()), mauve_std=float(scores.std(ddof=1)), references=len(real))
+                    | text_facts(sampled))
+    print_table(rows, TEXT_COLUMNS)
+    print(f"\n{text_note(args, models, judge, length)}\nMAUVE against {len(real)} validation rows of {args.data}; "
+          "±: standard deviation over 5 seeds of k-means.")
     return rows
 
 
@@ -540,13 +634,14 @@ def decodes(text):
 
 def main(argv=None):
     parser = Parser(description="Evaluate checkpoints.")
-    functions = dict(maze=maze, nfe=nfe, genppl=genppl, ppl=ppl, acceptance=acceptance)
+    functions = dict(maze=maze, nfe=nfe, genppl=genppl, mauve=mauve, ppl=ppl, acceptance=acceptance)
     sub = parser.add_subparsers(dest="what", required=True, metavar="|".join(functions), parser_class=Parser)
     for name, function in functions.items():
-        text = name in ("genppl", "ppl", "acceptance")
+        text, generated = name in ("genppl", "mauve", "ppl", "acceptance"), name in ("genppl", "mauve")
         p = sub.add_parser(name, help=function.__doc__.splitlines()[0])
         p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints or run directories")
-        p.add_argument("--n", type=number(int, 2), default=dict(genppl=300, ppl=2000, acceptance=500).get(name, 1000),
+        n = dict(genppl=300, mauve=5000, ppl=2000, acceptance=500).get(name, 1000)
+        p.add_argument("--n", type=number(int, 2), default=n,
                        help=dict(ppl="validation rows", acceptance="prompts").get(name, "samples per row"))
         p.add_argument("--json", help="also write the rows to this file")
         if text:
@@ -572,8 +667,8 @@ def main(argv=None):
                        help="numbers of steps, as in 1,2,4; BD3-LM makes the same number, at least one, in each block")
         p.add_argument("--decode", type=decodes, default=["sample"] if text else ["sample", "greedy"],
                        help="sample, greedy (argmax)")
-        if name == "genppl":
-            p.add_argument("--judge", required=True, help="AR checkpoint, gpt2[-medium|-large|-xl], or hf:NAME")
+        if generated:
+            p.add_argument("--judge", default="gpt2-large", help="AR checkpoint, gpt2[-medium|-large|-xl], or hf:NAME")
             medusa_flags(p)
         if name == "nfe":
             p.add_argument("--plot", help="also draw them into this .png or .svg (needs matplotlib)")
@@ -589,7 +684,7 @@ def main(argv=None):
         for path, m in zip(args.ckpt, models):
             m.name = path                                  # run directories of the same name
     for m in models:
-        if isinstance(m, Medusa) and args.what not in ("genppl", "acceptance"):
+        if isinstance(m, Medusa) and args.what not in ("genppl", "mauve", "acceptance"):
             raise BadInput(f"--ckpt: {m.name} holds Medusa heads: evaluate.py acceptance and genppl measure these")
     with autocast, torch.no_grad():
         rows = functions[args.what](args, models, device)

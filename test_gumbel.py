@@ -2948,7 +2948,59 @@ def test_genppl_and_ppl_cli(text_runs, cli, monkeypatch, tmp_path):
     assert code == 0 and "| verifier |" in out, err
     refused(cli(evaluate, "genppl --judge=out/plain --ckpt out/plain"), "--judge=out/plain", "AR model")
     refused(cli(evaluate, "ppl --ckpt out/plain --data=nowhere"), "nowhere")
-    refused(cli(evaluate, "genppl --ckpt out/plain"), "--judge")
+    code, out, err = cli(evaluate, "mauve --judge=out/ar --ckpt out/plain out/gumbel --n=30 --nfe=3 "
+                         f"--decode=greedy,sample --json={tmp_path / 'm.json'}")
+    rows = json.loads((tmp_path / "m.json").read_text())["rows"]
+    assert code == 0 and "below 1000 MAUVE is too high" in err and len(rows) == 4 and "| MAUVE |" in out, err
+    assert all(0 < r["mauve"] <= 1 + 1e-9 and r["mauve_std"] >= 0 and r["entropy"] >= 0 for r in rows), rows
+    with monkeypatch.context() as m:                       # the default judge
+        m.setenv("GUMBEL_CACHE", str(tmp_path))
+        m.setattr(torch.hub, "download_url_to_file", lambda *a: (_ for _ in ()).throw(OSError("offline")))
+        for what in ("genppl", "mauve"):
+            refused(cli(evaluate, f"{what} --ckpt out/plain"), "gpt2-large", "offline")
+
+
+def test_mauve_is_that_of_mauve_text(recwarn):
+    """The same features: equal to mauve-text's within what the seeds of k-means differ by, from near to far apart; a
+    set against itself scores 1, sets that share no cluster almost 0."""
+    reference = pytest.importorskip("mauve", reason="pip install mauve-text")
+    A = torch.randn(24, 24, generator=gen())
+    for shift in (0.0, 0.3, 1.0):
+        p, q = (torch.randn(500, 24, generator=gen(i)) @ A + shift * i for i in (0, 1))
+        ours = evaluate.mauve_scores(p, q)
+        theirs = np.array([reference.compute_mauve(p.numpy(), q.numpy(), seed=s).mauve for s in range(5)])
+        assert abs(ours.mean() - theirs.mean()) < 2 * math.hypot(ours.std(), theirs.std()) / 5 ** 0.5 + 0.004, (
+            shift, ours, theirs)
+    assert np.allclose(evaluate.mauve_scores(p, p), 1)
+    assert evaluate.mauve_scores(p, p + 50).max() < 0.01
+
+
+def test_kmeans():
+    """A fixed point of Lloyd's iteration, the best of the runs, two clusters where there are two; more clusters than
+    distinct points are no obstacle."""
+    x = torch.randn(300, 5, generator=gen())
+
+    def cost(labels, check=False):
+        centre = torch.stack([x[labels == i].mean(0) for i in range(8)])
+        assert not check or torch.equal(torch.cdist(x, centre).argmin(1), labels)
+        return float((x - centre[labels]).square().sum())
+    assert cost(evaluate.kmeans(x, 8, gen(2)), check=True) < cost(evaluate.kmeans(x, 8, gen(2), redo=1))
+    x[:100] += 20
+    labels = evaluate.kmeans(x, 2, gen())
+    assert (labels[:100] == labels[0]).all() and (labels[100:] == 1 - labels[0]).all()
+    assert len(evaluate.kmeans(torch.ones(30, 5), 4, gen())) == 30
+
+
+def test_mauve_features_are_those_of_mauve_text(tmp_path):
+    """The last layer at each text's last token, no BOS in front, texts of different lengths in one batch."""
+    mauve_utils = pytest.importorskip("mauve.utils", reason="pip install mauve-text")
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    save_gpt2(tmp_path, V=60, L=32)
+    samples = [torch.randint(60, (n,), generator=gen(n)) for n in (5, 31, 12, 7, 32)]
+    want = mauve_utils.featurize_tokens_from_model(
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path), [s[None] for s in samples], 2)
+    got = evaluate.last_hidden(GPT2.from_pretrained(str(tmp_path)), [s.numpy() for s in samples], "cpu", batch=3)
+    assert torch.allclose(got, want, atol=1e-4)
 
 
 def perfect_student_nats(rows, teacher, n_draws):

@@ -394,8 +394,7 @@ def kmeans(x, k, generator, redo=5, iterations=500):
     for _ in range(redo):
         centre, labels = x[torch.randperm(len(x), generator=generator)[:k]], None
         for _ in range(iterations):
-            distance = torch.cdist(x, centre)
-            nearest, new = distance.min(1)
+            nearest, new = torch.cdist(x, centre).min(1)
             if labels is not None and torch.equal(new, labels):
                 break
             labels = new
@@ -411,9 +410,10 @@ def mauve_scores(p, q, seeds=5):
     unit rows, joint PCA to 90 % of the variance, n / 10 clusters, the area under exp(-5 KL), no smoothing.
     """
     x = torch.nn.functional.normalize(torch.cat([p, q]).double())
-    _, s, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    x = x - x.mean(0)
+    _, s, v = torch.linalg.svd(x, full_matrices=False)
     kept = 1 + int(((s ** 2).cumsum(0) / (s ** 2).sum() >= 0.9).nonzero()[0])
-    x, k, scores = (x - x.mean(0)) @ v[:kept].T, max(2, round(min(len(p), len(q)) / 10)), []
+    x, k, scores = x @ v[:kept].T, max(2, round(min(len(p), len(q)) / 10)), []
     w = torch.linspace(1e-6, 1 - 1e-6, 25).double()[:, None]
     for seed in range(seeds):
         labels = kmeans(x.float(), k, torch.Generator().manual_seed(seed))

@@ -239,6 +239,14 @@ def nucleus(logits, top_p):
     return logits.masked_fill(torch.zeros_like(outside).scatter_(-1, where, outside), -math.inf)
 
 
+def check_draws(tau, top_p):
+    """ValueError for a temperature or nucleus that no sampler can use."""
+    if not tau > 0:
+        raise ValueError(f"tau must be positive, got {tau}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+
+
 def draw_tokens(logits, top_p=1.0, greedy=False, noise=None, generator=None):
     """One token per row of logits [N, V] -> [N]; `noise` [N, V] is drawn (with an exact tail) unless given."""
     if greedy:
@@ -406,10 +414,7 @@ class MDLM(nn.Module):
 
     def check_sampling(self, tokens, tau, top_p, noise, resample_noise):
         """ValueError for what a sampler cannot be given."""
-        if not tau > 0:
-            raise ValueError(f"tau must be positive, got {tau}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+        check_draws(tau, top_p)
         if noise is not None and (self.noise_embed is None or resample_noise):
             raise ValueError("noise is given, but the model was built without it, or is told to resample it")
         if (tokens[:, 0] != self.bos).any():

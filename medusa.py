@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from gumbel import GumbelEmbedding, sample_gumbel
-from mdlm import Block, draw_tokens, nucleus, rope_tables, row_losses
+from mdlm import Block, check_draws, draw_tokens, nucleus, rope_tables, row_losses
 
 ACCEPT = ("typical", "exact", "greedy")
 
@@ -207,8 +207,7 @@ class Medusa(nn.Module):
         B, P, device = *tokens.shape, tokens.device
         if accept not in ACCEPT:
             raise ValueError(f"unknown accept {accept!r}: one of {', '.join(ACCEPT)}")
-        if not tau > 0 or not 0 < top_p <= 1:
-            raise ValueError(f"tau must be positive and top_p in (0, 1], got {tau} and {top_p}")
+        check_draws(tau, top_p)
         if not 1 <= P <= T <= backbone.length:
             raise ValueError(f"the prompt has {P} tokens, the sample {T}, the backbone's rows {backbone.length}")
         nfe = torch.zeros(B, dtype=torch.long, device=device)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from data.prepare import BadInput, optional
 from gumbel import posterior_gumbel, sample_gumbel
-from mdlm import KVCache, Transformer, draw_tokens, fold_published, read_weights, row_losses
+from mdlm import KVCache, Transformer, check_draws, draw_tokens, fold_published, read_weights, row_losses
 
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
 GPT2_SIZES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20),
@@ -70,8 +70,7 @@ class CausalLM(nn.Module):
         """
         length = length or self.length
         B, P = tokens.shape
-        if not tau > 0 or not 0 < top_p <= 1:
-            raise ValueError(f"tau must be positive and top_p in (0, 1], got {tau} and {top_p}")
+        check_draws(tau, top_p)
         if not 1 <= P <= length:
             raise ValueError(f"the prompt has {P} tokens, the sample {length}")
         if length > self.length:

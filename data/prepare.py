@@ -17,6 +17,7 @@ import argparse
 import collections
 import csv
 import functools
+import glob
 import gzip
 import hashlib
 import importlib
@@ -24,6 +25,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -52,18 +54,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def number(kind, low=None, high=None, above=None):
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """An argparse type: an int or a float within bounds, refused with a sentence otherwise."""
     def parse(text):
         try:
-            value = kind(text.replace("_", "") if kind is int else text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not "
-                                             f"{'a whole number' if kind is int else 'a number'}") from None
-        bounds = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None) \
-            + [f"at most {high}"] * (high is not None)
-        if not ((low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)):
-            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds)}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        if not (low <= value <= high and value > above):
+            bounds = (("at least", low), ("above", above), ("at most", high))
+            raise argparse.ArgumentTypeError(
+                f"{text} must be {' and '.join(f'{what} {x}' for what, x in bounds if abs(x) < math.inf)}")
         return value
     return parse
 
@@ -113,9 +115,10 @@ MAZE = ["......",
         "......",
         "....T.",
         "..#..."]
-MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))
-MOVE_NAMES, PAD, MAZE_BOS, MAZE_LENGTH = "UDLR", 4, 5, 10
+FREE = {(r, c) for r, line in enumerate(MAZE) for c, cell in enumerate(line) if cell != "#"}
 START, TARGET = (2, 1), (4, 4)
+MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))
+PAD, MAZE_BOS, MAZE_LENGTH = 4, 5, 10
 
 
 @functools.cache                                         # half a second, and every table row asks for it
@@ -123,17 +126,9 @@ def maze_paths():
     """All valid sequences, [2000, 10] uint16, sorted by length: free cells only, target first reached at the end."""
     paths, frontier = [], [((), START)]
     for m in range(1, MAZE_LENGTH + 1):
-        step = []
-        for path, (r, c) in frontier:
-            for k, (dr, dc) in enumerate(MOVES):
-                at = r + dr, c + dc
-                if not (0 <= at[0] < 6 and 0 <= at[1] < 6) or MAZE[at[0]][at[1]] == "#":
-                    continue
-                if at == TARGET:
-                    paths.append(path + (k,) + (PAD,) * (MAZE_LENGTH - m))
-                else:
-                    step.append((path + (k,), at))
-        frontier = step
+        steps = [(path + (k,), (r + dr, c + dc)) for path, (r, c) in frontier for k, (dr, dc) in enumerate(MOVES)]
+        paths += [path + (PAD,) * (MAZE_LENGTH - m) for path, at in steps if at == TARGET]
+        frontier = [(path, at) for path, at in steps if at in FREE and at != TARGET]
     paths = np.array(paths, dtype=np.uint16)
     paths.setflags(write=False)
     return paths
@@ -162,22 +157,20 @@ def maze_dataset(name):
 
 
 def draw_maze(row):
-    """A path on the grid, for the terminal: digits are the visiting order (latest at a cell), X where it went wrong."""
+    """A path on the grid, for the terminal: digits are the visiting order (latest at a cell); how it ends."""
     grid, at, note = [list(line) for line in MAZE], START, "does not reach T"
-    for i, k in enumerate(row):
+    for i, k in enumerate(row, 1):
         if k >= PAD:
             note = "stops before T"
             break
         at = at[0] + MOVES[k][0], at[1] + MOVES[k][1]
-        if not (0 <= at[0] < 6 and 0 <= at[1] < 6) or MAZE[at[0]][at[1]] == "#":
-            note = f"move {i + 1} leaves the free cells"
-            if 0 <= at[0] < 6 and 0 <= at[1] < 6:
-                grid[at[0]][at[1]] = "X"
+        if at not in FREE:
+            note = f"move {i} leaves the free cells"
             break
         if at == TARGET:
-            note = f"reaches T in {i + 1} moves" if all(k == PAD for k in row[i + 1:]) else "goes on after T"
+            note = f"reaches T in {i} moves" if all(k == PAD for k in row[i:]) else "goes on after T"
             break
-        grid[at[0]][at[1]] = str((i + 1) % 10)
+        grid[at[0]][at[1]] = str(i % 10)
     moves = "".join("UDLR.?"[min(k, 5)] for k in row)
     return "\n".join(" ".join(line) for line in grid) + f"\n{moves}: {note}\n"
 
@@ -186,13 +179,13 @@ def draw_maze(row):
 # tokenizers
 
 class Tokenizer:
-    """encode(list of str) -> list of uint16 arrays; decode(ids) -> str. name: "gpt2" (tiktoken); "bytes" (ids 0..255,
-    any file); "chars:" + the characters it knows; "hf:NAME" (a Hugging Face name, folder or .gguf file, through
+    """encode(list of str) -> list of id arrays; decode(ids) -> str. name: "gpt2" (tiktoken); "bytes" (ids 0..255, any
+    file); "chars:" + the characters it knows; "hf:NAME" (a Hugging Face name, folder or .gguf file, through
     `transformers`); "maze"; "ids", numbers as they are, for a checkpoint that names no tokenizer.
     """
 
     def __init__(self, name, vocab_size=None):
-        self.name, self.vocab_size, self.bos = name, vocab_size, None
+        self.name, self.vocab_size, self.bos, self.chars = name, vocab_size, None, None
         if name == "gpt2":
             import tiktoken
             try:
@@ -203,16 +196,14 @@ class Tokenizer:
             self.vocab_size, self.bos = 50257, 50256
         elif name == "bytes":
             self.vocab_size, self.bos = 257, 256
-        elif name == "maze":
-            self.vocab_size, self.bos = 6, MAZE_BOS
-        elif name.startswith("chars:"):
-            self.id = {c: i for i, c in enumerate(name[6:])}
-            self.vocab_size, self.bos = len(self.id) + 1, len(self.id)
+        elif name == "maze" or name.startswith("chars:"):
+            self.chars = "UDLR." if name == "maze" else name[6:]
+            self.vocab_size, self.bos = len(self.chars) + 1, len(self.chars)
         elif name.startswith("hf:"):
-            where, file = os.path.split(name[3:]) if name.endswith(".gguf") else (name[3:], None)
+            load = optional("transformers", f"tokenizer {name}").AutoTokenizer.from_pretrained
+            folder, file = os.path.split(name[3:])
             try:
-                self.bpe = optional("transformers", f"tokenizer {name}").AutoTokenizer.from_pretrained(
-                    where or ".", **({"gguf_file": file} if file else {}))
+                self.bpe = load(folder or ".", gguf_file=file) if file.endswith(".gguf") else load(name[3:])
             except (OSError, ValueError, ImportError) as e:
                 raise BadInput(f"transformers cannot load the tokenizer {name}: {str(e).splitlines()[0]}") from None
             self.vocab_size = len(self.bpe)
@@ -226,56 +217,58 @@ class Tokenizer:
 
     def encode(self, texts):
         if self.name == "gpt2":                          # tiktoken releases the GIL: real threads, order kept
-            return [np.array(t, dtype=np.uint16)
-                    for t in self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())]
-        if self.name.startswith("hf:"):
-            return [np.array(t, dtype=np.uint16)
-                    for t in self.bpe(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-        if self.name == "maze":
-            return [np.array(["UDLR.".index(c) for c in t], dtype=np.uint16) for t in texts]
-        if self.name == "ids":
-            return [np.array(t.split(), dtype=np.uint16) for t in texts]
-        if self.name.startswith("chars:"):
+            rows = self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        elif self.name == "bytes":
+            rows = [np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8) for text in texts]
+        elif self.name == "ids":
+            rows = [text.split() for text in texts]
+        elif self.chars is None:
+            rows = self.bpe(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            ids = {c: i for i, c in enumerate(self.chars)}
             try:
-                return [np.array([self.id[c] for c in t], dtype=np.uint16) for t in texts]
+                rows = [[ids[c] for c in text] for text in texts]
             except KeyError as e:
-                raise BadInput(f"the character {e} is not among this tokenizer's {len(self.id)}") from None
-        return [np.frombuffer(t.encode("utf-8", "surrogateescape"), dtype=np.uint8).astype(np.uint16) for t in texts]
+                raise BadInput(f"the character {e} is not among the tokenizer's {len(ids)}: "
+                               f"{' '.join(self.chars[:60])!r}") from None
+        return [np.array(row, dtype=np.uint16) for row in rows]
 
     def decode(self, ids):
         """Ids of one row, without BOS in front -> text."""
-        if self.name == "gpt2":
-            return self.bpe.decode([int(i) for i in ids if i < 50257])
+        ids = [int(i) for i in ids if self.name == "ids" or i < self.vocab_size]
         if self.name == "bytes":
-            return bytes(int(i) for i in ids if i < 256).decode("utf-8", "replace")
-        if self.name.startswith("hf:"):
-            return self.bpe.decode(list(ids))
+            return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
         if self.name == "ids":
             return " ".join(map(str, ids))
-        if self.name.startswith("chars:"):
-            return "".join(self.name[6 + i] for i in ids if i < self.bos)
-        return "".join("UDLR.?"[min(int(i), 5)] for i in ids)
+        if self.chars is None:
+            return self.bpe.decode(ids)
+        return "".join(self.chars[i] for i in ids if i != self.bos)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # writing
 
+def write_json(path, data):
+    with open(path, "w") as f:
+        json.dump(data, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+
+
 class Writer:
     """Writes a dataset into OUT.partial and renames it to OUT when it is complete.
 
-    With a `key` (whatever decides the content), a run that was interrupted goes on after the last `commit(done)`:
-    `self.done` says where. Another key starts over.
+    With a `key` (whatever decides the content, as JSON has it), a run that was interrupted goes on after the last
+    `commit(done)`: `self.done` says where. Another key starts over.
     """
 
     def __init__(self, out, meta, key=None, shard_tokens=100_000_000):
-        out = os.path.normpath(out)
-        self.out, self.partial, self.meta, self.shard_tokens = out, out + ".partial", meta, shard_tokens
-        self.key, self.done, self.files, self.open = key, 0, [], {}
+        self.out, self.meta, self.key, self.shard_tokens = os.path.normpath(out), meta, key, shard_tokens
+        self.partial, self.done, self.files = self.out + ".partial", 0, []
         if (meta.get("vocab_size") or 0) > 1 << 16:
             raise BadInput(f"shards hold at most 65536 ids, this vocabulary has {meta['vocab_size']}")
-        if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
-            raise BadInput(f"{out} exists already: choose another --out, or remove it")
-        self.progress = os.path.join(self.partial, "progress.json")
+        if os.path.isfile(self.out) or os.path.isdir(self.out) and os.listdir(self.out):
+            raise BadInput(f"{self.out} exists already: choose another --out, or remove it")
         if key is None or not self._resume():
             shutil.rmtree(self.partial, ignore_errors=True)
             try:
@@ -287,55 +280,42 @@ class Writer:
         return os.path.join(self.partial, name)
 
     def _resume(self):
+        """Go back to the last commit of a run with the same key. False: there is none that is whole."""
         try:
-            with open(self.progress) as f:
-                p = json.load(f)
-            sizes = {f["name"]: 2 * f["tokens"] for f in p["files"]}
-            if p["key"] != self.key or any(os.path.getsize(self._path(n)) < size for n, size in sizes.items()):
+            with open(self._path("progress.json")) as f:
+                last = json.load(f)
+            sizes = {self._path(f["name"]): 2 * f["tokens"] for f in last["files"]}
+            if last["key"] != self.key or any(os.path.getsize(path) < size for path, size in sizes.items()):
                 return False
         except (OSError, ValueError, KeyError):
             return False
-        self.done, self.files = p["done"], p["files"]
-        for name in set(os.listdir(self.partial)) - {"progress.json"}:         # what is committed stays, and no more
-            if name in sizes:
-                os.truncate(self._path(name), sizes[name])
-            else:
-                os.remove(self._path(name))
+        for path, size in sizes.items():
+            os.truncate(path, size)
+        self.done, self.files = last["done"], last["files"]
         print(f"{self.partial}: continuing after {self.done} units", file=sys.stderr)
         return True
 
     def write(self, split, ids):
-        ids = np.ascontiguousarray(ids, dtype="<u2")
+        ids = np.asarray(ids, dtype="<u2")
         while len(ids):
-            entry = next((f for f in self.files if f["split"] == split and f["tokens"] < self.shard_tokens), None)
-            if entry is None:
-                n = sum(f["split"] == split for f in self.files)
-                entry = dict(name=f"{split}_{n:03d}.bin", split=split, tokens=0)
-                self.files.append(entry)
-            if entry["name"] not in self.open:
-                self.open[entry["name"]] = open(self._path(entry["name"]), "ab")
-            part, ids = np.split(ids, [self.shard_tokens - entry["tokens"]])
-            self.open[entry["name"]].write(part.tobytes())
-            entry["tokens"] += len(part)
-            if entry["tokens"] == self.shard_tokens:
-                self._close(entry["name"])
-
-    def _close(self, name):
-        file = self.open.pop(name)
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+            files = [f for f in self.files if f["split"] == split]
+            if not files or files[-1]["tokens"] == self.shard_tokens:
+                files.append(dict(name=f"{split}_{len(files):03d}.bin", split=split, tokens=0))
+                self.files.append(files[-1])
+            last = files[-1]
+            part, ids = np.split(ids, [self.shard_tokens - last["tokens"]])
+            with open(self._path(last["name"]), "ab" if last["tokens"] else "wb") as f:
+                f.write(part)
+            last["tokens"] += len(part)
 
     def commit(self, done):
         """All that was written is on disk, and stands for `done` units of the input."""
-        for name in list(self.open):
-            self._close(name)
+        for f in self.files:
+            with open(self._path(f["name"]), "rb") as file:
+                os.fsync(file.fileno())
         self.done = done
-        with open(self.progress + ".tmp", "w") as f:
-            json.dump(dict(key=self.key, done=done, files=self.files), f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(self.progress + ".tmp", self.progress)
+        write_json(self._path("progress.tmp"), dict(key=self.key, done=done, files=self.files))
+        os.replace(self._path("progress.tmp"), self._path("progress.json"))
 
     def finish(self):
         """Hash, name, write meta.json, rename the folder. Returns tokens per split."""
@@ -343,25 +323,23 @@ class Writer:
         for f in self.files:
             with open(self._path(f["name"]), "rb") as file:
                 f["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        for split in ("train", "val"):                   # the usual case: one file a split, with a plain name
+        tokens = {}
+        for split in ("train", "val"):
             files = [f for f in self.files if f["split"] == split]
-            if len(files) == 1:
+            tokens[split] = sum(f["tokens"] for f in files)
+            if len(files) == 1:                            # the usual case: one file a split, with a plain name
                 os.rename(self._path(files[0]["name"]), self._path(split + ".bin"))
                 files[0]["name"] = split + ".bin"
-        with open(self._path("meta.json"), "w") as f:
-            json.dump(self.meta | {"files": self.files}, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
+        write_json(self._path("meta.json"), self.meta | {"files": self.files})
         os.rename(self.partial, self.out)                  # fails if someone filled OUT meanwhile
         os.remove(os.path.join(self.out, "progress.json"))
-        return {split: sum(f["tokens"] for f in self.files if f["split"] == split) for split in ("train", "val")}
+        return tokens
 
 
 def make_maze(name, out=None):
-    out = out or f"data/{name}"
-    writer = Writer(out, dict(name=name, tokenizer="maze", vocab_size=6, bos=MAZE_BOS,
-                              predict_bos=False, row_length=MAZE_LENGTH))
-    rows = maze_dataset(name)
+    out, rows = out or f"data/{name}", maze_dataset(name)
+    writer = Writer(out, dict(name=name, tokenizer="maze", vocab_size=6, bos=MAZE_BOS, predict_bos=False,
+                              row_length=MAZE_LENGTH))
     for split in ("train", "val"):                       # the language is finite: the same rows
         writer.write(split, rows.ravel())
     writer.finish()
@@ -378,24 +356,21 @@ def documents(f, separator, piece=1 << 20):
     pieces are the tokens of the whole (but for a run of `piece` characters without such a place). A file's end ends a
     document. Empty documents are left out.
     """
-    empty, buffer = True, ""                             # nothing of the current document yielded yet
-    while True:
+    keep = max(1, len(separator))                          # characters in which a separator may have begun
+    buffer, first, block = "", True, None                  # first: nothing of the current document yielded yet
+    while block != "":
         block = f.read(piece)
         *ended, buffer = (buffer + block).split(separator) if separator else [buffer + block]
         for text in ended + [buffer] * (not block):
-            text = text.strip("\r\n") if empty else text.rstrip("\r\n")
-            if text or not empty:
+            text = text.strip("\r\n") if first else text.rstrip("\r\n")
+            if text or not first:
                 yield text, True
-            empty = True
-        if not block:
-            break
-        if len(buffer) > piece + len(separator):
-            cut = len(buffer) - max(1, len(separator))                          # the separator may have begun
-            while cut > 1 and not (buffer[cut].isspace() and not buffer[cut - 1].isspace()):
-                cut -= 1
-            cut = cut if cut > 1 else len(buffer) - max(1, len(separator))
-            yield (buffer[:cut].lstrip("\r\n") if empty else buffer[:cut]), False
-            empty, buffer = False, buffer[cut:]
+            first = True
+        if block and len(buffer) > piece + len(separator):
+            place = re.match(r".*\S(?=\s)", buffer[:len(buffer) - keep + 1], re.DOTALL)
+            cut = place.end() if place else len(buffer) - keep
+            yield (buffer[:cut].lstrip("\r\n") if first else buffer[:cut]), False
+            first, buffer = False, buffer[cut:]
 
 
 def read_documents(path, separator="", by_line=False, field="text", errors="strict", file=None):
@@ -433,47 +408,70 @@ def read_documents(path, separator="", by_line=False, field="text", errors="stri
 
 def expand(files):
     """Files as they are; a folder as all files in it, sorted, but for those with a dot name."""
-    return [p for f in files or () for p in ([f] if not os.path.isdir(f) else sorted(
-        os.path.join(d, n) for d, _, ns in os.walk(f) for n in ns
-        if not any(part.startswith(".") for part in os.path.relpath(os.path.join(d, n), f).split(os.sep))))]
-
-
-def sources(files, hub, flag="--files", **how):
-    """The documents of `files` (folders: all their files, sorted), or without any, of `hub` (NAME[:CONFIG][@REVISION])
-    streamed by `datasets`: a function that begins anew -> yields (name, text, whether it ends its document)."""
-    paths = expand(files)
+    paths = []
+    for f in files:
+        inside = glob.glob(os.path.join(glob.escape(f), "**"), recursive=True) if os.path.isdir(f) else [f]
+        paths += sorted(path for path in inside if not os.path.isdir(path))
     for path in paths:
         if not os.path.isfile(path):
-            raise BadInput(f"{flag}: {path} is not a file or a folder")
+            raise BadInput(f"--files: {path} is not a file or a folder")
+    return paths
 
-    def stream(split="train"):
-        if files:
-            for path in paths:
-                try:
-                    for document in read_documents(path, **how):
-                        if not isinstance(document[1], str):
-                            raise TypeError(f"a document is {document[1]!r}, which is no text")
-                        yield document
-                except UnicodeDecodeError as e:
-                    raise BadInput(f"{flag}: {path} holds bytes that are not UTF-8 ({e.reason} at byte {e.start} of a "
-                                   "block): convert them, or use --tokenizer=bytes") from None
-                except (OSError, EOFError, ValueError, LookupError, TypeError, tarfile.TarError, csv.Error,
-                        lzma.LZMAError, zlib.error) as e:
-                    raise BadInput(f"{flag}: {path} cannot be read ({type(e).__name__}: {e}): truncated, or not of the "
-                                   "kind its name says, or without the field of the text") from None
-        else:
-            where, _, revision = hub.partition("@")
-            where, _, config = where.partition(":")
-            load = optional("datasets", f"{hub} without {flag}").load_dataset
-            try:
-                rows = load(where, config or None, split=split, streaming=True, revision=revision or None)
-                for row in rows:
-                    yield where, row[how.get("field", "text")], True
-            except Exception as e:                       # a hub and its library fail in a hundred ways
-                why = (str(e) or "-").splitlines()[0]
-                raise BadInput(f"datasets cannot stream {hub} ({type(e).__name__}: {why}): go online, name a copy with "
-                               f"--hub, or give local files with {flag}") from None
-    return stream
+
+def stream_files(paths, **how):
+    """The documents of files: yields (file's name, text, whether it ends its document). Raises BadInput."""
+    for path in paths:
+        try:
+            for name, text, ends in read_documents(path, **how):
+                if not isinstance(text, str):
+                    raise TypeError(f"a document is {text!r}, which is no text")
+                yield name, text, ends
+        except UnicodeDecodeError as e:
+            raise BadInput(f"--files: {path} holds bytes that are not UTF-8 ({e.reason} at byte {e.start} of a block): "
+                           "convert them, or use --tokenizer=bytes") from None
+        except (OSError, EOFError, ValueError, LookupError, TypeError, tarfile.TarError, csv.Error, lzma.LZMAError,
+                zlib.error) as e:
+            raise BadInput(f"--files: {path} cannot be read ({type(e).__name__}: {e}): truncated, or not of the kind "
+                           "its name says, or without the field of the text") from None
+
+
+def stream_hub(hub, splits, field):
+    """The same from a Hugging Face dataset NAME[:CONFIG][@REVISION], through `datasets`, named NAME:SPLIT."""
+    where, _, revision = hub.partition("@")
+    where, _, config = where.partition(":")
+    load = optional("datasets", f"{hub} without --files").load_dataset
+    try:
+        for split in splits:
+            for row in load(where, config or None, split=split, streaming=True, revision=revision or None):
+                yield f"{where}:{split}", row[field], True
+    except Exception as e:                                 # a hub and its library fail in a hundred ways
+        raise BadInput(f"datasets cannot stream {hub} ({type(e).__name__}: {(str(e) or '-').splitlines()[0]}): go "
+                       "online, name a copy with --hub, or give local files with --files") from None
+
+
+def begin(args, hub=None, splits=("train",), field="text", **how):
+    """What all kinds of text begin with: (tokenizer, a function that streams the documents anew, writer)."""
+    if args.tokenizer.startswith(("maze", "ids", "chars:")):
+        raise BadInput(f"--tokenizer={args.tokenizer} is none for text: use gpt2, bytes, chars or hf:NAME")
+    chars = args.what == "text" and args.tokenizer == "chars"                  # which ones: when the text is read
+    tokenizer, paths = Tokenizer("chars:" if chars else args.tokenizer), expand(args.files or [])
+    if args.files:
+        stream = functools.partial(stream_files, paths, field=args.field or field, **how)
+    else:
+        stream = functools.partial(stream_hub, args.hub or hub, splits, args.field or field)
+    meta = dict(name=os.path.basename(os.path.normpath(args.out)), tokenizer=tokenizer.name, row_length=None,
+                vocab_size=tokenizer.vocab_size, bos=int(tokenizer.bos), predict_bos=True)
+    key = vars(args) | {"sizes": [[path, os.path.getsize(path)] for path in paths]}      # what decides the content
+    return tokenizer, stream, Writer(args.out, meta, key)
+
+
+def take(stream, chars):
+    """The next items (split, text, whether it ends its document) of an iterator, with some `chars` characters."""
+    batch = []
+    while chars >= 0 and (item := next(stream, None)):
+        batch.append(item)
+        chars -= len(item[1])
+    return batch
 
 
 COMMIT = 1 << 25                                         # tokens between two points at which a run can be continued
@@ -482,69 +480,56 @@ COMMIT = 1 << 25                                         # tokens between two po
 def write_text(writer, stream, tokenizer, eos=True, hold_out=0, batch_chars=1 << 22):
     """Encode a stream of (split, text, whether it ends its document), EOS (= BOS) after each. -> {split: tokens}.
 
-    `hold_out`: so many of the last documents become the val split; a document waits in memory (2 bytes a token) until
-    as many have followed it.
+    A few MB are in flight, whatever the input's size. `hold_out`: so many of the last documents become the val split;
+    a document waits in memory (2 bytes a token) until as many have followed it.
     """
-    batch, pending, done, since, n = [], 0, writer.done, 0, 0
-    waiting, whole = collections.deque(), 0
+    stream, done, since = itertools.islice(stream, writer.done, None), writer.done, 0
+    waiting, whole = collections.deque(), 0                # encoded and not yet written; documents that end among them
     with tqdm(unit="token", unit_scale=True, desc=writer.out, mininterval=1) as bar:
-        for split, text, ends in itertools.chain(itertools.islice(stream, done, None), [(None, "", True)]):
-            if split:
-                batch.append((split, text, ends))
-                pending += len(text)
-            if split and pending <= batch_chars:         # a few MB in flight, whatever the input's size
-                continue
-            for ids, (where, _, ends) in zip(tokenizer.encode([text for _, text, _ in batch]), batch):
-                ids = np.append(ids, np.uint16(tokenizer.bos)) if ends and eos else ids
+        while batch := take(stream, batch_chars):
+            for (split, _, ends), ids in zip(batch, tokenizer.encode([text for _, text, _ in batch])):
+                waiting.append((split, np.append(ids, np.uint16(tokenizer.bos)) if ends and eos else ids, ends))
+                whole += ends
+            ready = collections.defaultdict(list)
+            while waiting and (whole > hold_out or not hold_out):
+                split, ids, ends = waiting.popleft()
+                ready[split].append(ids)
+                done, whole = done + 1, whole - ends
+            for split, parts in ready.items():
+                ids = np.concatenate(parts)
+                writer.write(split, ids)
                 bar.update(len(ids))
-                waiting.append((where, ids, ends))
-                n, whole = n + ends, whole + ends
-                while waiting and (whole > hold_out or not hold_out):
-                    where, ids, ends = waiting.popleft()
-                    writer.write(where, ids)
-                    done, since, whole = done + 1, since + len(ids), whole - ends
-            batch, pending = [], 0
+                since += len(ids)
             if since > COMMIT:
                 writer.commit(done)
                 since = 0
-            bar.set_postfix(documents=n, refresh=False)
     if hold_out and not done:
         raise BadInput(f"there are {whole} documents, and the last {hold_out} should be held out: set a smaller "
                        "--val_documents")
     for _, ids, _ in waiting:
         writer.write("val", ids)
+    if not writer.files:
+        raise BadInput(f"{writer.out} is empty: give files that hold text")
     writer.done = done + len(waiting)
     tokens = writer.finish()
     print(f"{writer.out}: {tokens['train']} tokens for training, {tokens['val']} for validation", file=sys.stderr)
     return tokens
 
 
-def text_meta(out, tokenizer):
-    return dict(name=os.path.basename(os.path.normpath(out)), tokenizer=tokenizer.name, row_length=None,
-                vocab_size=tokenizer.vocab_size, bos=int(tokenizer.bos), predict_bos=True)
-
-
-def fingerprint(args):
-    """What decides the content of a dataset: its flags, and the sizes of its files."""
-    return json.loads(json.dumps(vars(args) | {"sizes": [(f, os.path.getsize(f)) for f in expand(args.files)]}))
-
-
 def make_text(args):
     """Any UTF-8 text files (any files at all with `bytes`) -> shards; whole documents are held out for validation."""
-    tokenizer = Tokenizer("chars:" if args.tokenizer == "chars" else args.tokenizer)
-    stream = sources(args.files, None, separator=args.separator, field=args.field,
-                     errors="surrogateescape" if args.tokenizer == "bytes" else "strict")
-    writer = Writer(args.out, text_meta(args.out, tokenizer), fingerprint(args))
+    tokenizer, stream, writer = begin(args, separator=args.separator,
+                                      errors="surrogateescape" if args.tokenizer == "bytes" else "strict")
     n, chars = 0, set()
     for _, text, ends in tqdm(stream(), desc="counting documents", unit="", mininterval=1):
         n += ends
-        chars.update(text if args.tokenizer == "chars" else "")
-    if args.tokenizer == "chars":
-        tokenizer = Tokenizer("chars:" + "".join(sorted(chars)))
-        writer.meta = text_meta(args.out, tokenizer)
+        chars.update(text if tokenizer.chars is not None else "")
     if n < 2:
         raise BadInput(f"--files hold {n} document{'s' * (n != 1)}, and at least one must go to each of train "
                        "and val: set --separator to what stands between documents, or split the text")
+    if tokenizer.chars is not None:
+        tokenizer = Tokenizer("chars:" + "".join(sorted(chars)))
+        writer.meta |= dict(tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, bos=tokenizer.bos)
     hold = max(1, round(args.val_fraction * n))
 
     def split():                                         # in all `hold` of n documents, without a list of them
@@ -561,26 +546,15 @@ def make_text(args):
 
 def make_openwebtext(args):
     """OpenWebText, its last documents held out (Appendix C.1: 100,000), EOS after each document."""
-    tokenizer = Tokenizer(args.tokenizer)
-    stream = sources(args.files, args.hub or "Skylion007/openwebtext", field=args.field)
-    writer = Writer(args.out, text_meta(args.out, tokenizer), fingerprint(args))
+    tokenizer, stream, writer = begin(args, "Skylion007/openwebtext")
     write_text(writer, (("train", text, ends) for _, text, ends in stream()), tokenizer, hold_out=args.val_documents)
 
 
 def make_lm1b(args):
     """The One Billion Word benchmark, detokenised; val is its held-out part (files with `heldout` in their names)."""
-    tokenizer = Tokenizer(args.tokenizer)
-    stream = sources(args.files, args.hub or ZEROSHOT["lm1b"][0], by_line=True, field=args.field)
-    writer = Writer(args.out, text_meta(args.out, tokenizer), fingerprint(args))
-
-    def split():
-        if args.files:
-            yield from (("val" if "heldout" in name else "train", detokenize(text, LM1B), ends)
-                        for name, text, ends in stream())
-        else:
-            for where, hub_split in (("train", "train"), ("val", "test")):
-                yield from ((where, detokenize(text, LM1B), ends) for _, text, ends in stream(hub_split))
-    tokens = write_text(writer, split(), tokenizer)
+    tokenizer, stream, writer = begin(args, ZEROSHOT["lm1b"][0], ("train", "test"), by_line=True)
+    tokens = write_text(writer, (("val" if "heldout" in name or name.endswith(":test") else "train",
+                                  detokenize(text, LM1B), ends) for name, text, ends in stream()), tokenizer)
     if not tokens["val"]:
         print(f"{args.out}: no file has `heldout` in its name: there is no validation split, which training needs",
               file=sys.stderr)
@@ -596,8 +570,8 @@ STRIP = (r"^\s+|\s+\Z", "")
 PTB = [STRIP, (" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (r" \n ", "\n"), (r"\\/", "/"), *[(" N ", " 1 ")] * 10,
        (r"\$ 1", "$1"), (r"# 1", "#1"), ("<unk>", "?")]
 LM1B = [STRIP, ("http : / / ", "http://"), ("https : / / ", "https://"), (r" '(\w+)", r"'\1"),
-        (r" (\w+) \. ", r" \1. "),
-        (r" (\w+) \.$", r" \1."), (r" \? ", "? "), (r" \?$", "?"), (" ! ", "! "), (" !$", "!"), (" , ", ", "),
+        (r" (\w+) \. ", r" \1. "), (r" (\w+) \.$", r" \1."),
+        (r" \? ", "? "), (r" \?$", "?"), (" ! ", "! "), (" !$", "!"), (" , ", ", "),
         (" : ", ": "), (" ; ", "; "), (" / ", "/"), (r'" ([^"]+) "', r'"\1"'), (r"' ([^']+) '", r"'\1'"),
         (r"\( ([^\(\)]+) \)", r"(\1)"), (r"\[ ([^\[\]]+) \]", r"[\1]"), (r"\$ ", "$"), ("\u00a3 ", "\u00a3")]
 LAMBADA = [("[\u201c\u201d]", '"'), STRIP, (r"\A", "\n")]
@@ -622,13 +596,8 @@ def detokenize(text, rules):
 def make_zeroshot(args):
     """A zero-shot set (Table 8): its test texts, detokenised, in one stream without EOS, as the paper wraps them."""
     hub, field, by_line, rules = ZEROSHOT[args.name]
-    tokenizer = Tokenizer(args.tokenizer)
-    stream = sources(args.files, args.hub or hub, by_line=by_line, field=args.field or field)
-    writer = Writer(args.out, text_meta(args.out, tokenizer), fingerprint(args))
-    tokens = write_text(writer, (("val", detokenize(text, rules), ends) for _, text, ends in stream("test")), tokenizer,
-                        eos=False)
-    if not tokens["val"]:
-        raise BadInput(f"{args.name} is empty: give the file of its test split")
+    tokenizer, stream, writer = begin(args, hub, ("test",), field, by_line=by_line)
+    write_text(writer, (("val", detokenize(text, rules), ends) for _, text, ends in stream()), tokenizer, eos=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -651,19 +620,13 @@ class Shards:
             raise BadInput(f"{path} is text without a fixed row length: give --length")
         self.length = length or fixed + 1
         self.stored = fixed or self.length - 1                 # tokens of a row in the file
-        self.maps = []
-        for f in files:
-            if f["split"] != split:
-                continue
-            data = (np.memmap(f["path"], dtype="<u2", mode="r", offset=f["offset"])
-                    if f["tokens"] else np.zeros(0, "<u2"))
-            self.maps.append((f["path"], data))
-            for part in (data[:1 << 19], data[-(1 << 19):]):
-                self._check(part, f["path"])
+        self.files = [f for f in files if f["split"] == split]
+        for f in self.files:
+            self._check(f["ids"][:1 << 19], f["path"])
+            self._check(f["ids"][-(1 << 19):], f["path"])
         # rows never cross files: the tail of a file that does not fill a row is left out
-        self.ends = np.cumsum([len(data) // self.stored for _, data in self.maps])
-        self.n = int(self.ends[-1]) if self.maps else 0
-        if not self.n:
+        self.starts = np.cumsum([0] + [f["tokens"] // self.stored for f in self.files])
+        if not len(self):
             raise BadInput(f"{path} holds no {split} row of {self.length - 1} tokens: "
                            "prepare more text, or use a smaller --length")
 
@@ -673,144 +636,119 @@ class Shards:
                            "prepare the data again with the right tokenizer")
 
     def __len__(self):
-        return self.n
+        return int(self.starts[-1])
 
     def rows(self, indices):
         out = np.full((len(indices), self.length), PAD, dtype=np.int64)
         out[:, 0] = self.meta["bos"]
         for row, i in zip(out, indices):
-            f = int(np.searchsorted(self.ends, i, side="right"))
-            path, data = self.maps[f]
-            a = (i - (self.ends[f - 1] if f else 0)) * self.stored
-            row[1:1 + self.stored] = data[a:a + self.stored]
-            self._check(row, path)
+            k = np.searchsorted(self.starts, i, side="right") - 1
+            a = (i - self.starts[k]) * self.stored
+            row[1:1 + self.stored] = self.files[k]["ids"][a:a + self.stored]
+            self._check(row, self.files[k]["path"])
         return out
 
 
 def read_meta(path):
-    """A dataset's meta.json and its files, sizes checked: (meta, [{name, path, split, tokens, offset, sha256}])."""
+    """A dataset's meta.json and its files, sizes checked: (meta, [{path, split, tokens, sha256, ids (memmapped)}])."""
+    name = os.path.basename(os.path.normpath(path))
     if not os.path.isdir(path):
-        name = os.path.basename(os.path.normpath(path))
-        hint = "python data/prepare.py " + (name if name in ("maze", "maze_skewed", "openwebtext", "lm1b") else
-                                            "text --files ... --out=" + path)
-        raise BadInput(f"{path} is not a folder of shards: make it with `{hint}`")
-    name = os.path.join(path, "meta.json")
-    if os.path.exists(name):
+        known = name in ("maze", "maze_skewed", "openwebtext", "lm1b")
+        raise BadInput(f"{path} is not a folder of shards: make it with `python data/prepare.py "
+                       f"{name if known else 'text --files ... --out=' + path}`")
+    file = os.path.join(path, "meta.json")
+    if os.path.exists(file):
         try:
-            with open(name) as f:
+            with open(file) as f:
                 meta = json.load(f)
-            files = [dict(name=f["name"], split=f["split"], tokens=int(f["tokens"]), sha256=f["sha256"],
-                          path=os.path.join(path, f["name"]), offset=0) for f in meta.pop("files")]
+            files = [dict(path=os.path.join(path, f["name"]), split=f["split"], tokens=int(f["tokens"]), offset=0,
+                          sha256=f["sha256"]) for f in meta["files"]]
             meta = {key: meta[key] for key in ("name", "tokenizer", "vocab_size", "bos", "predict_bos", "row_length")}
-            if not 0 <= int(meta["bos"]) < int(meta["vocab_size"]) <= 1 << 16:
+            if not 0 <= meta["bos"] < meta["vocab_size"] <= 1 << 16:
                 raise ValueError(f"bos {meta['bos']} and vocab_size {meta['vocab_size']} do not fit")
             if meta["row_length"] and any(f["tokens"] % meta["row_length"] for f in files):
                 raise ValueError(f"the files do not hold whole rows of {meta['row_length']} tokens")
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise BadInput(f"{name} is damaged ({type(e).__name__}: {e}): prepare the data again") from None
+            raise BadInput(f"{file} is damaged ({type(e).__name__}: {e}): prepare the data again") from None
     else:
-        meta = dict(name=os.path.basename(os.path.normpath(path)), tokenizer="gpt2", vocab_size=50257, bos=50256,
-                    predict_bos=True, row_length=None)
-        names = sorted(f for f in os.listdir(path) if f.endswith(".bin"))
-        if not names:
+        meta = dict(name=name, tokenizer="gpt2", vocab_size=50257, bos=50256, predict_bos=True, row_length=None)
+        files = [foreign(os.path.join(path, f)) for f in sorted(os.listdir(path)) if f.endswith(".bin")]
+        if not files:
             raise BadInput(f"{path} holds no .bin shards: make them with `python data/prepare.py`")
-        files = [dict(name=f, path=os.path.join(path, f), split="val" if "val" in f else "train") for f in names]
-        for f in files:
-            _describe_foreign(f)
     for f in files:
-        if not os.path.exists(f["path"]):
-            raise BadInput(f"{f['path']} is missing, though meta.json lists it: prepare the data again")
-        size, want = os.path.getsize(f["path"]), 2 * f["tokens"] + f["offset"]
-        if size != want:
-            raise BadInput(f"{f['path']} has {size} bytes and should have {want}: it is truncated or was changed, "
-                           "prepare the data again")
+        size = os.path.getsize(f["path"]) if os.path.exists(f["path"]) else 0
+        if size != (want := 2 * f["tokens"] + f["offset"]):
+            raise BadInput(f"{f['path']} has {size} bytes and should have {want}: it is "
+                           f"{'truncated or was changed' if size else 'missing'}, prepare the data again")
+        f["ids"] = np.memmap(f["path"], "<u2", "r", f["offset"]) if f["tokens"] else np.zeros(0, "<u2")
     return meta, files
 
 
-def _describe_foreign(f):
-    """A shard without meta.json: llm.c / modded-nanogpt (header) or nanoGPT (none); sets offset and tokens."""
-    size = os.path.getsize(f["path"])
-    head = np.fromfile(f["path"], dtype="<i4", count=3)
+def foreign(path):
+    """A shard without meta.json: llm.c's and modded-nanogpt's begin with a header, nanoGPT's have none."""
+    size, head = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=3)
+    offset, tokens = 0, size // 2
     if size >= HEADER_BYTES and head[0] == HEADER_MAGIC:
         if head[1] != 1:
-            raise BadInput(f"{f['path']} has version {head[1]} of llm.c's shard format: "
-                           "only version 1 (uint16) is read")
-        f.update(offset=HEADER_BYTES, tokens=int(head[2]))
+            raise BadInput(f"{path} has version {head[1]} of llm.c's shard format: only version 1 (uint16) is read")
+        offset, tokens = HEADER_BYTES, int(head[2])
     elif size % 2:
-        raise BadInput(f"{f['path']} has {size} bytes, an odd number: not uint16 ids, or truncated")
-    else:
-        f.update(offset=0, tokens=size // 2)
+        raise BadInput(f"{path} has {size} bytes, an odd number: not uint16 ids, or truncated")
+    return dict(path=path, split="val" if "val" in os.path.basename(path) else "train", tokens=tokens, offset=offset)
 
 
 def verify(path):
     """Check a whole dataset: sizes, sha256 of every file, every id. Prints a line per file; raises BadInput."""
     meta, files = read_meta(path)
     for f in files:
-        sha, top = hashlib.sha256(), 0
         with open(f["path"], "rb") as file:
-            file.seek(f["offset"])
-            while block := file.read(1 << 24):
-                sha.update(block)
-                top = max(top, int(np.frombuffer(block, "<u2").max()))
-        if f.get("sha256", sha.hexdigest()) != sha.hexdigest():
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if f.get("sha256", digest) != digest:
             raise BadInput(f"{f['path']} does not have the sha256 that meta.json names: prepare the data again")
-        if top >= meta["vocab_size"]:
+        if (top := f["ids"].max(initial=0)) >= meta["vocab_size"]:
             raise BadInput(f"{f['path']} holds token id {top}, but the vocabulary has {meta['vocab_size']}")
         print(f"{f['path']}: {f['tokens']} tokens, ok")
 
 
 def main():
     parser = Parser(description="Make, and check, datasets of token shards.")
-    sub = parser.add_subparsers(dest="what", required=True, parser_class=Parser,
-                                metavar="maze|maze_skewed|text|openwebtext|lm1b|zeroshot|verify")
-    for name in ("maze", "maze_skewed"):
-        p = sub.add_parser(name, help="the 2000 paths of the maze" + ", short ones favoured" * (name != "maze"))
-        p.add_argument("--out", default=f"data/{name}", help="folder to write")
-    kinds = "text, .jsonl, .parquet, .csv, .tar of these, .gz or .xz of these, or folders of these"
-    for name, what in dict(text="any UTF-8 text", openwebtext="OpenWebText", lm1b="One Billion Words",
-                           zeroshot="a zero-shot evaluation set").items():
-        p = sub.add_parser(name, help=what)
-        if name == "zeroshot":
-            p.add_argument("name", choices=ZEROSHOT, help="which set")
-        p.add_argument("--files", nargs="+", required=name == "text",
-                       help=f"{kinds}, read in this order" + "; without it, streamed by `datasets`" * (name != "text"))
-        p.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes (no download, any file), hf:NAME"
-                       + ", or chars (the characters of the text)" * (name == "text"))
-        p.add_argument("--out", required=name == "text",
-                       default=None if name in ("text", "zeroshot") else f"data/{name}",
-                       help="folder to write" + "; default data/zeroshot-NAME" * (name == "zeroshot"))
-        p.add_argument("--field", default=None if name == "zeroshot" else "text",
-                       help="where .jsonl, .parquet and the hub keep a document's text")
+    sub = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
+    p = {name: sub.add_parser(name, help=what) for name, what in dict(
+        maze="the 2000 paths of the maze", maze_skewed="the same, short ones favoured", text="any UTF-8 text",
+        openwebtext="OpenWebText", lm1b="One Billion Words", zeroshot="a zero-shot evaluation set",
+        verify="check sizes, hashes and ids of a dataset").items()}
+    p["verify"].add_argument("path", help="its folder")
+    p["zeroshot"].add_argument("name", choices=ZEROSHOT, help="which set")
+    for name in ("maze", "maze_skewed", "text", "openwebtext", "lm1b", "zeroshot"):
+        p[name].add_argument("--out", required=name == "text", help="folder to write; by default data/ and the name")
+    for name in ("text", "openwebtext", "lm1b", "zeroshot"):
+        p[name].add_argument("--files", nargs="+", required=name == "text", help="text, .jsonl, .parquet, .csv, .tar "
+                             "of these, .gz or .xz of these, or folders of these, in this order; without, --hub")
         if name != "text":
-            p.add_argument("--hub", help="Hugging Face dataset NAME[:CONFIG][@REVISION]")
-        if name == "openwebtext":
-            p.add_argument("--val_documents", type=number(int, 1), default=100_000,
-                           help="the last so many are held out")
-        if name == "text":
-            p.add_argument("--separator", default="<|endoftext|>", type=unescape,
+            p[name].add_argument("--hub", help="Hugging Face dataset NAME[:CONFIG][@REVISION], streamed by `datasets`")
+        p[name].add_argument("--field", help="where .jsonl, .parquet and the hub keep a document's text; mostly text")
+        p[name].add_argument("--tokenizer", default="gpt2", help="gpt2, bytes (no download, any file), hf:NAME; for "
+                             "`text` also chars (the characters of the text)")
+    p["openwebtext"].add_argument("--val_documents", type=number(int, 1), default=100_000,
+                                  help="the last so many are held out")
+    p["text"].add_argument("--separator", default="<|endoftext|>", type=unescape,
                            help="what stands between documents of a text file; a file's end always ends one")
-            p.add_argument("--val_fraction", type=number(float, above=0, high=0.5), default=0.02,
+    p["text"].add_argument("--val_fraction", type=number(float, above=0, high=0.5), default=0.02,
                            help="fraction of the documents held out")
-            p.add_argument("--seed", type=number(int, 0), default=0, help="which documents are held out")
-    p = sub.add_parser("verify", help="check sizes, hashes and ids of a dataset")
-    p.add_argument("path", help="its folder")
+    p["text"].add_argument("--seed", type=number(int, 0), default=0, help="which documents are held out")
     args = parser.parse_args()
-    if args.what == "zeroshot":
-        args.out = args.out or f"data/zeroshot-{args.name}"
     if args.what == "verify":
-        verify(args.path)
-    elif args.what.startswith("maze"):
-        make_maze(args.what, args.out)
-    else:
-        try:
-            if args.tokenizer.startswith(("maze", "ids", "chars:")):
-                raise BadInput(f"--tokenizer={args.tokenizer} is none for text: use gpt2, bytes, chars or hf:NAME")
-            dict(text=make_text, openwebtext=make_openwebtext, lm1b=make_lm1b, zeroshot=make_zeroshot)[args.what](args)
-        except BadInput:                                   # what has no committed part cannot be continued
-            partial = os.path.normpath(args.out) + ".partial"
-            if not os.path.exists(os.path.join(partial, "progress.json")):
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+        return verify(args.path)
+    args.out = args.out or f"data/{args.what}" + (f"-{args.name}" if args.what == "zeroshot" else "")
+    if args.what.startswith("maze"):
+        return make_maze(args.what, args.out)
+    try:
+        dict(text=make_text, openwebtext=make_openwebtext, lm1b=make_lm1b, zeroshot=make_zeroshot)[args.what](args)
+    except BadInput:                                       # what has no committed part cannot be continued
+        partial = os.path.normpath(args.out) + ".partial"
+        if not os.path.exists(os.path.join(partial, "progress.json")):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 if __name__ == "__main__":

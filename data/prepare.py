@@ -218,12 +218,12 @@ class Tokenizer:
     def encode(self, texts):
         if self.name == "gpt2":                          # tiktoken releases the GIL: real threads, order kept
             rows = self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        elif self.name.startswith("hf:"):
+            rows = self.bpe(texts, add_special_tokens=False, verbose=False)["input_ids"]
         elif self.name == "bytes":
             rows = [np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8) for text in texts]
         elif self.name == "ids":
             rows = [text.split() for text in texts]
-        elif self.chars is None:
-            rows = self.bpe(texts, add_special_tokens=False, verbose=False)["input_ids"]
         else:
             ids = {c: i for i, c in enumerate(self.chars)}
             try:
@@ -240,9 +240,9 @@ class Tokenizer:
             return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
         if self.name == "ids":
             return " ".join(map(str, ids))
-        if self.chars is None:
-            return self.bpe.decode(ids)
-        return "".join(self.chars[i] for i in ids if i != self.bos)
+        if self.chars is not None:
+            return "".join(self.chars[i] for i in ids if i != self.bos)
+        return self.bpe.decode(ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class Writer:
         return True
 
     def write(self, split, ids):
-        ids = np.asarray(ids, dtype="<u2")
+        ids = np.ascontiguousarray(ids, dtype="<u2")
         while len(ids):
             files = [f for f in self.files if f["split"] == split]
             if not files or files[-1]["tokens"] == self.shard_tokens:
@@ -410,11 +410,13 @@ def expand(files):
     """Files as they are; a folder as all files in it, sorted, but for those with a dot name."""
     paths = []
     for f in files:
-        inside = glob.glob(os.path.join(glob.escape(f), "**"), recursive=True) if os.path.isdir(f) else [f]
-        paths += sorted(path for path in inside if not os.path.isdir(path))
-    for path in paths:
-        if not os.path.isfile(path):
-            raise BadInput(f"--files: {path} is not a file or a folder")
+        if os.path.isdir(f):
+            inside = glob.glob(os.path.join(glob.escape(f), "**"), recursive=True)
+            paths += sorted(path for path in inside if os.path.isfile(path))
+        elif os.path.isfile(f):
+            paths.append(f)
+        else:
+            raise BadInput(f"--files: {f} is not a file or a folder")
     return paths
 
 
@@ -426,13 +428,10 @@ def stream_files(paths, **how):
                 if not isinstance(text, str):
                     raise TypeError(f"a document is {text!r}, which is no text")
                 yield name, text, ends
-        except UnicodeDecodeError as e:
-            raise BadInput(f"--files: {path} holds bytes that are not UTF-8 ({e.reason} at byte {e.start} of a block): "
-                           "convert them, or use --tokenizer=bytes") from None
         except (OSError, EOFError, ValueError, LookupError, TypeError, tarfile.TarError, csv.Error, lzma.LZMAError,
                 zlib.error) as e:
-            raise BadInput(f"--files: {path} cannot be read ({type(e).__name__}: {e}): truncated, or not of the kind "
-                           "its name says, or without the field of the text") from None
+            raise BadInput(f"--files: {path} cannot be read ({type(e).__name__}: {e}): truncated, not of the kind its "
+                           "name says, without --field, or not UTF-8 (convert it, or use --tokenizer=bytes)") from None
 
 
 def stream_hub(hub, splits, field):
@@ -455,10 +454,12 @@ def begin(args, hub=None, splits=("train",), field="text", **how):
         raise BadInput(f"--tokenizer={args.tokenizer} is none for text: use gpt2, bytes, chars or hf:NAME")
     chars = args.what == "text" and args.tokenizer == "chars"                  # which ones: when the text is read
     tokenizer, paths = Tokenizer("chars:" if chars else args.tokenizer), expand(args.files or [])
+    field = args.field or field
     if args.files:
-        stream = functools.partial(stream_files, paths, field=args.field or field, **how)
+        errors = "surrogateescape" if args.tokenizer == "bytes" else "strict"
+        stream = functools.partial(stream_files, paths, field=field, errors=errors, **how)
     else:
-        stream = functools.partial(stream_hub, args.hub or hub, splits, args.field or field)
+        stream = functools.partial(stream_hub, args.hub or hub, splits, field)
     meta = dict(name=os.path.basename(os.path.normpath(args.out)), tokenizer=tokenizer.name, row_length=None,
                 vocab_size=tokenizer.vocab_size, bos=int(tokenizer.bos), predict_bos=True)
     key = vars(args) | {"sizes": [[path, os.path.getsize(path)] for path in paths]}      # what decides the content
@@ -518,8 +519,7 @@ def write_text(writer, stream, tokenizer, eos=True, hold_out=0, batch_chars=1 <<
 
 def make_text(args):
     """Any UTF-8 text files (any files at all with `bytes`) -> shards; whole documents are held out for validation."""
-    tokenizer, stream, writer = begin(args, separator=args.separator,
-                                      errors="surrogateescape" if args.tokenizer == "bytes" else "strict")
+    tokenizer, stream, writer = begin(args, separator=args.separator)
     n, chars = 0, set()
     for _, text, ends in tqdm(stream(), desc="counting documents", unit="", mininterval=1):
         n += ends
@@ -726,7 +726,8 @@ def main():
                              "of these, .gz or .xz of these, or folders of these, in this order; without, --hub")
         if name != "text":
             p[name].add_argument("--hub", help="Hugging Face dataset NAME[:CONFIG][@REVISION], streamed by `datasets`")
-        p[name].add_argument("--field", help="where .jsonl, .parquet and the hub keep a document's text; mostly text")
+        p[name].add_argument("--field", help="where .jsonl, .parquet and the hub keep a document's text; by default "
+                             "text, or the zero-shot set's own")
         p[name].add_argument("--tokenizer", default="gpt2", help="gpt2, bytes (no download, any file), hf:NAME; for "
                              "`text` also chars (the characters of the text)")
     p["openwebtext"].add_argument("--val_documents", type=number(int, 1), default=100_000,

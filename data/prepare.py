@@ -60,12 +60,12 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         if not (low <= value <= high and value > above):
             bounds = (("at least", low), ("above", above), ("at most", high))
-            raise argparse.ArgumentTypeError(
-                f"{text} must be {' and '.join(f'{what} {x}' for what, x in bounds if abs(x) < math.inf)}")
+            wanted = " and ".join(f"{what} {bound}" for what, bound in bounds if abs(bound) < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
         return value
     return parse
 
@@ -161,7 +161,6 @@ def draw_maze(row):
     grid, at, note = [list(line) for line in MAZE], START, "does not reach T"
     for i, k in enumerate(row, 1):
         if k >= PAD:
-            note = "stops before T"
             break
         at = at[0] + MOVES[k][0], at[1] + MOVES[k][1]
         if at not in FREE:
@@ -376,9 +375,8 @@ def documents(f, separator, piece=1 << 20):
 def read_documents(path, separator="", by_line=False, field="text", errors="strict", file=None):
     """The documents of a file, by the end of its name: yields (name, text, whether it ends its document).
 
-    .parquet and .jsonl: a document is the text in `field`. .csv: the columns after the first. .tar: each of its files
-    in turn. .gz, .xz: what is in it. Other: text, cut at `separator`, or at each line. `file`: the open (binary) file,
-    in an archive.
+    .parquet and .jsonl: a document is the text in `field`. .csv: the columns after the first. .tar, .gz, .xz: what is
+    in it. Other: text, cut at `separator`, or at each line. `file`: the open (binary) file, in an archive.
     """
     name, inner = os.path.basename(path).lower(), (separator, by_line, field, errors)
     if name.endswith(".parquet"):
@@ -553,9 +551,12 @@ def make_openwebtext(args):
 def make_lm1b(args):
     """The One Billion Word benchmark, detokenised; val is its held-out part (files with `heldout` in their names)."""
     tokenizer, stream, writer = begin(args, ZEROSHOT["lm1b"][0], ("train", "test"), by_line=True)
-    tokens = write_text(writer, (("val" if "heldout" in name or name.endswith(":test") else "train",
-                                  detokenize(text, LM1B), ends) for name, text, ends in stream()), tokenizer)
-    if not tokens["val"]:
+
+    def split():
+        for name, text, ends in stream():
+            held_out = "heldout" in name or name.endswith(":test")              # the latter: the hub's name for it
+            yield "val" if held_out else "train", detokenize(text, LM1B), ends
+    if not write_text(writer, split(), tokenizer)["val"]:
         print(f"{args.out}: no file has `heldout` in its name: there is no validation split, which training needs",
               file=sys.stderr)
 

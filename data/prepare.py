@@ -426,10 +426,13 @@ def stream_files(paths, **how):
                 if not isinstance(text, str):
                     raise TypeError(f"a document is {text!r}, which is no text")
                 yield name, text, ends
+        except UnicodeDecodeError as e:
+            raise BadInput(f"--files: {path} holds bytes that are not UTF-8 ({e.reason} at byte {e.start} of a block): "
+                           "convert them, or use --tokenizer=bytes") from None
         except (OSError, EOFError, ValueError, LookupError, TypeError, tarfile.TarError, csv.Error, lzma.LZMAError,
                 zlib.error) as e:
-            raise BadInput(f"--files: {path} cannot be read ({type(e).__name__}: {e}): truncated, not of the kind its "
-                           "name says, without --field, or not UTF-8 (convert it, or use --tokenizer=bytes)") from None
+            raise BadInput(f"--files: {path} cannot be read ({type(e).__name__}: {e}): truncated, or not of the kind "
+                           "its name says, or without the field of the text") from None
 
 
 def stream_hub(hub, splits, field):

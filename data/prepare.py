@@ -392,6 +392,8 @@ def read_documents(path, separator="", by_line=False, field="text", errors="stri
             for member in (archive := tarfile.open(fileobj=f, mode="r:")):
                 if member.isfile():
                     yield from read_documents(member.name, *inner, file=archive.extractfile(member))
+            if f.tell() < archive.offset + tarfile.BLOCKSIZE:                  # tarfile itself takes this for the end
+                raise EOFError("the archive ends within a header")
         elif name.endswith((".jsonl", ".json")):
             yield from ((path, json.loads(line)[field], True) for line in f if line.strip())
         else:

@@ -7,6 +7,7 @@ Rerun the same command to continue an interrupted run: on a CPU the result is th
 noise levels of a global batch are functions of (seed, step, row), its masks, noise and dropout of (seed, step, rank,
 micro-step), so nothing but the step needs to be restored.
 """
+import argparse
 import copy
 import json
 import math
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,18 +35,19 @@ from teacher import CausalLM, LogitsTable, body_to_bfloat16
 
 SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))      # n_layer, n_embd, n_head
 
-# what a dataset brings; explicit flags override. The other defaults are the paper's (Appendix C.1).
-MAZE = dict(length=None, n_embd=128, dropout=0.0, warmup=100, schedule="cosine", eval_every=500,
-            save_every=200, log_every=20)
-MAZE_STUDENT = dict(MAZE, n_layer=4, n_head=4, batch_size=128, lr=1e-3, steps=1600)
-PRESETS = {("maze", "ar"): dict(MAZE, n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200),
-           ("maze", "mdlm"): MAZE_STUDENT,
-           ("maze", "mdlm+noise"): dict(MAZE_STUDENT, t_one=0.5),
-           ("maze", "bd3lm"): dict(MAZE_STUDENT, length=12),                    # 11 is prime: rows get one more PAD
-           ("maze", "bd3lm+noise"): dict(MAZE_STUDENT, length=12, t_one=0.5),
-           ("maze", "medusa"): dict(MAZE, batch_size=128, lr=1e-3, steps=1600),
-           ("lm1b", None): dict(length=128)}
-MEDUSA = dict(dropout=0.0, batch_size=256, lr=1e-3, schedule="cosine", steps=20_000)           # the paper's (C.2)
+# what flags bring; later lines override earlier ones, explicit flags override all. The other defaults are the paper's
+# (Appendix C.1).
+PRESETS = {
+    "--model=bd3lm": dict(block_size=4),
+    "--model=medusa": dict(heads=3, dropout=0.0, batch_size=256, lr=1e-3, schedule="cosine", steps=20_000),       # C.2
+    "--data=lm1b": dict(length=128),
+    "--data=maze": dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.0, batch_size=128, lr=1e-3, steps=1600,
+                        warmup=100, schedule="cosine", eval_every=500, save_every=200, log_every=20),
+    "--data=maze --model=ar": dict(n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200),
+    "--data=maze --model=bd3lm": dict(length=12),                               # 11 is prime: rows get one more PAD
+    "--data=maze --model=mdlm --gumbel": dict(t_one=0.5),
+    "--data=maze --model=bd3lm --gumbel": dict(t_one=0.5)}
+MASKED, MAZES = ("mdlm", "bd3lm"), ("maze", "maze_skewed")
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for MFU
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
@@ -64,128 +67,111 @@ def window(text):
 
 def parse(argv):
     parser = Parser(description="Train an AR teacher, or a parallel student with or without Gumbel Distillation.")
-    group = parser.add_argument_group("what to train")
-    group.add_argument("--model", choices=list(MODELS), default="mdlm", help="ar: a teacher, or the AR baseline")
-    group.add_argument("--gumbel", action="store_true", help="condition the student on the teacher's noise: the method")
-    group.add_argument("--noise", choices=KINDS,
-                       help="implies --gumbel; the others are Table 5's ablations and a control")
-    group.add_argument("--inject", choices=["replace", "add"], default="replace",
-                       help="noise in place of, or added to, [MASK]")
-    group.add_argument("--kd", choices=["token"],
-                       help="a baseline without noise: NELBO + KL from the teacher's next-token distribution (Table 4)")
-    group.add_argument("--teacher", help="AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME (medusa: "
-                       "the backbone); default: gpt2-large (medusa: gpt2) for its vocabulary; on the maze found, or "
-                       "trained first, by itself")
-    group.add_argument("--init_from", help="start from these weights: a checkpoint of the same model, a published MDLM,"
-                       " or an AR checkpoint of the same shape (the student reads its outputs shifted by one, as AR)")
-    group.add_argument("--data", default="openwebtext",
-                       help="folder of shards, or a name: maze, maze_skewed, or data/NAME")
-    group.add_argument("--length", type=number(int, 2), default=1024, help="tokens of a row, BOS included")
-    group = parser.add_argument_group("block diffusion (--model=bd3lm)")
-    group.add_argument("--block_size", type=number(int, 1), help="tokens of a block, a divisor of --length; default 4")
-    group.add_argument("--clip", type=window, metavar="LOW,HIGH",
-                       help="train on noise levels in this window only; validation stays the NELBO")
-    group.add_argument("--clip_search", action="store_true",
-                       help="at the start and at each validation, take the window in which the loss varies least")
-    group = parser.add_argument_group("multi-token prediction (--model=medusa)")
-    group.add_argument("--heads", type=number(int, 1), help="heads beside the backbone's own; default 3")
-    group = parser.add_argument_group("network")
-    group.add_argument("--size", choices=SIZES, help="tiny 8/256/8, small 12/768/12 (default), medium 24/1024/16")
-    group.add_argument("--n_layer", type=number(int, 1), help="overrides --size; medusa: layers that read the noise, 1")
-    group.add_argument("--n_embd", type=number(int, 1), help="overrides --size")
-    group.add_argument("--n_head", type=number(int, 1), help="overrides --size")
-    group.add_argument("--dropout", type=number(float, 0, 1), default=0.1, help="on both residual branches")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--steps", type=number(int, 1), default=1_000_000, help="optimizer steps")
-    group.add_argument("--batch_size", type=number(int, 1), default=512, help="rows per step, over all processes")
-    group.add_argument("--micro_batch_size", type=number(int, 1),
-                       help="rows per forward pass and process; default: all (CUDA: the largest divisor up to 32)")
-    group.add_argument("--lr", type=number(float, above=0), default=3e-4, help="AdamW's peak learning rate")
-    group.add_argument("--warmup", type=number(int, 0), default=2500, help="steps of linear warm-up")
-    group.add_argument("--schedule", choices=["constant", "cosine"], default="constant",
-                       help="after the warm-up; cosine ends at 0")
-    group.add_argument("--clip_norm", type=number(float, above=0), default=1.0, help="gradient norm is clipped to this")
-    group.add_argument("--ema", type=number(float, 0, 0.999999), default=0.9999,
-                       help="decay of the averaged weights, after its warm-up")
-    group.add_argument("--t_one", type=number(float, 0, 1), default=0.0,
-                       help="fraction of rows fully masked; the loss is then no NELBO")
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0,
-                       help="initial weights, data order, masks, noise, dropout")
-    group = parser.add_argument_group("running")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                       help="autocast; auto: bfloat16 on CUDA")
-    group.add_argument("--compile", action="store_true", help="torch.compile the transformer")
-    group.add_argument("--out", help="run directory; default out/<data>-<model>[-gumbel]")
-    group.add_argument("--log_every", type=number(int, 1), default=50, help="steps between lines of log.jsonl")
-    group.add_argument("--eval_every", type=number(int, 1), default=5000,
-                       help="steps between validations (EMA weights)")
-    group.add_argument("--eval_rows", type=number(int, 1), default=2000, help="validation rows, the same each time")
-    group.add_argument("--save_every", type=number(int, 1), default=1000, help="steps between checkpoints")
-    group.add_argument("--report", type=number(int, 0), default=1000,
-                       help="maze: samples per row of the final table; 0: no table")
-    group.add_argument("--wandb", help="also log to this Weights & Biases project (pip install wandb)")
+    count, fraction, positive = number(int, 1), number(float, 0, 1), number(float, above=0)
+
+    def group(title):
+        return parser.add_argument_group(title).add_argument
+    add = group("what to train")
+    add("--model", choices=list(MODELS), default="mdlm", help="ar: a teacher, or the AR baseline")
+    add("--gumbel", action="store_true", help="condition the student on the teacher's noise: the method")
+    add("--noise", choices=KINDS, help="implies --gumbel; the others are Table 5's ablations and a control")
+    add("--inject", choices=["replace", "add"], default="replace", help="noise in place of, or added to, [MASK]")
+    add("--kd", choices=["token"], help="a baseline without noise: NELBO + KL from the teacher's next token (Table 4)")
+    add("--teacher", help="AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME (medusa: the backbone); "
+        "default: gpt2-large (medusa: gpt2) for its vocabulary; on the maze found, or trained first, by itself")
+    add("--init_from", help="start from these weights: a checkpoint of the same model, a published MDLM, or an AR "
+        "checkpoint of the same shape (the student reads its outputs shifted by one, as AR)")
+    add("--data", default="openwebtext", help="folder of shards, or a name: maze, maze_skewed, or data/NAME")
+    add("--length", type=number(int, 2), default=1024, help="tokens of a row, BOS included")
+    add = group("block diffusion (--model=bd3lm)")
+    add("--block_size", type=count, help="tokens of a block, a divisor of --length; default 4")
+    add("--clip", type=window, metavar="LOW,HIGH", help="train on noise levels in this window; validation stays as is")
+    add("--clip_search", action="store_true", help="find the window of least variance at the start and each validation")
+    add = group("multi-token prediction (--model=medusa)")
+    add("--heads", type=count, help="heads beside the backbone's own; default 3")
+    add = group("network")
+    add("--size", choices=SIZES, help="tiny 8/256/8, small 12/768/12 (default), medium 24/1024/16")
+    add("--n_layer", type=count, default=12, help="overrides --size; medusa: layers that read the noise, 1")
+    add("--n_embd", type=count, default=768, help="overrides --size")
+    add("--n_head", type=count, default=12, help="overrides --size")
+    add("--dropout", type=fraction, default=0.1, help="on both residual branches")
+    add = group("optimisation")
+    add("--steps", type=count, default=1_000_000, help="optimizer steps")
+    add("--batch_size", type=count, default=512, help="rows per step, over all processes")
+    add("--micro_batch_size", type=count, help="rows per forward pass and process; default: all, on CUDA at most 32")
+    add("--lr", type=positive, default=3e-4, help="AdamW's peak learning rate")
+    add("--warmup", type=number(int, 0), default=2500, help="steps of linear warm-up")
+    add("--schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up; cosine ends at 0")
+    add("--clip_norm", type=positive, default=1.0, help="gradient norm is clipped to this")
+    add("--ema", type=number(float, 0, 0.999999), default=0.9999, help="decay of the averaged weights, once warmed up")
+    add("--t_one", type=fraction, default=0.0, help="fraction of rows fully masked; the loss is then no NELBO")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="initial weights, data order, masks, noise, dropout")
+    add = group("running")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="autocast; auto: bfloat16 on CUDA")
+    add("--compile", action="store_true", help="torch.compile the transformer")
+    add("--out", help="run directory; default out/<data>-<model>[-gumbel]")
+    add("--log_every", type=count, default=50, help="steps between lines of log.jsonl")
+    add("--eval_every", type=count, default=5000, help="steps between validations (EMA weights)")
+    add("--eval_rows", type=count, default=2000, help="validation rows, the same each time")
+    add("--save_every", type=count, default=1000, help="steps between checkpoints")
+    add("--report", type=number(int, 0), default=1000, help="maze: samples per row of the final table; 0: no table")
+    add("--wandb", help="also log to this Weights & Biases project (pip install wandb)")
 
     first = parser.parse_args(argv)
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(first)))))   # None where no flag says
     name = os.path.basename(first.data.rstrip("/"))
-    family = "maze" if name in ("maze", "maze_skewed") else name
-    kind = first.model + "+noise" * bool(first.gumbel or first.noise)
-    if first.model == "medusa":
-        parser.set_defaults(**MEDUSA)
-    parser.set_defaults(**next((PRESETS[key] for key in ((family, kind), (family, first.model), (family, None))
-                                if key in PRESETS), {}))
+    data, model = f"--data={'maze' if name in MAZES else name}", f"--model={first.model}"
+    gumbel = " --gumbel" * bool(first.gumbel or first.noise)
+    for key in (model, data, f"{data} {model}", f"{data} {model}{gumbel}"):
+        parser.set_defaults(**PRESETS.get(key, {}))
+    if first.size:
+        parser.set_defaults(**dict(zip(("n_layer", "n_embd", "n_head"), SIZES[first.size])))
     args = parser.parse_args(argv)
-    for key, value in zip(("n_layer", "n_embd", "n_head"), SIZES[args.size or "small"]):
-        if getattr(first, key) is None and (args.size or getattr(args, key) is None):       # --size overrides a preset
-            setattr(args, key, value)
-    if args.model == "medusa":
-        if first.size or first.n_embd or first.n_head:
-            parser.error("--size, --n_embd and --n_head are not for --model=medusa: its heads have the width of their "
-                         "backbone, which --teacher names")
-        if args.t_one:
-            parser.error("--t_one is for masked models, not for --model=medusa")
-        if (first.n_layer or args.dropout) and not (args.gumbel or args.noise):
-            parser.error("--n_layer and --dropout are read by --model=medusa with --gumbel only: its heads have one "
-                         "layer each")
-        args.size, args.n_layer, args.n_embd, args.n_head = None, first.n_layer or 1, None, None
-        args.heads = args.heads or 3
-    elif args.heads:
-        parser.error("--heads is for --model=medusa: add it, or leave --heads out")
     args.noise = args.noise or ("gumbel" if args.gumbel else None)
     args.gumbel = args.noise is not None
-    if args.data == name:
-        args.data = os.path.join("data", name)
-    if args.gumbel and args.model == "ar":
-        parser.error("--gumbel and --noise are for students: --model=ar is the teacher")
-    if args.t_one and args.model == "ar":
-        parser.error("--t_one is for masked models, not for --model=ar")
-    if args.kd and (args.gumbel or args.model in ("ar", "medusa")):
-        parser.error("--kd is a baseline of masked models without noise: leave out --gumbel and --noise, or --kd")
-    if args.teacher and args.noise in (None, "unpaired") and not args.kd and args.model != "medusa":
-        parser.error("--teacher is read with --gumbel (not with --noise=unpaired), --kd and --model=medusa only: add "
-                     "one, or leave --teacher out")
-    if args.inject == "add" and (not args.gumbel or args.model == "medusa"):
-        parser.error("--inject is read by masked models with --gumbel only: add it, or leave --inject out")
-    if args.model != "bd3lm" and (args.block_size or args.clip or args.clip_search):
-        parser.error("--block_size, --clip and --clip_search are for --model=bd3lm: add it, or leave them out")
+    medusa, masked = args.model == "medusa", args.model in MASKED
+    for flags, read, by in (
+            ("gumbel noise", args.model != "ar", "for students, and --model=ar is the teacher"),
+            ("inject", masked and args.gumbel, "read by masked models (mdlm, bd3lm) with --gumbel only"),
+            ("kd", masked and not args.gumbel, "a baseline of masked models (mdlm, bd3lm) without noise"),
+            ("teacher", paired(args) or args.kd or medusa,
+             "read with --gumbel (not with --noise=unpaired), --kd and --model=medusa only"),
+            ("t_one", masked, "for masked models (mdlm, bd3lm)"),
+            ("block_size clip clip_search", args.model == "bd3lm", "for --model=bd3lm"),
+            ("heads", medusa, "for --model=medusa"),
+            ("size n_embd n_head", not medusa, "not for --model=medusa, as wide as its backbone"),
+            ("n_layer dropout", not medusa or args.gumbel,
+             "read by --model=medusa with --gumbel only (a head is one layer)")):
+        for flag in flags.split():
+            if given[flag] and not read:
+                parser.error(f"--{flag} is {by}: leave --{flag} out, or change the other flags")
+    if medusa:
+        args.n_layer, args.n_embd, args.n_head = given["n_layer"] or 1, None, None
+    elif args.n_embd % (2 * args.n_head):
+        parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = {2 * args.n_head}")
     if args.model == "bd3lm":
-        args.block_size = args.block_size or 4
         if args.length % args.block_size:
             parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: choose a divisor")
         if bool(args.clip) + args.clip_search + (args.t_one > 0) > 1:
             parser.error("--clip, --clip_search and --t_one (a default of --gumbel on the maze) exclude each other: "
                          "give one, and --t_one=0 with the first two")
-    if args.n_embd and args.n_embd % (2 * args.n_head):
-        parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = {2 * args.n_head}")
+    if args.data == name:
+        args.data = os.path.join("data", name)
     args.out = args.out or os.path.join("out", f"{name}-{args.model}" + f"-{args.noise}" * args.gumbel
-                                    + f"-{args.kd}-kd" * bool(args.kd))
+                                        + f"-{args.kd}-kd" * bool(args.kd))
     return args
+
+
+def paired(args):
+    """Whether the student reads the noise behind its text, drawn from the teacher's posterior."""
+    return args.noise not in (None, "unpaired")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # randomness: everything is a function of the seed and of where it is used
 
 def rng(*key):
-    return np.random.default_rng([int(k) for k in key])
+    return np.random.default_rng(key)
 
 
 ROWS, LEVELS, NOISE, EVAL = range(4)                        # what a draw is for, part of its key
@@ -195,16 +181,12 @@ class RowOrder:
     """Row numbers of each global batch: an epoch visits all rows in a seeded permutation; batches run across epochs."""
 
     def __init__(self, n, batch_size, seed):
-        self.n, self.batch_size, self.seed, self.epoch, self.order = n, batch_size, seed, None, None
+        self.n, self.batch_size = n, batch_size
+        self.epoch = lru_cache(maxsize=1)(lambda epoch: rng(seed, ROWS, epoch).permutation(n))
 
     def __call__(self, step):
-        out = []
-        for i in range(step * self.batch_size, (step + 1) * self.batch_size):
-            if i // self.n != self.epoch:
-                self.epoch = i // self.n
-                self.order = rng(self.seed, ROWS, self.epoch).permutation(self.n)
-            out.append(self.order[i % self.n])
-        return np.array(out)
+        first = step * self.batch_size
+        return np.array([self.epoch(i // self.n)[i % self.n] for i in range(first, first + self.batch_size)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,31 +240,24 @@ def resume(args, meta):
         return None
     ckpt = load_checkpoint(args.out)
     old = {k: v for k, v in vars(args).items() if v is None or v is False} | ckpt["args"]  # new flags, off: no change
+    free = FREE | ({"steps"} if args.schedule == "constant" else set())            # the cosine depends on --steps
     changed = [f"--{k}: {old.get(k)} there, {v} now" for k, v in vars(args).items()
-               if k not in FREE and k != "steps" and old.get(k) != v]
-    if args.schedule == "cosine" and ckpt["args"]["steps"] != args.steps:
-        changed.append(f"--steps: {ckpt['args']['steps']} there, {args.steps} now, under a cosine schedule")
-    if ckpt["meta"] != meta:
-        changed.append("the data")
+               if k not in free and old.get(k) != v] + ["the data"] * (ckpt["meta"] != meta)
     if changed:
         raise BadInput(f"{args.out} holds a run with other settings ({'; '.join(changed)}): choose another --out, or "
                        "repeat its command to continue it")
     return ckpt
 
 
-def restart_log(path, step):
-    """Keep what log.jsonl says up to `step`: lines of steps to be run again are dropped, as is a broken last line."""
+def open_log(path, step):
+    """log.jsonl, to append to: lines of steps to be run again are dropped, as is a broken last line."""
     kept = []
-    if os.path.exists(path) and step:
+    if step and os.path.exists(path):
         with open(path) as f:
-            for line in f:
-                try:
-                    if json.loads(line).get("step", 0) <= step:
-                        kept.append(line)
-                except ValueError:
-                    continue
-    with open(path, "w") as f:
-        f.writelines(kept)
+            kept = [line for line in f if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
+    log = open(path, "w", buffering=1)
+    log.writelines(kept)
+    return log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,13 +268,12 @@ def find_teacher(args, meta, world):
     path = args.teacher or default_teacher(meta, args.length)
     if args.teacher is None and args.model == "medusa" and path == "gpt2-large":
         path = "gpt2"                                      # the paper's backbone is the small one
-    if args.teacher is None and os.path.basename(args.data) in ("maze", "maze_skewed"):
-        teacher_args = parse(["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}",
-                              "--report=0"] + [f"--length={args.length}"] * bool(args.length))
+    if args.teacher is None and os.path.basename(args.data) in MAZES:
         there = load_checkpoint(path) if os.path.exists(os.path.join(path, "ckpt.pt")) else None
         if there is None or there["step"] < there["args"]["steps"]:
             world.say(f"teacher: {path} is {'not finished' if there else 'not there'}, training it first")
-            train(teacher_args, world)
+            train(parse(["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}"]
+                        + [f"--length={args.length}"] * bool(args.length)), world)
             world.barrier()
     if path is None:
         raise BadInput("--gumbel, --kd and --model=medusa need --teacher: an AR checkpoint of this vocabulary; train "
@@ -316,45 +290,87 @@ def find_teacher(args, meta, world):
 def initial_weights(model, source, args):
     """--init_from: the weights of `source` into `model`; BadInput where they do not fit. A noise embedding that the
     source lacks stays new, one that the model lacks is left out; the row of [MASK] that an AR model lacks is new."""
-    own = model.state_dict()
-    of_noise = ("noise_embed.", "accumulator.")
-    state = {k: v for k, v in source.state_dict().items() if k in own or not k.startswith(of_noise)}
-    embed = "transformer.embed.weight"
-    if isinstance(source, CausalLM) and args.model in ("mdlm", "bd3lm") and embed in state \
-            and state[embed][0].shape == own[embed][0].shape:
+    own, embed, noise = model.state_dict(), "transformer.embed.weight", ("noise_embed.", "accumulator.")
+    state = {k: v for k, v in own.items() if k.startswith(noise)} | {
+        k: v for k, v in source.state_dict().items() if k in own or not k.startswith(noise)}
+    if embed in state and embed in own and state[embed].shape == own[embed][:-1].shape:
         state[embed] = torch.cat([state[embed], own[embed][-1:]])
-    state = {k: v for k, v in own.items() if k.startswith(of_noise)} | state
-    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [k for k in state if k not in own]
-    if wrong:
-        raise BadInput(f"--init_from={args.init_from} is another kind or shape of network (they differ in {wrong[0]}): "
-                       "give the same flags of the network and vocabulary, or leave --init_from out")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise BadInput(f"--init_from={args.init_from} is another kind or shape of network: give the same flags of the "
+                       f"network and vocabulary, or leave --init_from out ({str(e).splitlines()[1].strip()})") from None
+
+
+def new_model(args, data, teacher, ckpt, world):
+    """The model of this run, initialised; `ckpt`, of the same run or None, has what cannot be seen from the flags."""
+    torch.manual_seed(args.seed)
+    meta, source = data.meta, load_model(args.init_from) if args.init_from and not ckpt else None
+    old = ckpt["config"] if ckpt else source.config if source else {}
+    config = dict(vocab_size=meta["vocab_size"], bos=meta["bos"], predict_bos=meta["predict_bos"], length=data.length,
+                  n_layer=args.n_layer, dropout=args.dropout)
+    if args.model == "medusa":
+        layer, sha256 = teacher.output_layer(), backbone_hash(teacher)
+        if old.get("sha256", sha256) != sha256:
+            raise BadInput(f"{args.out if ckpt else args.init_from} holds heads of another backbone than "
+                           f"{teacher.path} is now: put that one back, or choose another --out and --init_from")
+        config |= dict(n_embd=layer.weight.shape[1], heads=args.heads, noise=args.noise, bias=layer.bias is not None,
+                       backbone=teacher.path, sha256=sha256)
+    else:
+        config |= dict(n_embd=args.n_embd, n_head=args.n_head)
+    if args.model in MASKED:
+        config |= dict(noise=args.noise, inject=args.inject, shift=old.get("shift", isinstance(source, CausalLM)))
+    if args.model == "bd3lm":
+        config["block_size"] = args.block_size
+        if (there := old.get("block_size", args.block_size)) != args.block_size:
+            world.say(f"--init_from={args.init_from} has block size {there}, this run {args.block_size}: the weights "
+                      "fit any")
+    model = build(args.model, config)
+    if args.model == "medusa":
+        model.attach(teacher, start=True)
+    if source:
+        initial_weights(model, source, args)
+    return model.to(world.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def flops_per_row(model, teacher, L, masked=0.5):
-    """Useful FLOPs of one row, forward and backward: 6 per weight and token, 12 L D per layer for attention;
-    output layer, teacher's head and noise projection at the masked positions only (half of them, on average)."""
-    def network(net, share, passes):
-        blocks = sum(p.numel() for p in net.blocks.parameters())
-        D = net.embed.weight.shape[1]
-        twice = 1 + (getattr(model, "n_blocks", 1) > 1 and net is model.transformer)             # BD3-LM's [z ; x]
-        return L * passes * (twice * (2 * blocks + 4 * len(net.blocks) * L * D) + 2 * share * net.head.weight.numel())
+def flops_per_row(model, teacher, L):
+    """Useful FLOPs of one row, forward and backward: 6 per weight and token, 12 L D per layer for attention (a teacher:
+    2 and 4). Output layer, teacher's head and noise projection at the masked positions only: half, on average."""
+    def weights(module):
+        return sum(p.numel() for p in module.parameters()) if module else 0
+
+    def forward(net, share, twice=False):                  # share: of the positions, that the output layer sees
+        blocks = 2 * weights(net.blocks) + 4 * len(net.blocks) * L * net.embed.weight.shape[1]
+        return L * ((1 + twice) * blocks + 2 * share * net.head.weight.numel())
+    noise = getattr(model, "noise_embed", None)
     if isinstance(model, Medusa):                          # the noise and a row of K + 1 places at every position
-        masked, total = float(model.noise_embed is not None), 6 * L * sum(p.numel() for p in model.heads.parameters())
-        if model.accumulator is not None:
-            total += 6 * L * (len(model.heads) + 1) * sum(p.numel() for p in model.accumulator.parameters())
+        masked = 1.0 if noise else 0.0
+        total = 6 * L * (weights(model.heads) + (len(model.heads) + 1) * weights(model.accumulator))
     else:
-        total = network(model.transformer, 1.0 if model.transformer.causal else masked, 3)
-    if getattr(model, "noise_embed", None) is not None:
-        total += L * masked * 4 * model.noise_embed.weight.numel()
-    if teacher is not None and hasattr(teacher, "transformer"):
-        total += network(teacher.transformer, masked, 1)
-    elif teacher is not None:                             # a Hugging Face model: 2 FLOPs per weight and token
-        total += 2 * L * sum(p.numel() for p in teacher.parameters())
+        masked, net = 0.5, model.transformer
+        total = 3 * forward(net, 1.0 if net.causal else masked, getattr(model, "n_blocks", 1) > 1)    # BD3-LM: [z ; x]
+    total += L * masked * 4 * weights(noise)
+    if teacher is not None:                                # of a Hugging Face model, attention is not counted
+        total += forward(teacher.transformer, masked) if hasattr(teacher, "transformer") else 2 * L * weights(teacher)
     return total
+
+
+def lr_at(step, args):
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    if args.schedule == "constant":
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+
+def load_batch(data, rows, t, teacher, seed, args, world):
+    """Rows of the data on the device, and what `model.loss` takes besides, at noise levels t, of a seed's draws."""
+    kw = dict(t=t.to(world.device), teacher=teacher, generator=torch.Generator(world.device).manual_seed(seed))
+    read = dict(ar=(), medusa=("generator",)).get(args.model, kw)
+    return torch.from_numpy(data.rows(rows)).to(world.device), {k: kw[k] for k in read}
 
 
 def validation_batches(model, teacher, data, n, args, world, window=()):
@@ -363,16 +379,9 @@ def validation_batches(model, teacher, data, n, args, world, window=()):
     n, n_blocks = min(n, len(data)), getattr(model, "n_blocks", 1)
     order = rng(args.seed, EVAL).permutation(len(data))[:n]
     levels = stratified_t(n * n_blocks, rng(args.seed, EVAL, 1), 0.0, *window).view(n, n_blocks)
-    for i, a in enumerate(range(0, n, micro)):
-        if i % world.size == world.rank:
-            generator = torch.Generator(world.device).manual_seed(torch_seed(args.seed, EVAL, 2, i))
-            yield torch.from_numpy(data.rows(order[a:a + micro])).to(world.device), dict(
-                t=levels[a:a + micro].to(world.device), teacher=teacher, generator=generator)
-
-
-def loss_arguments(args):
-    """Which of the arguments of `MDLM.loss` this kind of model takes."""
-    return dict(ar=(), medusa=("generator",)).get(args.model, ("t", "teacher", "generator"))
+    for i in range(world.rank, math.ceil(n / micro), world.size):
+        part = slice(i * micro, (i + 1) * micro)
+        yield load_batch(data, order[part], levels[part], teacher, torch_seed(args.seed, EVAL, 2, i), args, world)
 
 
 @torch.no_grad()
@@ -384,7 +393,7 @@ def validate(model, teacher, data, args, world):
     total = count = 0.0
     for tokens, kw in validation_batches(model, teacher, data, args.eval_rows, args, world):
         with world.autocast:
-            total += model.loss(tokens, **{k: kw[k] for k in loss_arguments(args)})[0].item() * len(tokens)
+            total += model.loss(tokens, **kw)[0].item() * len(tokens)
         count += len(tokens)
     total, count = world.sum(total, count)
     return total / count
@@ -411,9 +420,9 @@ def search_clip(model, teacher, data, args, world):
 
 def train(args, world):
     """One run: args -> out/.../ckpt.pt. The loop that everything else here serves. Returns the dataset's meta."""
+    local = args.batch_size // world.size
     if args.batch_size % world.size:
         raise BadInput(f"--batch_size={args.batch_size} must be a multiple of the number of processes, {world.size}")
-    local = args.batch_size // world.size
     micro = args.micro_batch_size or (
         max(m for m in range(1, 33) if local % m == 0) if "cuda" in world.device else local)
     if local % micro:
@@ -426,58 +435,22 @@ def train(args, world):
         raise BadInput(f"--out={args.out} cannot be a run directory, {there} is a file or read-only: choose another")
 
     # data, teacher, model
-    data = Shards(args.data, "train", args.length)
-    val = Shards(args.data, "val", args.length)
-    meta = data.meta
+    data, val = Shards(args.data, "train", args.length), Shards(args.data, "val", args.length)
+    meta, medusa = data.meta, args.model == "medusa"
     ckpt = resume(args, meta)
-    medusa = args.model == "medusa"
-    teacher = find_teacher(args, meta, world) if medusa or args.kd or args.noise not in (None, "unpaired") else None
-    torch.manual_seed(args.seed)
-    config = dict(vocab_size=meta["vocab_size"], bos=meta["bos"], predict_bos=meta["predict_bos"], length=data.length,
-                  n_layer=args.n_layer, dropout=args.dropout)
-    if medusa:
-        layer = teacher.output_layer()
-        config |= dict(n_embd=layer.weight.shape[1], heads=args.heads, noise=args.noise, bias=layer.bias is not None,
-                       backbone=teacher.path, sha256=backbone_hash(teacher))
-        if ckpt and ckpt["config"]["sha256"] != config["sha256"]:
-            raise BadInput(f"{args.out} holds heads of another backbone than {teacher.path} is now: choose another "
-                           "--out, or put that backbone back")
-    else:
-        config |= dict(n_embd=args.n_embd, n_head=args.n_head)
-    source = load_model(args.init_from) if args.init_from and not ckpt else None
-    if args.model in ("mdlm", "bd3lm"):
-        shift = ckpt["config"].get("shift", False) if ckpt else source is not None and source.config.get(
-            "shift", isinstance(source, CausalLM))
-        config |= dict(noise=args.noise, inject=args.inject, shift=shift)
-    if args.model == "bd3lm":
-        config["block_size"] = args.block_size
-        if source is not None and source.config.get("block_size", args.block_size) != args.block_size:
-            world.say(f"--init_from={args.init_from} has block size {source.config['block_size']}, this run "
-                      f"{args.block_size}: the weights fit any")
-    model = build(args.model, config)
-    if medusa:
-        try:
-            model.attach(teacher, start=True)
-        except ValueError as e:
-            raise BadInput(f"--teacher={teacher.path} cannot be a backbone: {e}") from None
-        if source is not None and source.config.get("sha256", config["sha256"]) != config["sha256"]:
-            raise BadInput(f"--init_from={args.init_from} holds heads of another backbone than {teacher.path}")
-    if source is not None:
-        initial_weights(model, source, args)
-        del source
-    model.to(world.device)
+    teacher = find_teacher(args, meta, world) if medusa or args.kd or paired(args) else None
+    model = new_model(args, data, teacher, ckpt, world)
     averaged = copy.deepcopy(model, {id(teacher): teacher}).eval().requires_grad_(False)  # EMA; shares the backbone
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0, fused=True)
-    step, tokens_seen, clip = 0, 0, args.clip
+    step, clip = 0, args.clip
     if ckpt:
         model.load_state_dict(ckpt["model"])
         averaged.load_state_dict(ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
-        step, tokens_seen, clip = ckpt["step"], ckpt["tokens_seen"], ckpt.get("clip")
+        step, clip = ckpt["step"], ckpt.get("clip")
         torch.set_rng_state(ckpt["rng"])
-        world.say(f"{args.out}: "
-                  + (f"complete at step {step}" if step >= args.steps else f"continuing at step {step}"))
+        world.say(f"{args.out}: {'complete' if step >= args.steps else 'continuing'} at step {step}")
         if step >= args.steps:
             return meta
     if args.compile:
@@ -486,53 +459,35 @@ def train(args, world):
             net.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     table = None
-    if teacher is not None and not medusa and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
+    if teacher and not medusa and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
         table = LogitsTable(teacher, data)                                     # small dataset: one teacher pass for all
-    elif teacher is not None and world.dtype == "bfloat16":
+    elif teacher and world.dtype == "bfloat16":
         body_to_bfloat16(teacher)
 
     # log
-    flops, peak = flops_per_row(model, None if table else teacher, data.length), None
-    if "cuda" in world.device:
-        name = torch.cuda.get_device_name()
-        peak = next((v for k, v in PEAKS.items() if k in name), None)
-    log = None
+    gpu = torch.cuda.get_device_name() if "cuda" in world.device else ""
+    peak = next((v for k, v in PEAKS.items() if k in gpu), None)
+    flops = flops_per_row(model, None if table else teacher, data.length)
+    parameters = sum(p.numel() for p in model.parameters())
+    log = board = None
     if world.master:
         os.makedirs(args.out, exist_ok=True)
-        restart_log(os.path.join(args.out, "log.jsonl"), step)
-        log = open(os.path.join(args.out, "log.jsonl"), "a", buffering=1)
-    board = None
-    if args.wandb and world.master:
-        board = wandb.init(project=args.wandb, name=os.path.basename(args.out), config=vars(args))
+        log = open_log(os.path.join(args.out, "log.jsonl"), step)
+        if wandb:
+            board = wandb.init(project=args.wandb, name=os.path.basename(args.out), config=vars(args))
 
-    def record(**kw):
+    def record(**line):
         if log:
-            log.write(json.dumps(kw) + "\n")
-        if board and "step" in kw:
-            board.log(kw, step=kw["step"])
+            log.write(json.dumps(line) + "\n")
+        if board and "step" in line:
+            board.log(line, step=line["step"])
     if step == 0:
-        record(args=vars(args), config=config, device=world.device, dtype=world.dtype, processes=world.size,
-               micro_batch_size=micro, parameters=sum(p.numel() for p in model.parameters()),
-               threads=torch.get_num_threads(), torch=torch.__version__, git=evaluate.git_commit(),
-               rows=len(data), meta=meta)
-    world.say(f"{args.out}: {args.model}{', ' + args.noise + ' noise' if args.gumbel else ''}, {args.n_layer} layers "
-              f"x {config['n_embd']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-              f"{len(data)} rows of {data.length}, {world.device}, {world.dtype}, "
-              f"{world.size} process{'es' * (world.size > 1)}, micro-batch {micro} of {args.batch_size}")
-
-    def checkpoint():
-        if world.master:
-            save(os.path.join(args.out, "ckpt.pt"), dict(
-                model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                tokens_seen=tokens_seen, rng=torch.get_rng_state(), args=vars(args), config=config, meta=meta,
-                git=evaluate.git_commit(), clip=clip))
-
-    def lr_at(step):
-        if step < args.warmup:
-            return args.lr * (step + 1) / args.warmup
-        if args.schedule == "constant":
-            return args.lr
-        return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+        record(args=vars(args), config=model.config, device=world.device, dtype=world.dtype, processes=world.size,
+               micro_batch_size=micro, parameters=parameters, threads=torch.get_num_threads(), torch=torch.__version__,
+               git=evaluate.git_commit(), rows=len(data), meta=meta)
+    world.say(f"{args.out}: {args.n_layer} layers x {model.config['n_embd']}, {parameters / 1e6:.1f}M parameters, "
+              f"{len(data)} rows of {data.length}, {world.size} x {world.device}, {world.dtype}, "
+              f"micro-batch {micro} of {args.batch_size}")
 
     def choose_clip():
         found = search_clip(averaged, teacher, val, args, world)
@@ -547,7 +502,10 @@ def train(args, world):
     handlers = {s: signal.signal(s, lambda signum, frame: stop.append(signum)) for s in (signal.SIGTERM, signal.SIGINT)}
 
     order, n_blocks = RowOrder(len(data), args.batch_size, args.seed), getattr(model, "n_blocks", 1)
-    accumulate, bad, began, tokens_then = local // micro, 0, time.time(), tokens_seen
+    val_name = {"ar": "val_nll", "medusa": "val_nll_heads"}.get(args.model, "val_nll" if paired(args) else "val_nelbo")
+    val_name += "_given_noise" * paired(args)
+    accumulate, per_step = local // micro, args.batch_size * data.length
+    bad, began, step_then = 0, time.time(), step
     bar = tqdm(total=args.steps, initial=step, desc=args.out, unit="step", disable=not world.master, mininterval=1)
     try:
         if args.clip_search and step == 0:
@@ -555,31 +513,27 @@ def train(args, world):
         while step < args.steps:
             rows, levels = order(step), stratified_t(args.batch_size * n_blocks, rng(args.seed, LEVELS, step),
                                                      args.t_one, *clip or ()).view(-1, n_blocks)
-            loss_sum, extra = 0.0, {}
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step)
+                group["lr"] = lr_at(step, args)
+            means = {}
             for m in range(accumulate):
-                a = (m * world.size + world.rank) * micro
-                tokens = torch.from_numpy(data.rows(rows[a:a + micro])).to(world.device)
-                generator = torch.Generator(world.device).manual_seed(torch_seed(args.seed, NOISE, step, world.rank, m))
-                torch.manual_seed(torch_seed(args.seed, NOISE, step, world.rank, m, 1))           # dropout
-                kw = dict(t=levels[a:a + micro].to(world.device), generator=generator,
-                          teacher=table.at(rows[a:a + micro]) if table else teacher)
-                kw = {k: kw[k] for k in loss_arguments(args)} | ({"kd": 1.0} if args.kd else {})
-                if clip:
-                    kw["clip"] = tuple(clip)
+                a, key = (m * world.size + world.rank) * micro, (args.seed, NOISE, step, world.rank, m)
+                mine = slice(a, a + micro)
+                tokens, kw = load_batch(data, rows[mine], levels[mine], table.at(rows[mine]) if table else teacher,
+                                        torch_seed(*key), args, world)
+                kw |= ({"kd": 1.0} if args.kd else {}) | ({"clip": clip} if clip else {})
+                torch.manual_seed(torch_seed(*key, 1))                         # dropout
                 if world.size > 1:
                     ddp.require_backward_grad_sync = m == accumulate - 1       # before the forward pass, as DDP wants
                 with world.autocast:
                     loss, parts = ddp(tokens, **kw)
                 (loss / accumulate).backward()
-                loss_sum += loss.item()
-                for k, v in parts.items():
-                    extra[k] = extra.get(k, 0.0) + v / accumulate
+                for k, v in dict(loss=loss.item(), **parts).items():
+                    means[k] = means.get(k, 0.0) + v / accumulate / world.size
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
-            loss, stopping, *rest = world.sum(loss_sum / accumulate, len(stop), *extra.values())
-            loss, extra = loss / world.size, {k: v / world.size for k, v in zip(extra, rest)}
-            if math.isfinite(loss) and torch.isfinite(norm):
+            stopping, *sums = world.sum(len(stop), *means.values())
+            means = dict(zip(means, sums))
+            if math.isfinite(means["loss"]) and torch.isfinite(norm):
                 bad = 0
                 optimizer.step()
                 decay = min(args.ema, (1 + step) / (10 + step))
@@ -587,35 +541,33 @@ def train(args, world):
                     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
             else:
                 bad += 1
-                world.say(f"step {step}: loss {loss} and gradient norm {norm.item()} are not both finite, step skipped")
+                world.say(f"step {step}: loss {means['loss']} and gradient norm {norm.item()} are not both finite, "
+                          "step skipped")
                 if bad == 20:
                     raise BadInput(f"the loss was not finite for 20 steps in a row, up to step {step}: start again "
                                    f"with a lower --lr (now {args.lr}) and another --out; {args.out} keeps its weights")
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            tokens_seen += args.batch_size * data.length
-            rate = (tokens_seen - tokens_then) / max(1e-9, time.time() - began)
+            rate = (step - step_then) * per_step / max(1e-9, time.time() - began)
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
+            bar.set_postfix(loss=f"{means['loss']:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
             if step % args.log_every == 0 or step == args.steps or bad:
-                line = dict(step=step, loss=loss, **extra, lr=lr_at(step - 1), grad_norm=norm.item(),
-                            tokens=tokens_seen, tokens_per_s=round(rate), skipped=bool(bad))
-                if peak:
-                    line["mfu"] = round(rate / data.length * flops / (peak * world.size), 4)
-                record(**line)
-                began, tokens_then = time.time(), tokens_seen
+                mfu = {"mfu": round(rate / data.length * flops / (peak * world.size), 4)} if peak else {}
+                record(step=step, **means, lr=lr_at(step - 1, args), grad_norm=norm.item(), tokens=step * per_step,
+                       tokens_per_s=round(rate), skipped=bool(bad), **mfu)
+                began, step_then = time.time(), step
             if step % args.eval_every == 0 or step == args.steps:
-                name = {"ar": "val_nll", "medusa": "val_nll_heads"}.get(args.model, "val_nelbo")
-                if args.noise not in (None, "unpaired"):
-                    name = name.replace("nelbo", "nll") + "_given_noise"
                 value = validate(averaged, teacher, val, args, world)
-                record(step=step, **{name: value})
-                world.say(f"{args.out} step {step}: {name} {value:.4f}")
+                record(step=step, **{val_name: value})
+                world.say(f"{args.out} step {step}: {val_name} {value:.4f}")
                 if args.clip_search and step % args.eval_every == 0:
                     clip = choose_clip()
-                began, tokens_then = time.time(), tokens_seen
-            if step % args.save_every == 0 or step == args.steps or stopping:
-                checkpoint()
+                began, step_then = time.time(), step
+            if world.master and (step % args.save_every == 0 or step == args.steps or stopping):
+                save(os.path.join(args.out, "ckpt.pt"), dict(
+                    model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                    tokens_seen=step * per_step, rng=torch.get_rng_state(), args=vars(args), config=model.config,
+                    meta=meta, git=evaluate.git_commit(), clip=clip))
             if stopping:
                 world.say(f"{args.out}: stopped at step {step}, saved; the same command continues")
                 world.barrier()                            # the others wait for the checkpoint
@@ -637,7 +589,7 @@ def main():
     args = parse(sys.argv[1:])
     world = World(args.dtype)
     name = os.path.basename(args.data)
-    if name in ("maze", "maze_skewed") and args.data == os.path.join("data", name):
+    if name in MAZES and args.data == os.path.join("data", name):
         if world.master and not os.path.exists(args.data):
             make_maze(name)
         world.barrier()
@@ -645,10 +597,9 @@ def main():
     if world.size > 1:
         dist.destroy_process_group()
     if meta["tokenizer"] == "maze" and args.report and world.master:
-        ckpts = ([args.teacher or default_teacher(meta, args.length)] * (args.noise not in (None, "unpaired"))
-                 + [args.out])
-        what = ["acceptance", "--ckpt", args.out] if args.model == "medusa" else ["maze", "--ckpt", *ckpts]
-        evaluate.main(what + [f"--n={args.report}", f"--dtype={args.dtype}"])
+        teacher = [args.teacher or default_teacher(meta, args.length)] * paired(args)
+        what = ["acceptance", "--ckpt"] if args.model == "medusa" else ["maze", "--ckpt", *teacher]
+        evaluate.main([*what, args.out, f"--n={args.report}", f"--dtype={args.dtype}"])
 
 
 if __name__ == "__main__":

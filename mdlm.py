@@ -121,16 +121,11 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(n_embd)
         self.head = nn.Linear(n_embd, vocab_out, bias=not learned)
         nn.init.normal_(self.embed.weight, std=0.02)
-        for block in self.blocks:
-            for layer in (block.attn_out, block.proj):
-                nn.init.zeros_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        for layer in [self.head, *(layer for block in self.blocks for layer in (block.attn_out, block.proj))]:
+            for p in layer.parameters():
+                nn.init.zeros_(p)
         if learned:
             self.head.weight = self.embed.weight
-        else:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
 
     def forward(self, h, cache=None, positions=None, mask=None):
         """Input embeddings h [B, L, D] -> hidden states [B, L, D]. With a cache, h continues what the cache holds.
@@ -264,23 +259,21 @@ def unmask(x, step, mask_id, hidden, logits, order="random", top_p=1.0, greedy=F
     runs at the positions being revealed only, in chunks. Rows that have nothing left are not computed. nfe: calls.
     `order="confidence"` keeps only how many tokens a step reveals and takes those drawn with the highest probability.
     """
-    x, step = x.clone(), own_pace(step)
+    x, step, confidence = x.clone(), own_pace(step), order == "confidence"
     nfe = step.amax(-1)
+
+    def draw(h):                                           # [n, D] -> tokens [n], their log p [n] where it is asked for
+        z = logits(h)
+        new = draw_tokens(z, top_p, greedy, generator=generator)
+        return new, z.float().log_softmax(-1).gather(-1, new[:, None]).squeeze(1) if confidence else new
     for k in range(1, int(nfe.max()) + 1):
         rows = (nfe >= k).nonzero().squeeze(1)
         now = step[rows] == k
         h = hidden(x[rows], rows)
-        if order == "confidence":
+        if confidence:
             count, now = now.sum(-1, keepdim=True), x[rows] == mask_id
-        new, logp = [], []
-        for part in h[now].split(max(1, CHUNK // mask_id)):
-            z = logits(part)
-            new.append(draw_tokens(z, top_p, greedy, generator=generator))
-            if order == "confidence":
-                logp.append(z.float().log_softmax(-1).gather(-1, new[-1][:, None]).squeeze(1))
-        new = torch.cat(new)
-        if order == "confidence":
-            logp = torch.cat(logp)
+        new, logp = map(torch.cat, zip(*map(draw, h[now].split(max(1, CHUNK // mask_id)))))
+        if confidence:
             score = torch.full(now.shape, -math.inf, device=x.device).masked_scatter(now, logp)
             keep = (score.argsort(-1, descending=True).argsort(-1) < count) & now
             new, now = new[keep[now]], keep
@@ -290,6 +283,11 @@ def unmask(x, step, mask_id, hidden, logits, order="random", top_p=1.0, greedy=F
 
 # ---------------------------------------------------------------------------------------------------------------------
 # MDLM
+
+def scatter(masked, rows):
+    """Rows [N, D] for the masked positions [B, L] -> [B, L, D], zero elsewhere."""
+    return rows.new_zeros(*masked.shape, rows.shape[1]).masked_scatter(masked[:, :, None], rows)
+
 
 class MDLM(nn.Module):
     """Masked diffusion language model (Sahoo et al. 2024); with `noise`, conditioned on Gumbel noise (Section 4.2).
@@ -369,19 +367,16 @@ class MDLM(nn.Module):
             z = tokens.masked_fill(masked, self.mask_id)
         masked = z == self.mask_id
         x = tokens[masked]                                                      # (N)
-        kd_logits = teacher.posterior_logits(tokens, masked) if kd else None
-        g = None
-        if self.noise_embed is not None:
-            g = torch.zeros(B, L, self.transformer.embed.weight.shape[1], device=tokens.device)
-            if noise is not None:
-                rows = self.noise_embed(noise[masked])
-            elif teacher is None and self.noise_embed.kind != "unpaired":
+        g, logits = None, None
+        if teacher is not None and (kd or self.noise_embed):
+            logits = teacher.posterior_logits(tokens, masked)
+        if noise is not None:
+            g = scatter(masked, self.noise_embed(noise[masked]))
+        elif self.noise_embed is not None:
+            if teacher is None and self.noise_embed.kind != "unpaired":
                 raise ValueError("a student with noise needs a teacher (or the noise itself)")
-            else:
-                logits = None if teacher is None else teacher.posterior_logits(tokens, masked)
-                rows = self.noise_embed.from_posterior(logits, x, generator)
-            g = g.masked_scatter(masked[:, :, None], rows.to(g.dtype))
-        nll, kl = row_losses(self.logits, self.hidden(z, g, tokens)[masked], x, self.mask_id, kd_logits)
+            g = scatter(masked, self.noise_embed.from_posterior(logits, x, generator))
+        nll, kl = row_losses(self.logits, self.hidden(z, g, tokens)[masked], x, self.mask_id, logits if kd else None)
         weight = per_token(1 / t if weight is None else weight)[masked]
         return weight * (nll + kd * kl), masked, {"nll_masked": nll, "kl_masked": kl} if kd else {"nll_masked": nll}
 
@@ -390,9 +385,7 @@ class MDLM(nn.Module):
 
         An unmasked position copies its token: 0 there, -inf elsewhere. `clean`: see `hidden`.
         """
-        g = None if noise is None or self.noise_embed is None else self.noise_embed(noise)
-        if noise is not None and g is None:
-            raise ValueError("this model was built without noise")
+        g = noise if noise is None or self.noise_embed is None else self.noise_embed(noise)      # (`embed` checks)
         logp = F.pad(self.logits(self.hidden(tokens, g, clean)).log_softmax(-1), (0, 1), value=-math.inf)
         copy = torch.full_like(logp, -math.inf).scatter_(-1, tokens[:, :, None], 0.0)
         return torch.where((tokens == self.mask_id)[:, :, None], logp, copy)
@@ -426,8 +419,7 @@ class MDLM(nn.Module):
             return None
         if noise is not None:
             return self.noise_embed(noise, tau)
-        rows = self.noise_embed.from_prior(int(masked.sum()), tau, generator)
-        return rows.new_zeros(*masked.shape, rows.shape[1]).masked_scatter(masked[:, :, None], rows)
+        return scatter(masked, self.noise_embed.from_prior(int(masked.sum()), tau, generator))
 
     def _noisy_hidden(self, tokens, tau, top_p, noise, resample_noise, generator):
         """Checks what a sampler was given -> hidden(x, rows), one network call on rows of the batch, with its noise."""
@@ -486,23 +478,14 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def read_safetensors(path):
     """A .safetensors file -> {name: tensor}, memmapped: 8 bytes of header size, a JSON header, then the data."""
-    data = np.memmap(path, np.uint8, mode="c")             # copy-on-write: torch wants writable memory
+    data, out = np.memmap(path, np.uint8, mode="c"), {}    # copy-on-write: torch wants writable memory
+    n = 8 + int.from_bytes(data[:8].tobytes(), "little")
     try:
-        n = int.from_bytes(data[:8].tobytes(), "little")
-        if not 2 <= n <= len(data) - 8:
-            raise ValueError(f"its header should have {n} bytes, the file has {len(data)}")
-        header = json.loads(data[8:8 + n].tobytes())
-        data, out = data[8 + n:], {}
-        for name, t in header.items():
-            if name == "__metadata__":
-                continue
-            a, b = t["data_offsets"]
-            dtype = DTYPES[t["dtype"]]
-            if not 0 <= a <= b <= len(data) or b - a != math.prod(t["shape"]) * dtype.itemsize:
-                raise ValueError(f"{name} should lie at bytes {a} to {b} of {len(data)}, shape {t['shape']}")
-            out[name] = torch.frombuffer(data, dtype=dtype, offset=a, count=math.prod(t["shape"])).view(t["shape"]) \
-                if b > a else torch.empty(t["shape"], dtype=dtype)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        for name, t in json.loads(data[8:n].tobytes()).items():
+            if name != "__metadata__":
+                a, b = t["data_offsets"]
+                out[name] = torch.from_numpy(data[n + a:n + b]).view(DTYPES[t["dtype"]]).view(t["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(f"{path} is no complete safetensors file ({type(e).__name__}: {e})") from None
     return out
 
@@ -533,11 +516,26 @@ def _setting(config, *keys):
     return node if isinstance(node, (int, str)) else None
 
 
-def read_weights(path):
-    """Published weights -> (state dict, settings). A .safetensors or torch file, or a folder with one of them as
-    Hugging Face names it (settings: its config.json). ValueError says what is wrong.
+def read_torch(path):
+    """A torch file -> what it holds; no pickled class is executed: those that torch does not know become `_Inert`s."""
+    try:
+        zipped = zipfile.is_zipfile(path)
+        with safe_globals([(_Inert, name) for name in (get_unsafe_globals_in_checkpoint(path) if zipped else [])]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as e:                                 # foreign files fail in a dozen ways
+        kind = "Lightning checkpoint" if path.endswith(".ckpt") else "torch file"
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a readable {kind}: {why}") from None
+
+
+def read_weights(path, weights=None):
+    """Published weights -> (state dict, settings): a .safetensors or torch file, a folder with one of them as Hugging
+    Face names it (settings: its config.json), or the authors' Lightning .ckpt. ValueError says what is wrong.
+
+    `weights`, of a .ckpt: "raw", or "ema", whose `shadow_params` are a list in the order of the network's parameters;
+    None: EMA where the file has them.
     """
-    settings = {}
+    path, settings = str(path), {}
     if os.path.isdir(path):
         names = [n for n in ("model.safetensors", "pytorch_model.bin") if os.path.exists(os.path.join(path, n))]
         if not names:
@@ -548,30 +546,13 @@ def read_weights(path):
         path = os.path.join(path, names[0])
     if path.endswith(".safetensors"):
         return read_safetensors(path), settings
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e:                                 # foreign files fail in a dozen ways
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a readable torch file: {why}") from None
-    return state.get("state_dict", state), settings
-
-
-def read_lightning(path, weights=None):
-    """The authors' Lightning .ckpt -> (state dict of the network, settings), its pickled objects not executed.
-
-    `weights`: "raw", or "ema", whose `shadow_params` are a list in the order of the network's parameters; None: EMA
-    where the file has them. torch's weights-only reader builds tensors, and `_Inert`s for all other classes.
-    """
-    try:
-        with safe_globals([(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]):
-            ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = {k.replace("_orig_mod.", ""): v for k, v in ckpt["state_dict"].items()
-                 if not k.startswith("teacher_model.") and "sampling_eps" not in k}
-        shadow = ckpt["ema"]["shadow_params"] if ckpt.get("ema") else None
-        config = (ckpt.get("hyper_parameters") or {}).get("config")
-    except Exception as e:                                 # foreign files fail in a dozen ways
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a readable Lightning checkpoint: {why}") from None
+    ckpt = read_torch(path)
+    state = ckpt.get("state_dict", ckpt)
+    if not path.endswith(".ckpt"):
+        return state, settings
+    state = {k.replace("_orig_mod.", ""): v for k, v in state.items()
+             if not k.startswith("teacher_model.") and "sampling_eps" not in k}
+    shadow = ckpt["ema"]["shadow_params"] if ckpt.get("ema") else None
     if weights == "ema" or weights is None and shadow:
         names = [k for k in state if not k.endswith(("inv_freq", "block_diff_mask"))]                  # not the buffers
         if not shadow:
@@ -579,6 +560,7 @@ def read_lightning(path, weights=None):
         if [p.shape for p in shadow] != [state[k].shape for k in names]:
             raise ValueError(f"{path}: its {len(shadow)} EMA tensors do not match the {len(names)} of its network")
         state |= dict(zip(names, shadow))
+    config = (ckpt.get("hyper_parameters") or {}).get("config")
     settings = dict(model_length=_setting(config, "model", "length"), n_heads=_setting(config, "model", "n_heads"),
                     block_size=_setting(config, "block_size"), inject=_setting(config, "model", "gumbel_inject_mode"))
     return state, {k: v for k, v in settings.items() if v is not None}
@@ -595,25 +577,21 @@ def fold_published(src, n_heads=None):
         per block (shift, scale, gate) x 2 = A c + a: LN weight <- norm (1 + scale), bias <- shift, output *= gate
     AR files have no adaLN. The output layer's [MASK] row is dropped: its logit is -inf.
     """
-    settings = {}
-    if not isinstance(src, dict):
-        src, settings = read_lightning(src) if str(src).endswith(".ckpt") else read_weights(src)
-        n_heads = n_heads or settings.get("n_heads")
-    src = src.get("state_dict", src)
-    src = {k.removeprefix("backbone."): v.float() for k, v in src.items() if not k.startswith("teacher_model.")}
+    src, settings = (src, {}) if isinstance(src, dict) else read_weights(src)
+    n_heads = n_heads or settings.get("n_heads")
+    src = {k.removeprefix("backbone."): v.float() for k, v in src.get("state_dict", src).items()
+           if not k.startswith("teacher_model.")}
     try:
-        head_dim = (2 * len(src["rotary_emb.inv_freq"]) if n_heads is None
-                    else src["vocab_embed.embedding"].shape[1] // n_heads)
         rows, D = src["vocab_embed.embedding"].shape
-        c = None
-        if "sigma_map.mlp.0.weight" in src:
-            e = torch.cat([torch.ones(128), torch.zeros(128)])
-            c = F.silu(F.linear(e, src["sigma_map.mlp.0.weight"], src["sigma_map.mlp.0.bias"]))
-            c = F.silu(F.linear(c, src["sigma_map.mlp.2.weight"], src["sigma_map.mlp.2.bias"]))
+        n_heads = n_heads or D // (2 * len(src["rotary_emb.inv_freq"]))
+
+        def silu(i, x):
+            return F.silu(F.linear(x, src[f"sigma_map.mlp.{i}.weight"], src[f"sigma_map.mlp.{i}.bias"]))
 
         def modulation(name, n):                          # n vectors of D, or the identity
-            if c is None:
-                return [torch.zeros(D), torch.zeros(D), torch.ones(D)] * (n // 3) if n > 2 else [torch.zeros(D)] * 2
+            if "sigma_map.mlp.0.weight" not in src:
+                return [torch.full((D,), v) for v in (0.0, 0.0, 1.0, 0.0, 0.0, 1.0)[:n]]
+            c = silu(2, silu(0, torch.cat([torch.ones(128), torch.zeros(128)])))
             return F.linear(c, src[name + ".weight"], src[name + ".bias"]).chunk(n)
 
         out, n_layer = {"embed.weight": src["vocab_embed.embedding"]}, 0
@@ -634,7 +612,7 @@ def fold_published(src, n_heads=None):
     except KeyError as e:
         raise ValueError(f"not a published MDLM, BD3-LM or AR checkpoint: it lacks {e}") from None
     return {"transformer." + k: v for k, v in out.items()}, dict(
-        vocab_size=rows - 1, n_layer=n_layer, n_embd=D, n_head=D // head_dim, dropout=0.0), src, settings
+        vocab_size=rows - 1, n_layer=n_layer, n_embd=D, n_head=n_heads, dropout=0.0), src, settings
 
 
 def load_published(src, n_heads=None, length=None, bos=50256, inject=None, make=MDLM):

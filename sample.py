@@ -110,7 +110,7 @@ def load_foreign(path, weights):
         elif path in GPT2_SIZES:
             model = GPT2.from_pretrained(path)
         else:
-            state, settings = mdlm.read_lightning(path, weights) if path.endswith(".ckpt") else mdlm.read_weights(path)
+            state, settings = mdlm.read_weights(path, weights)
             if any(k.endswith("wte.weight") for k in state):
                 model = GPT2.from_state(state, settings)
             else:

@@ -299,7 +299,7 @@ def initial_weights(model, source, args):
         model.load_state_dict(state)
     except RuntimeError as e:
         raise BadInput(f"--init_from={args.init_from} is another kind or shape of network: give the same flags of the "
-                       f"network and vocabulary, or leave --init_from out ({str(e).splitlines()[1].strip()})") from None
+                       f"network and vocabulary, or leave --init_from out ({str(e).splitlines()[1].strip()[:100]})") from None
 
 
 def new_model(args, data, teacher, ckpt, world):

@@ -30,7 +30,10 @@ T_MIN = 1e-3                                  # t lives in [T_MIN, 1]: bounds th
 # the transformer (shared: MDLM and BD3-LM bidirectional, the AR model causal)
 
 class KVCache:
-    """Preallocated keys and values of all layers, [layers, 2, B, H, max_length, head_dim]; `length` of it is filled."""
+    """Preallocated keys and values of all layers, [layers, 2, B, H, max_length, head_dim]; `length` of it is filled.
+
+    `crop` and `batch_select_indices` are those of the caches of `transformers`, which can stand in.
+    """
 
     def __init__(self, model, batch, max_length):
         w, h = model.blocks[0].qkv.weight, model.n_head
@@ -45,10 +48,8 @@ class KVCache:
         self.kv[layer, 0, :, :, a:b], self.kv[layer, 1, :, :, a:b] = k, v
         return self.kv[layer, 0, :, :, :b], self.kv[layer, 1, :, :, :b]
 
-    # as the caches of `transformers`, which can stand in: forget the last n positions, crop(-n); keep these rows
-
     def crop(self, n):
-        self.length += n
+        self.length += n                                   # crop(-3) forgets the last three positions
 
     def batch_select_indices(self, rows):
         self.kv = self.kv[:, :, rows]
@@ -367,14 +368,14 @@ class MDLM(nn.Module):
             z = tokens.masked_fill(masked, self.mask_id)
         masked = z == self.mask_id
         x = tokens[masked]                                                      # (N)
-        g, logits = None, None
-        if teacher is not None and (kd or self.noise_embed):
-            logits = teacher.posterior_logits(tokens, masked)
+        drawn = self.noise_embed is not None and noise is None and self.noise_embed.kind != "unpaired"
+        if teacher is None and (kd or drawn):
+            raise ValueError("token distillation needs a teacher, and a student with noise a teacher or the noise")
+        logits = teacher.posterior_logits(tokens, masked) if kd or drawn else None
+        g = None
         if noise is not None:
             g = scatter(masked, self.noise_embed(noise[masked]))
         elif self.noise_embed is not None:
-            if teacher is None and self.noise_embed.kind != "unpaired":
-                raise ValueError("a student with noise needs a teacher (or the noise itself)")
             g = scatter(masked, self.noise_embed.from_posterior(logits, x, generator))
         nll, kl = row_losses(self.logits, self.hidden(z, g, tokens)[masked], x, self.mask_id, logits if kd else None)
         weight = per_token(1 / t if weight is None else weight)[masked]
@@ -504,15 +505,16 @@ class _Inert:
         pass
 
 
-def _setting(config, *keys):
-    """A value of an OmegaConf tree read as `_Inert`s (children in `_content`, a leaf in `_val`), or None."""
+def _setting(config, path):
+    """The value at a path, like model.length, of an OmegaConf tree read as `_Inert`s (children in `_content`, a leaf
+    in `_val`), or None."""
     node = config
-    for key in keys:
+    for key in path.split("."):
         node = getattr(node, "_content", node)
         node = node.get(key) if isinstance(node, dict) else None
     node = getattr(node, "_val", node)
     if isinstance(node, str) and node.startswith("${"):    # as in block_size: ${model.length}
-        return _setting(config, *node[2:-1].split("."))
+        return _setting(config, node[2:-1])
     return node if isinstance(node, (int, str)) else None
 
 
@@ -561,9 +563,9 @@ def read_weights(path, weights=None):
             raise ValueError(f"{path}: its {len(shadow)} EMA tensors do not match the {len(names)} of its network")
         state |= dict(zip(names, shadow))
     config = (ckpt.get("hyper_parameters") or {}).get("config")
-    settings = dict(model_length=_setting(config, "model", "length"), n_heads=_setting(config, "model", "n_heads"),
-                    block_size=_setting(config, "block_size"), inject=_setting(config, "model", "gumbel_inject_mode"))
-    return state, {k: v for k, v in settings.items() if v is not None}
+    names = dict(model_length="model.length", n_heads="model.n_heads", block_size="block_size",
+                 inject="model.gumbel_inject_mode")
+    return state, {k: v for k, path in names.items() if (v := _setting(config, path)) is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

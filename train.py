@@ -223,7 +223,7 @@ class World:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
+# where a run starts and continues: checkpoint, log, teacher, weights
 
 def save(path, state):
     """Written beside, synced, renamed: a crash leaves the old checkpoint or the new one."""
@@ -260,9 +260,6 @@ def open_log(path, step):
     return log
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# teacher
-
 def find_teacher(args, meta, world):
     """The model of --teacher; on the maze, the one that `--model=ar` with the same data trains, trained if absent."""
     path = args.teacher or default_teacher(meta, args.length)
@@ -298,8 +295,9 @@ def initial_weights(model, source, args):
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        raise BadInput(f"--init_from={args.init_from} is another kind or shape of network: give the same flags of the "
-                       f"network and vocabulary, or leave --init_from out ({str(e).splitlines()[1].strip()[:100]})") from None
+        why = str(e).splitlines()[1].strip()[:100]
+        raise BadInput(f"--init_from={args.init_from} is another kind or shape of network ({why}): give the same flags "
+                       "of the network and vocabulary, or leave --init_from out") from None
 
 
 def new_model(args, data, teacher, ckpt, world):
@@ -401,10 +399,10 @@ def validate(model, teacher, data, args, world):
 
 @torch.no_grad()
 def search_clip(model, teacher, data, args, world):
-    """For each window of noise levels, the variance of a block's loss when trained in it, in (nats per token)^2: over
-    blocks, rows (256, the same with the same draws) and processes (BD3-LM, Section 5). -> {(low, high): variance}.
+    """The window of noise levels in which a block's loss varies least, and the variances, {(low, high): (nats per
+    token)^2}: over blocks, rows (256, the same with the same draws) and processes (BD3-LM, Section 5).
     """
-    out = {}
+    found = {}
     for window in tqdm(windows(model.block_size), desc="clip search", leave=False, disable=not world.master):
         sums = np.zeros(3)
         for tokens, kw in validation_batches(model, teacher, data, min(256, args.eval_rows), args, world, window):
@@ -414,8 +412,11 @@ def search_clip(model, teacher, data, args, world):
                 masked, losses.double()).view(-1, model.block_size).mean(1)
             sums += len(v), v.sum().item(), v.square().sum().item()
         count, total, squares = world.sum(*sums)
-        out[window] = squares / count - (total / count) ** 2
-    return out
+        found[window] = squares / count - (total / count) ** 2
+    best = min(found, key=found.get)
+    world.say(f"clip {best[0]:g},{best[1]:g}: a block's loss has variance {found[best]:.4f} (unclipped "
+              f"{found[T_MIN, 1.0]:.4f})")
+    return best, found
 
 
 def train(args, world):
@@ -490,11 +491,8 @@ def train(args, world):
               f"micro-batch {micro} of {args.batch_size}")
 
     def choose_clip():
-        found = search_clip(averaged, teacher, val, args, world)
-        best = min(found, key=found.get)
+        best, found = search_clip(averaged, teacher, val, args, world)
         record(step=step, clip=best, clip_search={f"{a:g},{b:g}": v for (a, b), v in found.items()})
-        world.say(f"{args.out} step {step}: clip {best[0]:g},{best[1]:g}, variance of a block's loss {found[best]:.4f} "
-                  f"(unclipped {found[T_MIN, 1.0]:.4f})")
         return best
 
     # SIGTERM and SIGINT: finish the step, save, stop

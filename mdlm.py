@@ -519,15 +519,16 @@ def _setting(config, path):
 
 
 def read_torch(path):
-    """A torch file -> what it holds; no pickled class is executed: those that torch does not know become `_Inert`s."""
+    """A torch file -> (its state dict, all it holds), no class in it executed: unknown ones become `_Inert`."""
+    lightning = path.endswith(".ckpt")
     try:
         zipped = zipfile.is_zipfile(path)
         with safe_globals([(_Inert, name) for name in (get_unsafe_globals_in_checkpoint(path) if zipped else [])]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return ckpt["state_dict"] if lightning else ckpt.get("state_dict", ckpt), ckpt
     except Exception as e:                                 # foreign files fail in a dozen ways
-        kind = "Lightning checkpoint" if path.endswith(".ckpt") else "torch file"
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a readable {kind}: {why}") from None
+        raise ValueError(f"{path} is not a readable {'Lightning checkpoint' if lightning else 'torch file'}: "
+                         f"{(str(e) or type(e).__name__).splitlines()[0]}") from None
 
 
 def read_weights(path, weights=None):
@@ -548,13 +549,13 @@ def read_weights(path, weights=None):
         path = os.path.join(path, names[0])
     if path.endswith(".safetensors"):
         return read_safetensors(path), settings
-    ckpt = read_torch(path)
-    state = ckpt.get("state_dict", ckpt)
+    state, ckpt = read_torch(path)
     if not path.endswith(".ckpt"):
         return state, settings
+    # Lightning: EMA weights without names, settings in a pickled OmegaConf tree
     state = {k.replace("_orig_mod.", ""): v for k, v in state.items()
              if not k.startswith("teacher_model.") and "sampling_eps" not in k}
-    shadow = ckpt["ema"]["shadow_params"] if ckpt.get("ema") else None
+    shadow = (ckpt.get("ema") or {}).get("shadow_params")
     if weights == "ema" or weights is None and shadow:
         names = [k for k in state if not k.endswith(("inv_freq", "block_diff_mask"))]                  # not the buffers
         if not shadow:

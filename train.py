@@ -182,11 +182,11 @@ class RowOrder:
 
     def __init__(self, n, batch_size, seed):
         self.n, self.batch_size = n, batch_size
-        self.epoch = lru_cache(maxsize=1)(lambda epoch: rng(seed, ROWS, epoch).permutation(n))
+        self.permutation = lru_cache(maxsize=1)(lambda epoch: rng(seed, ROWS, epoch).permutation(n))
 
     def __call__(self, step):
         first = step * self.batch_size
-        return np.array([self.epoch(i // self.n)[i % self.n] for i in range(first, first + self.batch_size)])
+        return np.array([self.permutation(i // self.n)[i % self.n] for i in range(first, first + self.batch_size)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,9 +249,10 @@ def resume(args, meta):
     return ckpt
 
 
-def open_log(path, step):
+def open_log(out, step):
     """log.jsonl, to append to: lines of steps to be run again are dropped, as is a broken last line."""
-    kept = []
+    os.makedirs(out, exist_ok=True)
+    path, kept = os.path.join(out, "log.jsonl"), []
     if step and os.path.exists(path):
         with open(path) as f:
             kept = [line for line in f if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
@@ -428,7 +429,7 @@ def train(args, world):
         max(m for m in range(1, 33) if local % m == 0) if "cuda" in world.device else local)
     if local % micro:
         raise BadInput(f"--micro_batch_size={micro} must divide the {local} rows that each process has of a batch")
-    wandb = optional("wandb", "--wandb") if args.wandb else None
+    wandb = optional("wandb", "--wandb") if args.wandb and world.master else None
     there = os.path.abspath(args.out)
     while not os.path.exists(there):
         there = os.path.dirname(there)
@@ -470,16 +471,11 @@ def train(args, world):
     peak = next((v for k, v in PEAKS.items() if k in gpu), None)
     flops = flops_per_row(model, None if table else teacher, data.length)
     parameters = sum(p.numel() for p in model.parameters())
-    log = board = None
-    if world.master:
-        os.makedirs(args.out, exist_ok=True)
-        log = open_log(os.path.join(args.out, "log.jsonl"), step)
-        if wandb:
-            board = wandb.init(project=args.wandb, name=os.path.basename(args.out), config=vars(args))
+    log = open_log(args.out, step) if world.master else open(os.devnull, "w")
+    board = wandb.init(project=args.wandb, name=os.path.basename(args.out), config=vars(args)) if wandb else None
 
     def record(**line):
-        if log:
-            log.write(json.dumps(line) + "\n")
+        log.write(json.dumps(line) + "\n")
         if board and "step" in line:
             board.log(line, step=line["step"])
     if step == 0:
@@ -576,8 +572,7 @@ def train(args, world):
         bar.close()
         for s, handler in handlers.items():
             signal.signal(s, handler)
-        if log:
-            log.close()
+        log.close()
         if board:
             board.finish()
     return meta

@@ -140,12 +140,10 @@ class Transformer(nn.Module):
             rope = rope_tables(positions, h.shape[2] // self.n_head)
         else:
             rope, h = None, h + self.positions(positions)
-        causal = self.causal
-        if causal and start:                  # queries start .. start + L - 1 against keys 0 .. start + L - 1
-            causal, mask = False, torch.ones(L, start + L, dtype=torch.bool,
-                                             device=h.device).tril(start) if L > 1 else None
+        if self.causal and start and L > 1:   # queries start .. start + L - 1 against keys 0 .. start + L - 1
+            mask = torch.ones(L, start + L, dtype=torch.bool, device=h.device).tril(start)
         for i, block in enumerate(self.blocks):
-            h = block(h, rope, mask, causal, cache, i)
+            h = block(h, rope, mask, self.causal and not start, cache, i)
         if cache:
             cache.length += L
         return self.norm(h)

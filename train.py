@@ -296,7 +296,7 @@ def initial_weights(model, source, args):
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        why = str(e).splitlines()[1].strip()[:100]
+        why = str(e).splitlines()[1].strip("\t .").split(": copying")[0].split(", ")[0]           # the first difference
         raise BadInput(f"--init_from={args.init_from} is another kind or shape of network ({why}): give the same flags "
                        "of the network and vocabulary, or leave --init_from out") from None
 

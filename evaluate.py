@@ -1,16 +1,21 @@
 """The tables: one function each. Results go to stdout as Markdown, and with --json=FILE to a file.
 
     python evaluate.py maze --ckpt out/maze-ar out/maze-mdlm-gumbel              # success with diversity, row by row
-    python evaluate.py nfe  --ckpt out/maze-mdlm-gumbel out/maze-mdlm            # success against NFE, a row per model
     python evaluate.py genppl --judge=gpt2-large --ckpt out/mine-mdlm-gumbel     # samples under an AR judge, + entropy
     python evaluate.py mauve  --judge=gpt2-large --ckpt out/mine-mdlm-gumbel     # MAUVE against validation text
+    python evaluate.py infill --judge=gpt2-large --ckpt out/mine-mdlm-gumbel     # what is filled into real text
+    python evaluate.py nfe --ckpt out/maze-mdlm-gumbel out/maze-mdlm             # one of these metrics against NFE
     python evaluate.py ppl --ckpt out/mine-mdlm-gumbel out/mine-mdlm out/mine-ar # bounds on the likelihood of data
     python evaluate.py acceptance --ckpt out/mine-medusa-gumbel out/mine-medusa  # what a backbone takes of its drafts
+
+Samples are kept in out/samples and used again where weights, settings, code and machine kind are the same.
 """
+import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,11 +28,16 @@ from data.prepare import (PAD, BadInput, Parser, Shards, Tokenizer, check_output
                           maze_valid, number, optional, run_main)
 from gumbel import sample_gumbel
 from mdlm import reveal_steps, stratified_t, unmask
-from medusa import Medusa
+from medusa import Medusa, backbone_hash
 from sample import (PROMPTED, check_vocabulary, default_teacher, device_and_dtype, entropy, generate, load_ar,
                     load_model, load_verifier, loading_flags, medusa_flags, own_flags, resolve_sampling,
                     sampling_flags, torch_seed)
 from teacher import CausalLM, extract_sequential
+
+
+# samples are kept as long as this is the same: the files that draw them
+CODE = hashlib.sha256(b"".join(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py"), "rb").read()
+                               for name in ("gumbel", "mdlm", "teacher", "bd3lm", "medusa", "sample"))).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,9 +54,12 @@ def git_commit():
         return ""
 
 
-PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position"}
-DIGITS = dict(tau=2, top_p=2, gen_ppl=2, entropy=2, entropy_set=2, nll=3, nll_stderr=3, teacher_nll=3, ppl=2,
-              mauve=3, mauve_std=3, calls_per_token=3, agreement=3, speedup=2, tokens_per_s=0, alone_tokens_per_s=0)
+PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position", "recovered", "acc", "acc_stderr",
+           "acc_norm", "acc_norm_stderr"}
+DIGITS = dict(tau=2, top_p=2, gen_ppl=2, gen_ppl_stderr=2, entropy=2, entropy_set=2, distinct_1=3, distinct_2=3,
+              distinct_3=3, nll=3, nll_stderr=3, teacher_nll=3, ppl=2, mauve=3, mauve_std=3, calls_per_token=3,
+              agreement=3, speedup=2, tokens_per_s=0, alone_tokens_per_s=0)
+RUN_COLUMNS = dict(n="n", seconds="seconds", precision="precision", device="device", seed="seed", git="commit")
 
 
 def print_table(rows, columns):
@@ -65,12 +78,26 @@ def print_table(rows, columns):
     sys.stdout.flush()
 
 
-def write_json(path, rows, args, began, dtype, device):
-    if path:
-        meta = dict(n=args.n, seed=args.seed, seconds=round(time.time() - began, 1), precision=dtype, device=device,
-                    git=git_commit(), args=vars(args))
-        with open(path, "w") as f:
+def report(args, rows, columns, note, table=None, began=0.0, device="cpu", dtype="float32"):
+    """Print the rows, or a `table` made of them, with what they were measured on, and write them to args.json."""
+    facts = dict(precision=dtype, device=torch.cuda.get_device_name() if device == "cuda" else device, seed=args.seed,
+                 git=git_commit())
+    rows = [row | facts for row in rows]
+    print_table(rows if table is None else [row | facts for row in table], columns | RUN_COLUMNS)
+    print("\n" + note)
+    if args.json:
+        meta = dict(n=args.n, seconds=round(time.time() - began, 1), **facts, args=vars(args))
+        with open(args.json, "w") as f:
             json.dump(dict(meta=meta, rows=rows), f, indent=1)
+
+
+def ratio_with_error(a, b):
+    """sum a / sum b over independent samples, with its standard error (linearised: samples differ in both)."""
+    n, total = len(a), b.sum()
+    if not total:
+        return None, None
+    r = a.sum() / total
+    return float(r), float(np.sqrt(n / max(1, n - 1) * ((a - r * b) ** 2).sum()) / total)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +131,7 @@ def maze_statistics(rows):
     valid = maze_valid(rows)
     p, (_, c) = valid.mean(), np.unique(maze_keys(rows[valid]), return_counts=True)
     pairs, n = (c * (c - 1)).sum(), valid.sum()
-    return dict(success=float(p), stderr=math.sqrt(p * (1 - p) / len(rows)), distinct=len(c),
+    return dict(n=len(rows), success=float(p), stderr=math.sqrt(p * (1 - p) / len(rows)), distinct=len(c),
                 effective=float(n * (n - 1) / pairs) if pairs else None)
 
 
@@ -119,25 +146,48 @@ def steps_of(model, length, nfe):
     return sorted({max(1, k // n) * n for k in nfe})
 
 
-def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, batch=1000):
-    """n samples from nothing -> (rows [n, L - 1] without BOS, mean network calls, mean verifier calls or None).
+def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, batch=1000, start=None):
+    """n samples -> (rows [n, L - 1] without BOS, facts: their mean network calls, verifier calls, seconds of drawing).
 
-    `steps` are those of a whole row: BD3-LM spreads them over its blocks.
+    `start` [n, L]: what to fill in, default nothing but BOS. `steps` are those of a whole row: BD3-LM spreads them over
+    its blocks. The samples come from the file in `args.samples` that such a call has written before, or go there.
     """
     reference = isinstance(model, CausalLM) and model.meta["tokenizer"] == "maze"             # the teacher, as it is
     tau, top_p = (1.0, 1.0) if reference else resolve_sampling(args, model)
-    generator, out, calls = torch.Generator(device).manual_seed(args.seed), [], []
-    length = length or min(model.length, 1024)
-    for a in range(0, n, batch):
-        b = min(batch, n - a)
-        start = torch.full((b, 1 if isinstance(model, PROMPTED) else length), getattr(model, "mask_id", model.bos),
-                           device=device)
+    length, own = length or min(model.length, 1024), own_flags(model, args)
+    if start is None:
+        start = torch.full((n, 1 if isinstance(model, PROMPTED) else length), getattr(model, "mask_id", model.bos))
         start[:, 0] = model.bos
-        tokens, *nfe = generate(model, start, steps // blocks(model, length), tau, top_p, greedy, args.sampler,
-                                args.order, length=length, generator=generator, apd=apd, **own_flags(model, args))
-        out.append(tokens[:, 1:].cpu().numpy())
-        calls.append([c.sum().item() for c in nfe])
-    return np.concatenate(out), *(np.sum(calls, 0) / n), *[None] * (2 - len(nfe))
+    settings = dict(model=model.name, decode="greedy" if greedy else "sample", steps=steps, n=n, length=length, tau=tau,
+                    top_p=top_p, sampler=args.sampler, order=args.order, seed=args.seed, batch=batch, **own,
+                    dtype=args.dtype, device=device, weights=backbone_hash(model), config=model.config, code=CODE,
+                    start=hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16],
+                    apd=apd and dict(apd, verifier=backbone_hash(apd["verifier"])))
+    key = hashlib.sha256(json.dumps({k: v for k, v in settings.items() if k != "model"}).encode()).hexdigest()[:12]
+    path = os.path.join(args.samples, f"{os.path.basename(model.name)}-{settings['decode']}-{steps}-{key}.jsonl")
+    if not os.path.exists(path):
+        tokenizer = Tokenizer(model.meta["tokenizer"], model.config["vocab_size"])
+        generator = torch.Generator(device).manual_seed(args.seed)
+        os.makedirs(args.samples, exist_ok=True)
+        with open(path + ".tmp", "w") as f:
+            f.write(json.dumps(dict(settings=settings)) + "\n")
+            for a in range(0, n, batch):
+                began = time.perf_counter()
+                tokens, *nfe = generate(model, start[a:a + batch].to(device), steps // blocks(model, length), tau,
+                                        top_p, greedy, args.sampler, args.order, length=length, generator=generator,
+                                        apd=apd, **own)
+                tokens = tokens[:, 1:].cpu()               # (waits for the device)
+                seconds = (time.perf_counter() - began) / len(tokens)
+                for row, *calls in zip(tokens.tolist(), *(c.tolist() for c in nfe)):
+                    if max(row) >= model.config["vocab_size"]:
+                        raise RuntimeError(f"{model.name} left a [MASK] in a sample: a bug in its sampler")
+                    f.write(json.dumps(dict(text=tokenizer.decode(row), tokens=row, seconds=seconds)
+                                       | dict(zip(("nfe", "verifier_calls"), calls))) + "\n")
+        os.replace(path + ".tmp", path)
+    kept = [json.loads(line) for line in open(path)][1:]
+    return np.array([s["tokens"] for s in kept]), dict(
+        nfe_counted=float(np.mean([s["nfe"] for s in kept])), seconds=sum(s["seconds"] for s in kept),
+        verifier_calls=float(np.mean([s["verifier_calls"] for s in kept])) if "verifier_calls" in kept[0] else None)
 
 
 def maze_theory(name, n, steps, seed):
@@ -196,9 +246,9 @@ def maze_rows(models, args, device, theory=True):
             sampled, calls = maze_theory(next(iter(names)), 10 * args.n, k, args.seed)
             rows.append(dict(model="theory", decode=decode, nfe=k, nfe_counted=calls, **maze_statistics(sampled)))
             continue
-        sampled, calls, checks = sample_rows(model, args.n, k, decode == "greedy", args, device, apd)
-        row = dict(model="teacher" if model is teacher else model.name, decode=decode, nfe=k, nfe_counted=calls,
-                   verifier_calls=checks, **maze_statistics(sampled))
+        sampled, facts = sample_rows(model, args.n, k, decode == "greedy", args, device, apd)
+        row = dict(model="teacher" if model is teacher else model.name, decode=decode, nfe=k, **facts,
+                   **maze_statistics(sampled))
         if isinstance(model, CausalLM):
             row["validity_mass"] = validity_mass(model, device)
         elif teacher and model.noise_embed is not None and (decode, k) == ("greedy", 1) and model.n_blocks == 1:
@@ -221,67 +271,24 @@ def sampler_note(args):
 
 def maze(args, models, device):
     """Success ± standard error per NFE, with diversity (so that success bought by collapse shows). Appendix E.1."""
-    rows = maze_rows(models, args, device)
-    print_table(rows, MAZE_COLUMNS)
-    print(f"\nn = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM). effective: "
-          "number of equally likely paths that would repeat as often.\nStudents: " + sampling_note(args, models))
-    return rows
-
-
-def nfe(args, models, device):
-    """Success against NFE, one line per model and decoding; runs that differ in nothing but their seed are averaged."""
-    if args.plot:
-        optional("matplotlib", "--plot")
-    rows = maze_rows(models, args, device)
-    recipe = {m.name: {k: v for k, v in m.args.items() if k not in ("seed", "out")} for m in models}
-    first = {name: next(other for other in recipe if recipe[other] == recipe[name]) for name in recipe}
-    if len({(first[m.name], m.args.get("seed")) for m in models}) < len(models):
-        first = {}                                         # the same run twice is no second seed
-    groups = {}                                            # (model, decode) -> {nfe: [row of each seed]}
-    for row in rows:
-        line = groups.setdefault((first.get(row["model"], row["model"]), row["decode"]), {})
-        line.setdefault(row["nfe"], []).append(row)
-    table, points = [], []
-    for (model, decode), line in groups.items():
-        seeds = len(next(iter(line.values())))
-        label = model + f" and {seeds - 1} other seed{'s' * (seeds > 2)}" * (seeds > 1)
-        means = {k: 100 * np.mean([r["success"] for r in rs]) for k, rs in line.items()}
-        errors = {k: 100 * (np.std([r["success"] for r in rs], ddof=1) if seeds > 1 else rs[0]["stderr"])
-                  for k, rs in line.items()}
-        table.append(dict(model=label, decode=decode) | {k: f"{means[k]:.1f} ± {errors[k]:.1f}" for k in line})
-        points.append((f"{label}, {decode}", list(line), [means[k] for k in line], [errors[k] for k in line]))
-    print_table(table, dict(model="success %", decode="decode") | {
-        k: f"NFE {k}" for k in sorted({k for line in groups.values() for k in line})})
-    print(f"\n± standard error over {args.n} samples ({10 * args.n} for theory), or standard deviation over seeds.\n"
-          f"Students: {sampling_note(args, models)}")
-    if args.plot:
-        plot_nfe(args.plot, points)
-    return rows
-
-
-def plot_nfe(path, points):
-    """points: (label, [nfe], [success %], [error]) per line; written to a .png or .svg."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    for label, ks, ys, errors in points:
-        plt.errorbar(ks, ys, errors, label=label, marker="o", capsize=2, linestyle=":" if "theory" in label else "-")
-    plt.xscale("log", base=2)
-    plt.xlabel("NFE")
-    plt.ylabel("success %")
-    plt.legend(fontsize="small")
-    plt.savefig(path, dpi=150, bbox_inches="tight")
+    return maze_rows(models, args, device), MAZE_COLUMNS, (
+        f"n = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM). effective: "
+        "number of equally likely paths that would repeat as often.\nStudents: " + sampling_note(args, models))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text
 
 @torch.no_grad()
-def judge_nll(judge, samples, device, batch=32):
+def judge_nll(judge, samples, device, batch=32, scored=None):
     """-log p of each sample (id arrays, without BOS) under an AR judge -> (nats [n], counted tokens [n]).
 
-    EOS targets (the judge's BOS id) are left out. Samples longer than the judge's rows: windows, stride half of one.
+    EOS targets (the judge's BOS id) are left out, and those where `scored` [n, T] is False. Samples longer than the
+    judge's rows: windows, stride half of one.
     """
+    if max(map(max, samples)) >= judge.vocab_size:
+        raise BadInput(f"the judge knows {judge.vocab_size} ids, but a sample holds id {max(map(max, samples))}: a "
+                       "[MASK], or another vocabulary")
     nll, count = np.zeros(len(samples)), np.zeros(len(samples), dtype=int)
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
     for a in range(0, len(order), batch):
@@ -298,6 +305,8 @@ def judge_nll(judge, samples, device, batch=32):
             logp = torch.cat([judge.logits(r).log_softmax(-1).gather(-1, t[:, None]).squeeze(1)[None]
                               for r, t in zip(h, target)])
             keep = target != judge.bos                     # EOS, and the padding after a shorter sample
+            if scored is not None:
+                keep &= torch.as_tensor(scored[some][:, done:done + keep.shape[1]], device=device)
             nll[some] -= logp.double().masked_fill(~keep, 0).sum(1).cpu().numpy()
             count[some] += keep.sum(1).cpu().numpy()
             done = start + part.shape[1] - 1
@@ -306,8 +315,9 @@ def judge_nll(judge, samples, device, batch=32):
 
 
 TEXT_COLUMNS = dict(model="model", decode="decode", nfe="NFE", nfe_counted="calls", verifier_calls="verifier",
-                    tau="τ", top_p="top_p", gen_ppl="GenPPL", mauve="MAUVE", mauve_std="±", entropy="entropy",
-                    entropy_set="entropy of the set")
+                    tau="τ", top_p="top_p", gen_ppl="GenPPL", gen_ppl_stderr="±", mauve="MAUVE", mauve_std="±",
+                    recovered="recovered %", entropy="entropy", entropy_set="entropy of the set",
+                    **{f"distinct_{k}": f"distinct-{k}" for k in (1, 2, 3)})
 
 
 def text_setting(args, models, device):
@@ -321,7 +331,8 @@ def text_setting(args, models, device):
     names = {m.meta["tokenizer"] for m in models}
     if len(names) > 1:
         raise BadInput(f"--ckpt: these have the tokenizers {', '.join(sorted(names))}: give checkpoints of one")
-    length = args.length or min(min(m.length for m in models), 1024)
+    longest = min(min(m.length for m in models), 128 if args.what == "infill" else 1024)
+    length = args.length or longest
     for m in models:
         if isinstance(m, PROMPTED) and length > m.length:
             raise BadInput(f"--length={length} is more than the {m.length} tokens that {m.name} was trained on")
@@ -334,45 +345,80 @@ def text_setting(args, models, device):
     return judge, lambda rows: other.encode([tokenizer.decode(r) for r in rows]) if other else rows, data, length
 
 
-def text_rows(args, models, device, length):
+def text_rows(args, models, device, length, start=None):
     """For each model, decoding and number of steps: yields (facts of a table row, samples [n, length - 1])."""
     apd = load_verifier(args, models, device)
     jobs = [(m, d, k) for m in models for d in args.decode
             for k in ([length - 1] if isinstance(m, PROMPTED) or args.sampler == "apd" else
                       steps_of(m, length, args.nfe))]
     for model, decode, k in tqdm(jobs, unit="row", disable=not sys.stderr.isatty()):
-        sampled, calls, checks = sample_rows(model, args.n, k, decode == "greedy", args, device, apd, length,
-                                             batch=args.batch_size)
-        yield dict(model=model.name, decode=decode, nfe=k, nfe_counted=calls, verifier_calls=checks,
+        sampled, facts = sample_rows(model, args.n, k, decode == "greedy", args, device, apd, length,
+                                     args.batch_size, start)
+        yield dict(model=model.name, decode=decode, nfe=k, **facts,
                    **dict(zip(("tau", "top_p"), resolve_sampling(args, model)))), sampled
 
 
 def text_facts(sampled):
-    return dict(n=len(sampled), entropy=float(np.mean([entropy(r) for r in sampled])), entropy_set=entropy(sampled))
+    """How varied samples [n, T] are: unigram entropy in nats, and the share of their n-grams that are distinct."""
+    facts = dict(n=len(sampled), entropy=float(np.mean([entropy(r) for r in sampled])), entropy_set=entropy(sampled))
+    grams = sampled.astype(np.int64)
+    for k in range(1, 1 + min(3, sampled.shape[1])):
+        facts[f"distinct_{k}"] = len(np.unique(grams)) / grams.size
+        grams = grams[:, :-1] * 2 ** 20 + sampled[:, k:]   # (three ids below 2^20 fit into 63 bits)
+    return facts
 
 
 def text_note(args, models, judge, length):
     return (f"n = {args.n} samples a row of {length - 1} tokens, judge {judge.name}; entropy: of the tokens of a sample"
-            f" (mean), and of the whole set, in nats.\n{sampler_note(args)}"
+            f" (mean), and of the whole set, in nats; distinct-k: of all k-grams.\n{sampler_note(args)}"
             + f" Medusa: {args.accept} acceptance, epsilon {args.epsilon}, delta {args.delta}." * any(
                 isinstance(m, Medusa) for m in models))
 
 
 def validation_rows(data, n, seed):
-    """n rows of a dataset, the same for a seed, without BOS."""
-    return data.rows(np.random.default_rng(seed).permutation(len(data))[:n])[:, 1:]
+    """n rows of a dataset, the same for a seed, with BOS."""
+    return data.rows(np.random.default_rng(seed).permutation(len(data))[:n])
+
+
+def gen_ppl(judge, samples, device, scored=None):
+    """exp of the judge's mean nats over all tokens of all samples, with its standard error over samples."""
+    nats, error = ratio_with_error(*judge_nll(judge, samples, device, scored=scored))
+    return {} if nats is None else dict(gen_ppl=math.exp(nats), gen_ppl_stderr=math.exp(nats) * error)
 
 
 def genppl(args, models, device):
     """Generative perplexity of samples under an AR judge, always with their entropy (lower entropy lowers GenPPL)."""
     judge, to_judge, data, length = text_setting(args, models, device)
-    rows, real = [], [(dict(model="data"), validation_rows(data, args.n, args.seed))] if data else []
-    for row, sampled in itertools.chain(real, text_rows(args, models, device, length)):
-        nll, count = judge_nll(judge, to_judge(sampled), device)
-        rows.append(row | dict(gen_ppl=float(np.exp(nll.sum() / max(1, count.sum())))) | text_facts(sampled))
-    print_table(rows, TEXT_COLUMNS)
-    print("\n" + text_note(args, models, judge, length))
-    return rows
+    real = [(dict(model="data"), validation_rows(data, args.n, args.seed)[:, 1:])] if data else []
+    rows = [row | gen_ppl(judge, to_judge(sampled), device) | text_facts(sampled)
+            for row, sampled in itertools.chain(real, text_rows(args, models, device, length))]
+    return rows, TEXT_COLUMNS, text_note(args, models, judge, length)
+
+
+def infill(args, models, device):
+    """GenPPL of the tokens alone that a masked model fills into validation rows: 32 of 128 (Section E.3)."""
+    for m in models:
+        if isinstance(m, PROMPTED):
+            raise BadInput(f"--ckpt: {m.name} is a {m.args['model']} checkpoint: only masked models fill in")
+    judge, _, data, length = text_setting(args, models, device)
+    if judge.meta["tokenizer"] != models[0].meta["tokenizer"]:
+        raise BadInput(f"--judge={args.judge} has another tokenizer than {models[0].name}: it cannot tell which tokens "
+                       "were filled in")
+    if args.masked >= length:
+        raise BadInput(f"--masked={args.masked} of rows of {length} tokens, BOS included: mask fewer, or set --length")
+    tokens = torch.from_numpy(validation_rows(data, args.n, args.seed))
+    args.n = len(tokens)
+    u = torch.rand(tokens[:, 1:].shape, generator=torch.Generator().manual_seed(torch_seed(args.seed, 1)))
+    masked = torch.nn.functional.pad(u.argsort(1).argsort(1) < args.masked, (1, 0))      # exactly so many of each row
+    blank = torch.where(masked, models[0].mask_id, tokens)
+    real, masked, rows = tokens[:, 1:].numpy(), masked[:, 1:].numpy(), []
+    for row, filled in itertools.chain([(dict(model="data"), real)], text_rows(args, models, device, length, blank)):
+        assert (filled == real)[~masked].all()
+        rows.append(row | gen_ppl(judge, filled, device, masked) | text_facts(filled)
+                    | dict(recovered=float((filled == real)[masked].mean())))
+    return rows, TEXT_COLUMNS, (
+        f"{args.masked} of {length - 1} tokens masked at random; GenPPL of these alone; recovered: of these, those of "
+        f"the data.\n{text_note(args, models, judge, length)}")
 
 
 @torch.no_grad()
@@ -428,11 +474,8 @@ def mauve_scores(p, q, seeds=5):
 
 def mauve(args, models, device):
     """MAUVE of samples against validation text: mean and standard deviation over 5 runs of k-means (Section D.1)."""
-    args.data = args.data or models[0].args.get("data")
-    if not args.data:
-        raise BadInput(f"--data is needed for {models[0].name}: the text to compare with")
     judge, to_judge, data, length = text_setting(args, models, device)
-    real = last_hidden(judge, to_judge(validation_rows(data, args.n, args.seed)), device)
+    real = last_hidden(judge, to_judge(validation_rows(data, args.n, args.seed)[:, 1:]), device)
     if min(args.n, len(real)) < 1000:
         print(f"{args.n} samples against {len(real)} rows: below 1000 MAUVE is too high, and rough", file=sys.stderr)
     rows = []
@@ -440,10 +483,74 @@ def mauve(args, models, device):
         scores = mauve_scores(last_hidden(judge, to_judge(sampled), device), real)
         rows.append(row | dict(mauve=float(scores.mean()), mauve_std=float(scores.std(ddof=1)), references=len(real))
                     | text_facts(sampled))
-    print_table(rows, TEXT_COLUMNS)
-    print(f"\n{text_note(args, models, judge, length)}\nMAUVE against {len(real)} validation rows of {args.data}; "
-          "±: standard deviation over 5 seeds of k-means.")
-    return rows
+    return rows, TEXT_COLUMNS, (
+        f"{text_note(args, models, judge, length)}\nMAUVE against {len(real)} validation rows of {args.data}; ±: "
+        "standard deviation over 5 seeds of k-means.")
+
+
+METRICS = dict(success=(maze, "stderr"), gen_ppl=(genppl, "gen_ppl_stderr"), mauve=(mauve, "mauve_std"))
+
+
+def nfe(args, models, device):
+    """A metric against NFE (Figure 3), one line per model and decoding; runs that differ in their seed are averaged."""
+    if args.plot:
+        optional("matplotlib", "--plot")
+    metric = args.metric or ("success" if models[0].meta["tokenizer"] == "maze" else "gen_ppl")
+    function, error = METRICS[metric]
+    rows, _, note = function(args, models, device)
+    scale, digits, name = dict(success=(100, 1, "success %"), gen_ppl=(1, 1, "GenPPL"), mauve=(1, 3, "MAUVE"))[metric]
+    recipe = {m.name: re.sub(rf"s{m.args.get('seed')}\b", "s*", json.dumps(         # init_from: of that seed as well
+        {k: v for k, v in m.args.items() if v is not None and k not in ("seed", "out")})) for m in models}
+    first = {name: next(other for other in recipe if recipe[other] == recipe[name]) for name in recipe}
+    if len({(first[m.name], m.args.get("seed")) for m in models}) < len(models):
+        first = {}                                         # the same run twice is no second seed
+    groups = {}                                            # (model, decode) -> {nfe: [row of each seed]}
+    for row in rows:
+        line = groups.setdefault((first.get(row["model"], row["model"]), row.get("decode")), {})
+        line.setdefault(row.get("nfe"), []).append(row)
+    table, points = [], []
+    for (model, decode), line in groups.items():
+        seeds = len(next(iter(line.values())))
+        label = model + f" and {seeds - 1} other seed{'s' * (seeds > 2)}" * (seeds > 1)
+        means = {k: scale * np.mean([r[metric] for r in rs]) for k, rs in line.items()}
+        errors = {k: scale * (np.std([r[metric] for r in rs], ddof=1) if seeds > 1 else rs[0][error])
+                  for k, rs in line.items()}
+        entropies = [r["entropy"] for rs in line.values() for r in rs if "entropy" in r]
+        cells = {k: f"{means[k]:.{digits}f} ± {errors[k]:.{digits}f}" for k in line}
+        if None in cells:
+            label += ": " + cells[None]
+        table.append(dict(model=label, decode=decode, n=rows[-1]["n"]) | cells
+                     | ({"entropy": f"{min(entropies):.2f} to {max(entropies):.2f}"} if entropies else {}))
+        points.append((f"{label}, {decode}" if decode else label, list(line), [*means.values()], [*errors.values()]))
+    steps = sorted({k for line in groups.values() for k in line if k})
+    if args.plot:
+        plot_nfe(args.plot, points, name)
+    columns = dict(model=name, decode="decode") | {k: f"NFE {k}" for k in steps} | dict(entropy="entropy")
+    return rows, columns, ("±: over samples (MAUVE: over seeds of k-means), or, where there are runs of several seeds, "
+                           "their standard deviation.\n" + note), table
+
+
+def plot_nfe(path, points, metric):
+    """points: (label, [nfe], [value], [error]) per line, [None] for what has no NFE; written to a .png or .svg."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(figsize=(7, 4.5))
+    for label, ks, ys, errors in points:
+        if ks == [None]:
+            axes.axhline(ys[0], label=label, linestyle="--", color="gray")
+        else:
+            axes.errorbar(ks, ys, errors, label=label, marker="o", capsize=2, linestyle="-:"["theory" in label])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log" if metric == "GenPPL" else "linear")
+    ticks = sorted({k for _, ks, _, _ in points for k in ks if k})
+    axes.set_xticks(ticks, ticks, minor=False)
+    axes.set_xlabel("NFE")
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    fig.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(fig)
 
 
 PPL_COLUMNS = dict(model="model", kind="what", nll="nats per token", nll_stderr="±", teacher_nll="teacher's nats",
@@ -470,7 +577,7 @@ def ppl(args, models, device):
         teacher = load_ar("--teacher", path, data.meta, data.length, device) if paired else None
         if data.length % getattr(model, "block_size", 1):
             raise BadInput(f"--length={data.length} is no multiple of {model.name}'s block size, {model.block_size}")
-        n = min(args.n, len(data))
+        n, began = min(args.n, len(data)), time.perf_counter()
         draws = np.random.default_rng(args.seed)
         order, n_blocks = draws.permutation(len(data))[:n], blocks(model, data.length)
         levels = stratified_t(n * n_blocks, draws).view(n, n_blocks)
@@ -488,29 +595,20 @@ def ppl(args, models, device):
         w = np.array(weights) / n
         nll, reference = float(w @ losses), float(w @ references)
         error = float(np.sqrt((w ** 2 * (np.array(losses) - nll) ** 2).sum())) if len(w) > 1 else None
-        rows.append(dict(model=model.name, nll=nll, nll_stderr=error, n=n, ppl=math.exp(nll + reference)) | (
+        rows.append(dict(model=model.name, nll=nll, nll_stderr=error, n=n, ppl=math.exp(nll + reference),
+                         seconds=time.perf_counter() - began) | (
             dict(kind="nll_given_noise", teacher_nll=reference) if paired else
             dict(kind="nll" if isinstance(model, CausalLM) or exact else "nelbo")))
         if paired:
             rows[-1]["ppl_bound"] = rows[-1]["ppl"]
-    print_table(rows, PPL_COLUMNS)
-    print("\nperplexity: exp(nats + teacher's nats), an upper bound; for an AR model and blocks of one token, exact. "
-          f"Up to {args.n} rows of validation data, noise and masks drawn once.\n"
-          "nll_given_noise is no likelihood: its noise is drawn given the text.")
-    return rows
+    return rows, PPL_COLUMNS, (
+        "perplexity: exp(nats + teacher's nats), an upper bound; for an AR model and blocks of one token, exact. "
+        f"Up to {args.n} rows of validation data, noise and masks drawn once.\n"
+        "nll_given_noise is no likelihood: its noise is drawn given the text.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Medusa
-
-def ratio_with_error(a, b):
-    """sum a / sum b over independent prompts, with its standard error (linearised: prompts differ in both)."""
-    n, total = len(a), b.sum()
-    if not total:
-        return None, None
-    r = a.sum() / total
-    return float(r), float(np.sqrt(n / max(1, n - 1) * ((a - r * b) ** 2).sum()) / total)
-
 
 def acceptance_row(verified, accepted):
     """Counts per prompt [n, K] -> each head's conditional acceptance, and the accepted length: tokens per backbone call
@@ -594,6 +692,7 @@ def acceptance(args, models, device):
         rows.append(dict(model=model.name, accept=accept, nfe_counted=calls / len(order), n=len(order),
                          **acceptance_row(*np.concatenate(counts, 1)), calls_per_token=calls / new,
                          tokens_per_s=new / seconds, alone_tokens_per_s=new / alone, speedup=alone / seconds,
+                         seconds=seconds,
                          agreement=float((both[0] == both[1])[:, prompt:].double().mean())))
     bar.close()
     if maze and args.tau == args.top_p == 1 and "exact" in args.accept:
@@ -606,17 +705,17 @@ def acceptance(args, models, device):
     table = [row | {key: f"{row[key]:.3f}" + (f" ± {row[key + '_stderr']:.3f}" if key + "_stderr" in row else "")
                     for key in ["accepted_length"] + [f"head{k}" for k in heads] if row.get(key) is not None}
              for row in rows]
-    print_table(table, dict(model="model", accept="acceptance") | {f"head{k}": f"head {k}" for k in heads}
-                | dict(accepted_length="accepted length", calls_per_token="calls per token", agreement="same text",
-                       tokens_per_s="tokens/s", alone_tokens_per_s="backbone alone", speedup="speed-up"))
-    print(f"\n{len(order)} prompts of {prompt} tokens (BOS included) continued to {length}, {args.batch_size} at once, "
-          f"tau {args.tau}, top_p {args.top_p}, epsilon {args.epsilon}, delta {args.delta}, "
-          f"{args.weights or 'EMA'} weights, seed {args.seed}, {torch.get_num_threads()} threads.\n"
-          "head k: of its candidates whose predecessors were accepted, the accepted ones; accepted length: tokens per "
-          "backbone call, in whole drafts;\ncalls: the prompt's included; same text: of the tokens of up to 8 samples, "
-          "those that the backbone alone writes from the same noise." + maze * (
-              "\ntheory: heads that know the true marginals, without noise, on a backbone that knows the language."))
-    return rows
+    columns = dict(model="model", accept="acceptance") | {f"head{k}": f"head {k}" for k in heads} | dict(
+        accepted_length="accepted length", calls_per_token="calls per token", agreement="same text",
+        tokens_per_s="tokens/s", alone_tokens_per_s="backbone alone", speedup="speed-up")
+    note = (f"{len(order)} prompts of {prompt} tokens (BOS included) continued to {length}, {args.batch_size} at once, "
+            f"tau {args.tau}, top_p {args.top_p}, epsilon {args.epsilon}, delta {args.delta}, "
+            f"{args.weights or 'EMA'} weights, seed {args.seed}, {torch.get_num_threads()} threads.\n"
+            "head k: of its candidates whose predecessors were accepted, the accepted ones; accepted length: tokens "
+            "per backbone call, in whole drafts;\ncalls: the prompt's included; same text: of the tokens of up to 8 "
+            "samples, those that the backbone alone writes from the same noise." + maze * (
+                "\ntheory: heads that know the true marginals, without noise, on a backbone that knows the language."))
+    return rows, columns, note, table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -634,44 +733,49 @@ def decodes(text):
 
 def main(argv=None):
     parser = Parser(description="Evaluate checkpoints.")
-    functions = dict(maze=maze, nfe=nfe, genppl=genppl, mauve=mauve, ppl=ppl, acceptance=acceptance)
+    functions = dict(maze=maze, genppl=genppl, mauve=mauve, infill=infill, nfe=nfe, ppl=ppl, acceptance=acceptance)
     sub = parser.add_subparsers(dest="what", required=True, metavar="|".join(functions), parser_class=Parser)
     for name, function in functions.items():
-        text, generated = name in ("genppl", "mauve", "ppl", "acceptance"), name in ("genppl", "mauve")
         p = sub.add_parser(name, help=function.__doc__.splitlines()[0])
         p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints or run directories")
-        n = dict(genppl=300, mauve=5000, ppl=2000, acceptance=500).get(name, 1000)
-        p.add_argument("--n", type=number(int, 2), default=n,
-                       help=dict(ppl="validation rows", acceptance="prompts").get(name, "samples per row"))
+        n = dict(genppl=300, infill=300, mauve=5000, ppl=2000, acceptance=500).get(name, 1000)
+        p.add_argument("--n", type=number(int, 2), default=n, help=dict(
+            ppl="validation rows", acceptance="prompts", infill="validation rows").get(name, "samples per row"))
         p.add_argument("--json", help="also write the rows to this file")
-        if text:
+        if name != "maze":
             p.add_argument("--data", help="shards: " + (
                 "adds a row for their validation text" if name == "genppl" else "validation text; default: the run's"))
             p.add_argument("--batch_size", type=number(int, 1), default=32, help="rows at once")
             p.add_argument("--length", type=number(int, 2),
                            help="tokens of a row, BOS included; default: the models' (the shortest, at most "
-                                f"{128 if name == 'acceptance' else 1024})")
+                                f"{128 if name in ('acceptance', 'infill') else 1024})")
         if name == "ppl":
             p.add_argument("--teacher", help="of students with noise; default: the one that they were trained with")
-            loading_flags(p)
-            continue
-        if name == "acceptance":
+        elif name == "acceptance":
             p.add_argument("--prompt_length", type=number(int, 1),
                            help="tokens of a prompt, BOS included; default: a quarter of a row (maze: BOS)")
             p.add_argument("--tau", type=number(float, above=0), default=1.0, help="sampling temperature")
             p.add_argument("--top_p", type=number(float, above=0, high=1), default=1.0, help="nucleus")
             medusa_flags(p, several=True)
+        if name in ("ppl", "acceptance"):
             loading_flags(p)
             continue
-        p.add_argument("--nfe", type=steps_list, default=[8, 64] if text else [1, 2, 4, 8, 16],
-                       help="numbers of steps, as in 1,2,4; BD3-LM makes the same number, at least one, in each block")
-        p.add_argument("--decode", type=decodes, default=["sample"] if text else ["sample", "greedy"],
-                       help="sample, greedy (argmax)")
-        if generated:
+        steps = dict(maze="1,2,4,8,16", nfe="1,2,4,8,16", infill="8,32").get(name, "8,64")
+        p.add_argument("--nfe", type=steps_list, default=steps_list(steps), help="numbers of steps; BD3-LM makes the "
+                       f"same number, at least one, in each block; default: {steps}")
+        decode = "sample,greedy" if name in ("maze", "nfe") else "sample"
+        p.add_argument("--decode", type=decodes, default=decodes(decode), help="sample, greedy (argmax), or both; "
+                       f"default: {decode}")
+        p.add_argument("--samples", default=os.path.join("out", "samples"),
+                       help="folder where samples are kept, to be used again with the same weights, settings and code")
+        if name == "nfe":
+            p.add_argument("--metric", choices=METRICS, help="default: success for the maze, else gen_ppl")
+            p.add_argument("--plot", help="also draw it into this .png or .svg (needs matplotlib)")
+        if name == "infill":
+            p.add_argument("--masked", type=number(int, 1), default=32, help="tokens of a row to fill in")
+        if name != "maze":
             p.add_argument("--judge", default="gpt2-large", help="AR checkpoint, gpt2[-medium|-large|-xl], or hf:NAME")
             medusa_flags(p)
-        if name == "nfe":
-            p.add_argument("--plot", help="also draw them into this .png or .svg (needs matplotlib)")
         sampling_flags(p)
     args = parser.parse_args(argv)
     began = time.time()
@@ -684,11 +788,16 @@ def main(argv=None):
         for path, m in zip(args.ckpt, models):
             m.name = path                                  # run directories of the same name
     for m in models:
-        if isinstance(m, Medusa) and args.what not in ("genppl", "mauve", "acceptance"):
+        if isinstance(m, Medusa) and (
+                args.what in ("maze", "ppl") or args.what == "nfe" and m.meta["tokenizer"] == "maze"):
             raise BadInput(f"--ckpt: {m.name} holds Medusa heads: evaluate.py acceptance and genppl measure these")
+    if (args.what in ("infill", "mauve") or getattr(args, "metric", None) == "mauve") and not args.data:
+        args.data = models[0].args.get("data")
+        if not args.data:
+            raise BadInput(f"--data is needed for {models[0].name}: validation text to compare with")
     with autocast, torch.no_grad():
-        rows = functions[args.what](args, models, device)
-    write_json(args.json, rows, args, began, dtype, device)
+        rows, columns, note, *table = functions[args.what](args, models, device)
+    report(args, rows, columns, note, *table, began=began, device=device, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 import copy
 import functools
 import gzip
+import http.server
 import importlib.util
 import io
 import itertools
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 
 import numpy as np
@@ -38,10 +40,12 @@ import sample
 import train
 from bd3lm import BD3LM, clipped_mask, training_mask
 from data import prepare
+from extra import judge as llm_judge
+from extra import lm_eval_model
 from gumbel import GumbelEmbedding, gumbel_max, posterior_gumbel, sample_exponential, sample_gumbel
 from medusa import Medusa
 from mdlm import MDLM, KVCache, draw_tokens, load_published, nucleus, own_pace, reveal_steps, stratified_t, unmask
-from teacher import AR, GPT2, HF, LogitsTable, body_to_bfloat16, extract_parallel, extract_sequential
+from teacher import AR, GPT2, HF, CausalLM, LogitsTable, body_to_bfloat16, extract_parallel, extract_sequential
 from teacher import load_published as load_published_ar
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2817,7 +2821,9 @@ def test_medusa_trains_decodes_and_is_evaluated(text_runs, cli, monkeypatch, tmp
     assert code == 0 and "| gumbel | sample | 23 |" in out and "typical acceptance, epsilon 0.09" in out, (out, err)
     values = [r["gen_ppl"] for r in json.load(open(f"{tmp_path}/g.json"))["rows"]]
     assert values[0] != values[1] and values[1] == values[3] != values[2]      # greedy: the backbone's text
-    for what in ("ppl", "maze", "nfe"):
+    code, out, err = cli(evaluate, f"nfe --judge=out/ar --ckpt {tmp_path}/gumbel --n=4 --decode=sample")
+    assert code == 0 and "| gumbel | sample | " in out, err
+    for what in ("ppl", "maze"):
         refused(cli(evaluate, f"{what} --ckpt {tmp_path}/gumbel"), "Medusa heads", "acceptance")
     refused(cli(evaluate, "acceptance --ckpt out/plain"), "mdlm checkpoint", "Medusa")
     refused(cli(evaluate, f"acceptance --ckpt {tmp_path}/plain --accept=always"), "--accept=always", "typical")
@@ -3062,24 +3068,29 @@ def test_evaluate_maze_cli(runs, cli, monkeypatch, tmp_path):
 
 
 def test_nfe_averages_over_seeds(monkeypatch, capsys, tmp_path):
-    """Runs that differ in nothing but their seed are one line; the same run twice is not a second seed."""
+    """Runs that differ in nothing but their seed, also that of the weights that they start from, are one line; the same
+    run twice is not a second seed."""
     class Model:
         meta = dict(tokenizer="maze")
 
         def __init__(self, name, lr, seed):
-            self.name, self.args = name, dict(lr=lr, seed=seed, out="out/" + name)
+            self.name, self.args = name, dict(lr=lr, seed=seed, out="out/" + name, init_from=f"out/x-s{seed}")
     models = [Model("a", 1, 0), Model("b", 1, 1), Model("c", 2, 0)]
-    rows = [dict(model=m.name, decode="greedy", nfe=k, success=s + k / 10, stderr=0.01)
-            for m, s in zip(models, (0.2, 0.4, 0.6)) for k in (1, 2)]
+    rows = [dict(model="teacher", decode="sample", nfe=10, success=0.98, stderr=0.005, n=100)] + [
+        dict(model=m.name, decode="greedy", nfe=k, success=s + k / 10, stderr=0.01, n=100)
+        for m, s in zip(models, (0.2, 0.4, 0.6)) for k in (1, 2)] + [dict(model="data", success=1, stderr=0, n=100)]
     monkeypatch.setattr(evaluate, "maze_rows", lambda *a: rows)
     args = argparse.Namespace(n=100, nfe=[1, 2], plot=None, tau=None, top_p=None, sampler="ancestral", order="random",
-                              weights="ema", seed=0)
-    evaluate.nfe(args, models, "cpu")
-    out = capsys.readouterr().out
+                              weights="ema", seed=0, metric=None, json=None)
+
+    def table(models):
+        evaluate.report(args, *evaluate.nfe(args, models, "cpu"))
+        return capsys.readouterr().out
+    out = table(models)
     assert "| a and 1 other seed | greedy | 40.0 ± 14.1 | 50.0 ± 14.1 |" in out
-    assert "| c | greedy | 70.0 ± 1.0 |" in out
-    evaluate.nfe(args, [models[0], Model("b", 1, 0), models[2]], "cpu")
-    out = capsys.readouterr().out
+    assert "| c | greedy | 70.0 ± 1.0 |" in out and "| teacher | sample |  |  | 98.0 ± 0.5 |" in out
+    assert "| data: 100.0 ± 0.0 |" in out
+    out = table([models[0], Model("b", 1, 0), models[2]])
     assert "| a | greedy | 30.0 ± 1.0 |" in out and "| b | greedy | 50.0 ± 1.0 |" in out
     if importlib.util.find_spec("matplotlib"):
         args.plot = str(tmp_path / "p.svg")
@@ -3089,6 +3100,128 @@ def test_nfe_averages_over_seeds(monkeypatch, capsys, tmp_path):
         args.plot = "p.svg"
         with pytest.raises(prepare.BadInput, match="pip install matplotlib"):
             evaluate.nfe(args, models, "cpu")
+
+
+class Unigram(CausalLM):
+    """A judge that gives every token the same distribution, wherever it stands."""
+
+    def __init__(self, p, length=64):
+        super().__init__(vocab_size=len(p), length=length, bos=len(p) - 1)
+        self.table = torch.nn.Parameter(torch.tensor(p).log())
+
+    def hidden(self, tokens, cache=None):
+        return tokens[..., None].float()
+
+    def logits(self, h, exact=True):
+        return self.table.expand(*h.shape[:-1], -1)
+
+
+def test_genppl_on_a_case_with_a_known_answer():
+    """Under the judge that wrote the samples: exp(its entropy), within the printed error, which is right on average; a
+    repetitive sample is liked better, and its entropy gives it away."""
+    p = np.array([0.5, 0.25, 0.15, 0.1, 1e-9])
+    judge, rng = Unigram(p / p.sum()), np.random.default_rng(0)
+    runs = [evaluate.gen_ppl(judge, rng.choice(5, (40, 30), p=p / p.sum()), "cpu") for _ in range(200)]
+    values, errors = (np.array([r[k] for r in runs]) for k in ("gen_ppl", "gen_ppl_stderr"))
+    truth = math.exp(-(p * np.log(p)).sum())
+    assert abs(values.mean() - truth) < 4 * values.std() / 200 ** 0.5 + 0.01
+    assert 0.8 < errors.mean() / values.std() < 1.25
+    assert (np.abs(values[::2] - values[1::2]) < 4 * np.hypot(errors[::2], errors[1::2])).all()              # two seeds
+    same = np.zeros((40, 30), dtype=int)
+    facts = evaluate.gen_ppl(judge, same, "cpu") | evaluate.text_facts(same)
+    assert abs(facts["gen_ppl"] - 2) < 1e-4 < truth - 2 and facts["entropy"] == facts["entropy_set"] == 0
+    assert (facts["distinct_1"], facts["distinct_3"]) == (1 / 1200, 1 / 1120)
+    once = evaluate.text_facts(np.arange(200_000, 200_000 + 24).reshape(2, 12))
+    assert once["distinct_1"] == once["distinct_2"] == once["distinct_3"] == 1
+    assert abs(once["entropy"] - math.log(12)) < 1e-12
+    twice = evaluate.text_facts(np.array([[1, 2, 1, 2], [1, 2, 3, 1]]))         # 12 21 12 12 23 31, 121 212 123 231
+    assert (twice["distinct_1"], twice["distinct_2"], twice["distinct_3"]) == (3 / 8, 4 / 6, 1)
+    with pytest.raises(prepare.BadInput, match="MASK"):
+        evaluate.gen_ppl(judge, np.array([[1, 5]]), "cpu")
+
+
+def test_genppl_is_that_of_transformers(tmp_path):
+    """A random GPT-2 in the published format: the mean of transformers' own loss over rows."""
+    lm = save_gpt2(tmp_path)
+    samples = torch.randint(300, (6, 20), generator=gen())
+    rows = torch.cat([torch.full((6, 1), 300), samples], 1)
+    with torch.no_grad():
+        want = math.exp(lm(rows, labels=rows).loss.item())
+    assert abs(evaluate.gen_ppl(sample.load_model(str(tmp_path)), samples.numpy(), "cpu")["gen_ppl"] / want - 1) < 1e-4
+
+
+def test_infill_cli(text_runs, cli, monkeypatch, tmp_path):
+    """Only the masked tokens are filled in and scored; the data's own row, by hand."""
+    monkeypatch.chdir(text_runs)
+    flags = f"infill --judge=out/ar --n=12 --masked=7 --nfe=3,7 --samples={tmp_path}/s"
+    code, out, err = cli(evaluate, f"{flags} --ckpt out/plain out/gumbel --json={tmp_path / 'i.json'}")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "i.json").read_text())["rows"]
+    assert [r["model"] for r in rows] == ["data"] + ["plain"] * 2 + ["gumbel"] * 2 and rows[0]["recovered"] == 1
+    assert all(r["nfe_counted"] <= r["nfe"] and r["recovered"] < 0.9 for r in rows[1:])
+    real = evaluate.validation_rows(prepare.Shards("data/mine", "val", 24), 12, 0)
+    changed = np.zeros(real.shape, dtype=bool)
+    for file in os.listdir(tmp_path / "s"):
+        filled = [json.loads(line).get("tokens") for line in open(tmp_path / "s" / file)][1:]
+        changed[:, 1:] |= np.array(filled) != real[:, 1:]
+    assert 1 <= changed.sum(1).min() and changed.sum(1).max() <= 7
+    u = torch.rand(12, 23, generator=gen(sample.torch_seed(0, 1)))
+    masked = (u <= u.sort(1).values[:, 6:7])
+    assert not (changed[:, 1:] & ~masked.numpy()).any()
+    x, model = torch.from_numpy(real), sample.load_model("out/ar")
+    nll = -model.log_probs(x[:, :-1]).gather(-1, x[:, 1:, None]).squeeze(-1)[masked & (x[:, 1:] != 256)].mean()
+    assert abs(rows[0]["gen_ppl"] / math.exp(nll) - 1) < 1e-4
+    refused(cli(evaluate, f"{flags} --ckpt out/ar"), "only masked models")
+    refused(cli(evaluate, f"{flags.replace('=7 ', '=24 ')} --ckpt out/plain"), "--masked=24", "mask fewer")
+
+
+def test_samples_are_kept_and_used_again(text_runs, cli, monkeypatch, tmp_path):
+    """The same weights and settings: no network is called, the same numbers; anything else: drawn anew. A [MASK] that a
+    sampler leaves is an error, and leaves nothing behind."""
+    monkeypatch.chdir(text_runs)
+    flags = f"genppl --judge=out/ar --ckpt out/plain --n=6 --nfe=3 --samples={tmp_path}/s"
+    first = cli(evaluate, flags)
+    assert first[0] == 0, first[2]
+    (name,) = os.listdir(tmp_path / "s")
+    lines = [json.loads(line) for line in open(tmp_path / "s" / name)]
+    assert lines[0]["settings"]["seed"] == 0 and len(lines) == 7
+    assert {"text", "tokens", "nfe", "seconds"} <= set(lines[1])
+    with monkeypatch.context() as m:
+        m.setattr(evaluate, "generate", lambda *a, **kw: pytest.fail("drawn again"))
+        assert cli(evaluate, flags)[1] == first[1]
+    for other in ("--seed=1", "--tau=0.9", "--decode=greedy", "--weights=raw", "--nfe=4", "--length=20", "--n=7"):
+        assert cli(evaluate, f"{flags} {other}")[0] == 0
+    assert len(os.listdir(tmp_path / "s")) == 8
+    real = evaluate.generate
+    with monkeypatch.context() as m:
+        m.setattr(evaluate, "generate", lambda model, x, *a, **kw: (x, real(model, x, *a, **kw)[1]))
+        with pytest.raises(RuntimeError, match="MASK"):
+            cli(evaluate, f"{flags} --seed=2")
+    assert len([f for f in os.listdir(tmp_path / "s") if f.endswith(".jsonl")]) == 8
+
+
+def test_nfe_of_text(text_runs, cli, monkeypatch, tmp_path):
+    """Any metric against NFE; an AR model and the data, which have none, beside it."""
+    monkeypatch.chdir(text_runs)
+    plot = f"--plot={tmp_path / 'p.png'}" if importlib.util.find_spec("matplotlib") else ""
+    code, out, err = cli(evaluate, "nfe --judge=out/ar --ckpt out/ar out/plain --data=data/mine --n=8 --nfe=2,4 "
+                         + plot)
+    assert code == 0 and "| GenPPL | decode | NFE 2 | NFE 4 | NFE 23 | entropy |" in out and "| data: " in out, err
+    assert not plot or (tmp_path / "p.png").stat().st_size > 5000
+    code, out, err = cli(evaluate, "nfe --judge=out/ar --ckpt out/plain --metric=mauve --n=20 --nfe=2 --decode=sample")
+    assert code == 0 and "| MAUVE | decode | NFE 2 |" in out, err
+
+
+def test_two_seeds_of_ppl_agree(text_runs, cli, monkeypatch, tmp_path):
+    monkeypatch.chdir(text_runs)
+    rows = []
+    for seed in range(2):
+        flags = f"ppl --ckpt out/gumbel out/plain --n=300 --seed={seed} --json={tmp_path / 'p.json'}"
+        assert cli(evaluate, flags)[0] == 0
+        rows.append(json.loads((tmp_path / "p.json").read_text())["rows"])
+    for a, b in zip(*rows):
+        assert 0 < abs(a["nll"] - b["nll"]) < 4 * math.hypot(a["nll_stderr"], b["nll_stderr"]), (a, b)
+        assert {"seed", "git", "precision", "device", "seconds", "n"} <= set(a)
 
 
 def test_maze_statistics():
@@ -3107,3 +3240,215 @@ def test_exact_teacher_has_all_its_mass_on_valid_paths():
         def log_probs(self, tokens):
             return self.hidden(tokens)
     assert abs(evaluate.validity_mass(Exact(prepare.maze_paths()), "cpu") - 1) < 1e-4
+
+
+# --- extra/lm_eval_model.py
+
+def completion(rows, start, end):
+    scored = torch.zeros_like(rows, dtype=torch.bool)
+    scored[:, start:end] = True
+    return scored
+
+
+def test_completion_scores_are_their_definition():
+    """AR: the chain rule. MDLM: one pass with the completion masked. BD3-LM: block after block, each with the clean
+    ones before it; what follows the completion is masked. Whether each token is the argmax."""
+    rows = rows_of(5, V=7, L=12, seed=1)
+    scored = completion(rows, 5, 10)
+    ar = tiny_ar(V=7, L=12, seed=3)
+    lp = ar.log_probs(rows)[:, 4:9].gather(-1, rows[:, 5:10, None]).squeeze(-1)
+    got, greedy = lm_eval_model.score(ar, rows, scored)
+    assert torch.allclose(got.float(), lp.sum(1), atol=1e-4) and not greedy.all()
+    best = rows[:1].clone()
+    for i in range(5, 10):
+        best[:, i] = ar.log_probs(best)[:, i - 1].argmax(-1)
+    assert lm_eval_model.score(ar, best, scored[:1])[1].all()
+    plain = tiny(V=7, L=12)
+    z = rows.masked_fill(completion(rows, 5, 12), 7)
+    want = plain.log_probs(z).gather(-1, rows[:, :, None]).squeeze(-1)[:, 5:10].sum(1)
+    assert torch.allclose(lm_eval_model.score(plain, rows, scored)[0].float(), want, atol=1e-4)
+    torch.manual_seed(0)
+    blocks = randomise(BD3LM(7, 12, 6, block_size=4, n_layer=2, n_embd=32, n_head=2, dropout=0.0), 1)
+    want = torch.zeros(5)
+    for first in (4, 8):                                    # the blocks of positions 4-7 and 8-11
+        z = rows.clone()
+        z[:, max(5, first):first + 4] = 7
+        junk = rows.clone()
+        junk[:, first + 4:] = 3                             # later blocks are not seen
+        lp = blocks.log_probs(z, junk).gather(-1, rows[:, :, None]).squeeze(-1)
+        want += lp[:, max(5, first):min(10, first + 4)].sum(1)
+    assert torch.allclose(lm_eval_model.score(blocks, rows, scored)[0].float(), want, atol=1e-4)
+
+
+def test_completion_score_of_a_gumbel_student_is_a_bound():
+    """Its mean is E_q[log p(completion | context, noise)] + log p_teacher, at most log p(completion | context)."""
+    teacher, student = tiny_ar(V=4, L=4, seed=2), tiny("gumbel", V=4, L=4, seed=5)
+    row, n = torch.tensor([[3, 1, 2, 0]]), 20_000
+    many = row.expand(n, -1)
+    scored, start = completion(many, 2, 4), torch.tensor([[3, 1, 4, 4]]).expand(n, -1)
+    t = teacher.log_probs(row)[0, [1, 2], row[0, 2:]].sum().item()
+    given, _ = lm_eval_model.score(student, many, scored, teacher, True, gen(0))
+    bound, _ = lm_eval_model.score(student, many, scored, teacher, False, gen(0))
+    assert torch.allclose(bound, given + t, atol=1e-5)
+    with torch.no_grad():
+        q = extract_parallel(teacher, many, gen(1))
+        q[:, 1] = 0                                        # noise of the context is not read
+        want, prior = (student.log_probs(start, xi)[:, 2:].gather(-1, many[:, 2:, None]).squeeze(-1).sum(1).double()
+                       for xi in (q, sample_gumbel((n, 4, 4), gen(2))))
+    assert abs(given.mean() - want.mean()) < 5 * want.std() / n ** 0.5 and given.std() > 0
+    assert bound.mean() < prior.exp().mean().log() + 0.01
+
+
+def test_lm_eval_finds_what_a_model_knows(tmp_path, cli, monkeypatch):
+    """Questions of two letters' answer that the training text determines: all right, for every kind of model. Questions
+    whose labels contradict each other: half right, whatever is answered."""
+    pytest.importorskip("lm_eval", reason="pip install lm_eval")
+    monkeypatch.chdir(tmp_path)
+    answers = dict(zip("abcdefgh", ["fa", "hc", "ae", "cb", "gd", "bh", "eg", "df"]))
+    docs = [f"{q}>{a}" for q, a in answers.items()]
+    open("x.txt", "w").write("\n".join(docs * 100))
+    assert cli(prepare, "text --files x.txt --tokenizer=chars --separator=\\n --out=data/qa")[0] == 0
+    size = ("--data=qa --length=6 --n_layer=2 --n_embd=32 --n_head=2 --dropout=0 --batch_size=64 --lr=5e-3 --warmup=10 "
+            "--eval_every=400 --eval_rows=8 --report=0 --ema=0.9")
+    for flags in ("--model=ar --steps=100 --out=out/ar",
+                  "--model=mdlm --steps=150 --init_from=out/ar --out=out/mdlm",
+                  "--model=bd3lm --block_size=3 --steps=50 --init_from=out/mdlm --out=out/bd3lm",
+                  "--model=mdlm --gumbel --teacher=out/ar --steps=100 --init_from=out/ar --out=out/gumbel"):
+        code, _, err = cli(train, f"{size} {flags}")
+        assert code == 0, err
+    for task, questions in (("known", [(q + ">", a) for q, a in answers.items()]),
+                            ("unknown", [("a>", a) for a in ("xx", "yy", "xx", "yy")])):
+        with open(f"{task}.jsonl", "w") as f:
+            for q, a in questions:
+                choices = list(answers.values()) if task == "known" else ["hh", "gg"]
+                right = choices.index(a) if a in choices else int(a == "yy")
+                f.write(json.dumps(dict(question=q, choices=choices, answer=right)) + "\n")
+        open(f"{task}.yaml", "w").write(f"""task: {task}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/{task}.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+""")
+    flags = "--include_path=. --tasks=known,unknown --ckpt out/ar out/mdlm out/bd3lm out/gumbel --json=r.json"
+    code, out, err = cli(lm_eval_model, flags)
+    assert code == 0, err
+    found = {(r["model"], r["task"]): r for r in json.load(open("r.json"))["rows"]}
+    for model in ("ar", "mdlm", "bd3lm", "gumbel"):
+        assert found[model, "known"]["acc"] == 1, out
+        assert model == "gumbel" or found[model, "unknown"]["acc"] == 0.5, out
+        assert found[model, "mean"]["acc"] >= 0.5 and found[model, "known"]["n"] == 8
+    assert found["gumbel", "known"]["score"] == "bound" and found["ar", "known"]["score"] is None
+    code, out, err = cli(lm_eval_model, "--include_path=. --tasks=known --ckpt out/gumbel --score=given_noise --n=3")
+    assert code == 0 and "| given_noise |" in out and "| 3 |" in out, err
+    refused(cli(lm_eval_model, "--include_path=. --tasks=nothing --ckpt out/ar"), "--tasks", "nothing")
+    with monkeypatch.context() as m:
+        m.setattr(importlib.util, "find_spec", lambda *a: None)
+        m.setitem(sys.modules, "lm_eval", None)
+        refused(cli(lm_eval_model, "--tasks=known --ckpt out/ar"), "pip install lm_eval")
+
+
+# --- extra/judge.py
+
+KEY = "sk-secret-0123456789"
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """A local stub of an OpenAI-compatible endpoint: `script` is what it does, request by request; `seen` what came."""
+    good = {name: 1 + i for i, name in enumerate(llm_judge.CRITERIA)} | {"justification": f"fine {KEY}"}
+    stub = argparse.Namespace(script=[], seen=[], good=good)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            stub.seen.append((self.path, self.headers.get("Authorization"), body))
+            what = stub.script.pop(0) if stub.script else good
+            if what == "hang":
+                time.sleep(1.5)
+            if what == "drop":
+                return
+            if isinstance(what, int):
+                self.send_response(what)
+                self.send_header("Location", "http://127.0.0.1:9/" + KEY)
+                self.end_headers()
+                return self.wfile.write(f"your key {KEY} is bad".encode())
+            content = what if isinstance(what, str) else "Here it is: " + json.dumps(what)
+            answer = b"{no json" if what == "garbage" else json.dumps(
+                {"choices": [{"message": {"content": content}}]}).encode()
+            try:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(answer)
+            except OSError:                                # it hung too long
+                pass
+
+        def log_message(self, *a):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1/")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(llm_judge.judge, "__defaults__", (0.01, 3))                        # no waiting between tries
+    yield stub
+    server.shutdown()
+    server.server_close()
+
+
+def test_judge(endpoint, cli, monkeypatch, tmp_path):
+    """Scores from a server that fails in every way; what is answered is kept, a rerun asks for the rest only, and the
+    key is nowhere but in the request."""
+    monkeypatch.chdir(tmp_path)
+    for name, texts in (("a", ["one", "two", "three"]), ("b", ["four", "one"])):
+        with open(name + ".jsonl", "w") as f:
+            f.write(json.dumps(dict(settings={})) + "\n")
+            for text in texts:
+                f.write(json.dumps(dict(text=text)) + "\n")
+    flags = "--samples a.jsonl b.jsonl --model=m --parallel=1 --timeout=0.5 --json=r.json --out=j.jsonl"
+    code, out, err = cli(llm_judge, flags + " --dry_run")
+    assert code == 0 and "----------\none\n----------" in out and not endpoint.seen and not os.path.exists("j.jsonl")
+    good, wrong = endpoint.good, endpoint.good | {"style": 11}
+    endpoint.script = [500, "garbage", good,                         # one
+                       wrong, good | {"clarity": True}, "hang",      # two: three tries
+                       "drop", "no object", good,                    # three
+                       429, good | {"factuality": None}, good]       # four
+    code, out, err = cli(llm_judge, flags)
+    assert code == 1 and "1 of 4 samples" in err and "no answer within 0.5 s" in err, err
+    assert "| 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | 4.00 ± 0.00 | 5.00 ± 0.00 |" in out
+    rows = json.load(open("r.json"))["rows"]
+    assert [(r["model"], r["n"]) for r in rows] == [("a", 2), ("b", 2)] and rows[0]["creativity"] == 5
+    assert len(endpoint.seen) == 12 and all(p == "/v1/chat/completions" and a == f"Bearer {KEY}" and b["model"] == "m"
+                                            for p, a, b in endpoint.seen)
+    log = open("j.jsonl").read()
+    assert log.count("\n") == 3 and KEY not in log + out + err + open("r.json").read() and "fine ***" in log
+    with open("j.jsonl", "a") as f:
+        f.write('{"key": "cut')                            # a crash while writing
+    del endpoint.seen[:]
+    endpoint.script = [good | {"clarity": 9.0}]
+    code, out, err = cli(llm_judge, flags)
+    assert code == 0 and len(endpoint.seen) == 1 and "two" in endpoint.seen[0][2]["messages"][0]["content"], err
+    assert "| 3.67 ± 2.67 |" in out
+    code, out, err = cli(llm_judge, flags)
+    assert code == 0 and len(endpoint.seen) == 1 and "| 3.67 ± 2.67 |" in out, err        # nothing left to ask
+    for status in (401, 302, 307):
+        endpoint.script = [status]
+        result = cli(llm_judge, flags.replace("model=m", f"model=x{status}"))
+        assert KEY not in result[1] + result[2]
+        refused(result, f"HTTP {status}", "OPENAI_API_KEY")
+    for name, value in (("OPENAI_BASE_URL", "sk-in-the-wrong-place"), ("OPENAI_API_KEY", KEY + "\nX: y")):
+        with monkeypatch.context() as m:
+            m.setenv(name, value)
+            result = cli(llm_judge, flags.replace("model=m", "model=y"))
+            refused(result, name)
+            assert value.split("\n")[0] not in result[2]
+    refused(cli(llm_judge, "--samples no.jsonl --model=m"), "no.jsonl")
+    open("c.jsonl", "w").write("plain text\n")
+    refused(cli(llm_judge, "--samples c.jsonl --model=m"), "c.jsonl", "JSON")
+    with monkeypatch.context() as m:
+        m.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/" + KEY)
+        code, out, err = cli(llm_judge, flags.replace("model=m", "model=z"))
+        assert code == 1 and "the connection failed" in err and KEY not in out + err

@@ -35,9 +35,10 @@ from sample import (PROMPTED, check_vocabulary, default_teacher, device_and_dtyp
 from teacher import CausalLM, extract_sequential
 
 
-# samples are kept as long as this is the same: the files that draw them
-CODE = hashlib.sha256(b"".join(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py"), "rb").read()
-                               for name in ("gumbel", "mdlm", "teacher", "bd3lm", "medusa", "sample"))).hexdigest()[:16]
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+# the files that draw samples: kept ones are used again as long as this is the same
+CODE = hashlib.sha256(b"".join(open(os.path.join(FOLDER, name + ".py"), "rb").read() for name in (
+    "gumbel", "mdlm", "teacher", "bd3lm", "medusa", "sample"))).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,42 +47,54 @@ CODE = hashlib.sha256(b"".join(open(os.path.join(os.path.dirname(os.path.abspath
 def git_commit():
     """The commit of this code, with + when it was changed since, or "" outside a checkout."""
     def git(*a):
-        return subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *a],
-                              capture_output=True, text=True).stdout
+        return subprocess.run(["git", "-C", FOLDER, *a], capture_output=True, text=True).stdout
     try:
         return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "-uno"))
     except OSError:
         return ""
 
 
+# every table's columns: the key in a row, and its title
+COLUMNS = dict(model="model", decode="decode", kind="what", nfe="NFE", nfe_counted="calls", verifier_calls="verifier",
+               success="success %", stderr="±", distinct="distinct", effective="effective",
+               validity_mass="validity mass %", agree="map agreement, paths %", agree_position="positions %",
+               tau="τ", top_p="top_p", gen_ppl="GenPPL", gen_ppl_stderr="±", mauve="MAUVE", mauve_std="±",
+               recovered="recovered %", entropy="entropy", entropy_set="entropy of the set", distinct_1="distinct-1",
+               distinct_2="distinct-2", distinct_3="distinct-3", nll="nats per token", nll_stderr="±",
+               teacher_nll="teacher's nats", ppl="perplexity (bound)")
+RUN_COLUMNS = dict(n="n", seconds="seconds", precision="precision", device="device", seed="seed", git="commit")
 PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position", "recovered", "acc", "acc_stderr",
            "acc_norm", "acc_norm_stderr"}
 DIGITS = dict(tau=2, top_p=2, gen_ppl=2, gen_ppl_stderr=2, entropy=2, entropy_set=2, distinct_1=3, distinct_2=3,
               distinct_3=3, nll=3, nll_stderr=3, teacher_nll=3, ppl=2, mauve=3, mauve_std=3, calls_per_token=3,
               agreement=3, speedup=2, tokens_per_s=0, alone_tokens_per_s=0)
-RUN_COLUMNS = dict(n="n", seconds="seconds", precision="precision", device="device", seed="seed", git="commit")
 
 
 def print_table(rows, columns):
     """Flat dicts as a Markdown table, `columns` {key: title}; a column no row has is left out. Fractions become %."""
-    def cell(row, c):
-        v = row.get(c)
-        if v is None:
-            return ""
-        if c in PERCENT:
-            return f"{100 * v:.1f}"
-        return f"{v:.{DIGITS.get(c, 1)}f}" if isinstance(v, float) else str(v)
-    columns = {c: title for c, title in columns.items() if any(row.get(c) is not None for row in rows)}
+    def cell(key, value):
+        if not isinstance(value, float):
+            return "" if value is None else str(value)
+        return f"{100 * value:.1f}" if key in PERCENT else f"{value:.{DIGITS.get(key, 1)}f}"
+    columns = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in rows)}
     print("| " + " | ".join(columns.values()) + " |\n|" + "---|" * len(columns))
     for row in rows:
-        print("| " + " | ".join(cell(row, c) for c in columns) + " |")
+        print("| " + " | ".join(cell(key, row.get(key)) for key in columns) + " |")
     sys.stdout.flush()
 
 
-def report(args, rows, columns, note, table=None, began=0.0, device="cpu", dtype="float32"):
+def with_errors(row, keys, digits):
+    """The row for a table: "value ± standard error" in place of each of these keys' values."""
+    def text(key):
+        error = row.get(key + "_stderr")
+        return f"{row[key]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    return row | {key: text(key) for key in keys if row.get(key) is not None}
+
+
+def report(args, rows, note, columns=COLUMNS, table=None, began=0.0, device="cpu", dtype="float32"):
     """Print the rows, or a `table` made of them, with what they were measured on, and write them to args.json."""
-    facts = dict(precision=dtype, device=torch.cuda.get_device_name() if device == "cuda" else device, seed=args.seed,
-                 git=git_commit())
+    facts = dict(precision=dtype, device=torch.cuda.get_device_name() if device == "cuda" else device,
+                 seed=args.seed, git=git_commit())
     rows = [row | facts for row in rows]
     print_table(rows if table is None else [row | facts for row in table], columns | RUN_COLUMNS)
     print("\n" + note)
@@ -137,13 +150,15 @@ def maze_statistics(rows):
 
 def blocks(model, length):
     """Over how many blocks a sample's steps are spread: 1, or those of BD3-LM."""
-    return -(-length // model.block_size) if hasattr(model, "block_size") else 1
+    return -(-length // getattr(model, "block_size", length))
 
 
-def steps_of(model, length, nfe):
-    """The numbers of steps `nfe` that this model can make for a sample, ascending: at least one per block."""
+def steps_of(model, length, args):
+    """The numbers of steps for a sample, ascending: --nfe, at least one per block; its tokens, if left to right."""
+    if isinstance(model, PROMPTED) or args.sampler == "apd":
+        return [length - 1]
     n = blocks(model, length)
-    return sorted({max(1, k // n) * n for k in nfe})
+    return sorted({max(1, k // n) * n for k in args.nfe})
 
 
 def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, batch=1000, start=None):
@@ -158,19 +173,26 @@ def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, ba
     if start is None:
         start = torch.full((n, 1 if isinstance(model, PROMPTED) else length), getattr(model, "mask_id", model.bos))
         start[:, 0] = model.bos
-    settings = dict(model=model.name, decode="greedy" if greedy else "sample", steps=steps, n=n, length=length, tau=tau,
-                    top_p=top_p, sampler=args.sampler, order=args.order, seed=args.seed, batch=batch, **own,
-                    dtype=args.dtype, device=device, weights=backbone_hash(model), config=model.config, code=CODE,
+    settings = dict(decode="greedy" if greedy else "sample", steps=steps, n=n, length=length, tau=tau, top_p=top_p,
+                    sampler=args.sampler, order=args.order, seed=args.seed, batch=batch, **own, dtype=args.dtype,
+                    device=torch.cuda.get_device_name() if device == "cuda" else device,
+                    weights=backbone_hash(model), config=model.config, code=CODE,
                     start=hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16],
                     apd=apd and dict(apd, verifier=backbone_hash(apd["verifier"])))
-    key = hashlib.sha256(json.dumps({k: v for k, v in settings.items() if k != "model"}).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     path = os.path.join(args.samples, f"{os.path.basename(model.name)}-{settings['decode']}-{steps}-{key}.jsonl")
     if not os.path.exists(path):
         tokenizer = Tokenizer(model.meta["tokenizer"], model.config["vocab_size"])
         generator = torch.Generator(device).manual_seed(args.seed)
-        os.makedirs(args.samples, exist_ok=True)
-        with open(path + ".tmp", "w") as f:
-            f.write(json.dumps(dict(settings=settings)) + "\n")
+        part = f"{path}.{os.getpid()}.tmp"                 # another process may be drawing the same
+        try:
+            os.makedirs(args.samples, exist_ok=True)
+            f = open(part, "w")
+        except OSError as e:
+            raise BadInput(f"--samples={args.samples} cannot be written ({e.strerror}): choose another folder"
+                           ) from None
+        with f:
+            f.write(json.dumps(dict(settings=dict(model=model.name, **settings))) + "\n")
             for a in range(0, n, batch):
                 began = time.perf_counter()
                 tokens, *nfe = generate(model, start[a:a + batch].to(device), steps // blocks(model, length), tau,
@@ -183,8 +205,9 @@ def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, ba
                         raise RuntimeError(f"{model.name} left a [MASK] in a sample: a bug in its sampler")
                     f.write(json.dumps(dict(text=tokenizer.decode(row), tokens=row, seconds=seconds)
                                        | dict(zip(("nfe", "verifier_calls"), calls))) + "\n")
-        os.replace(path + ".tmp", path)
-    kept = [json.loads(line) for line in open(path)][1:]
+        os.replace(part, path)
+    with open(path) as f:
+        kept = [json.loads(line) for line in f][1:]
     return np.array([s["tokens"] for s in kept]), dict(
         nfe_counted=float(np.mean([s["nfe"] for s in kept])), seconds=sum(s["seconds"] for s in kept),
         verifier_calls=float(np.mean([s["verifier_calls"] for s in kept])) if "verifier_calls" in kept[0] else None)
@@ -192,8 +215,8 @@ def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, ba
 
 def maze_theory(name, n, steps, seed):
     """What a perfect noise-blind MDLM reaches at `steps` ancestral steps: the sampler with the true conditionals."""
-    exact, generator, out, calls = (ExactDenoiser(maze_dataset(name).astype(np.int64), 5),
-                                    torch.Generator().manual_seed(seed), [], 0)
+    exact, generator = ExactDenoiser(maze_dataset(name).astype(np.int64), 5), torch.Generator().manual_seed(seed)
+    out, calls = [], 0
     for a in range(0, n, 1000):
         x = torch.full((min(1000, n - a), 10), 5)
         x, nfe = unmask(x, reveal_steps(x == 5, steps, generator=generator), 5, exact.hidden, exact.logits,
@@ -224,13 +247,7 @@ def map_agreement(student, teacher, n, seed, device):
     return float(same.all(1).float().mean()), float(same.float().mean())
 
 
-MAZE_COLUMNS = dict(model="model", decode="decode", nfe="NFE", nfe_counted="calls", verifier_calls="verifier",
-                    success="success %", stderr="±", distinct="distinct", effective="effective",
-                    validity_mass="validity mass %",
-                    agree="map agreement, paths %", agree_position="positions %")
-
-
-def maze_rows(models, args, device, theory=True):
+def maze_rows(models, args, device):
     """Every row of the maze table for these models; an AR model among them is `teacher`, and the map's reference."""
     names = {model.meta["name"] for model in models}
     if len(names) > 1 or not names <= {"maze", "maze_skewed"}:
@@ -238,12 +255,11 @@ def maze_rows(models, args, device, theory=True):
     teacher = next((m for m in models if isinstance(m, CausalLM)), None)
     apd = load_verifier(args, models, device)
     jobs = [(m, d, k) for m in models for d in (["sample"] if isinstance(m, CausalLM) else args.decode)
-            for k in ([10] if isinstance(m, CausalLM) or apd else steps_of(m, m.length, args.nfe))]
-    jobs += [("theory", "sample", k) for k in args.nfe] * theory
+            for k in steps_of(m, m.length, args)] + [("theory", "sample", k) for k in args.nfe]
     rows = []
     for model, decode, k in tqdm(jobs, desc="maze", unit="row", disable=not sys.stderr.isatty()):
         if model == "theory":
-            sampled, calls = maze_theory(next(iter(names)), 10 * args.n, k, args.seed)
+            sampled, calls = maze_theory(*names, 10 * args.n, k, args.seed)
             rows.append(dict(model="theory", decode=decode, nfe=k, nfe_counted=calls, **maze_statistics(sampled)))
             continue
         sampled, facts = sample_rows(model, args.n, k, decode == "greedy", args, device, apd)
@@ -257,12 +273,6 @@ def maze_rows(models, args, device, theory=True):
     return rows
 
 
-def sampling_note(args, models):
-    """What the numbers depend on besides the checkpoints, for a table's footer."""
-    tau, top_p = resolve_sampling(args, models[-1])
-    return f"tau {tau}, top_p {top_p}, " + sampler_note(args)
-
-
 def sampler_note(args):
     how = (f"apd (R {args.apd_ratio}, up to {args.max_lookahead} ahead)" if args.sampler == "apd"
            else f"{args.sampler} sampler, {args.order} order")
@@ -271,9 +281,11 @@ def sampler_note(args):
 
 def maze(args, models, device):
     """Success ± standard error per NFE, with diversity (so that success bought by collapse shows). Appendix E.1."""
-    return maze_rows(models, args, device), MAZE_COLUMNS, (
+    tau, top_p = resolve_sampling(args, models[-1])
+    return maze_rows(models, args, device), (
         f"n = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM). effective: "
-        "number of equally likely paths that would repeat as often.\nStudents: " + sampling_note(args, models))
+        "number of equally likely paths that would repeat as often.\n"
+        f"Students: tau {tau}, top_p {top_p}, {sampler_note(args)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,9 +298,9 @@ def judge_nll(judge, samples, device, batch=32, scored=None):
     EOS targets (the judge's BOS id) are left out, and those where `scored` [n, T] is False. Samples longer than the
     judge's rows: windows, stride half of one.
     """
-    if max(map(max, samples)) >= judge.vocab_size:
-        raise BadInput(f"the judge knows {judge.vocab_size} ids, but a sample holds id {max(map(max, samples))}: a "
-                       "[MASK], or another vocabulary")
+    if (top := max(np.max(sample) for sample in samples)) >= judge.vocab_size:
+        raise BadInput(f"the judge knows {judge.vocab_size} ids, but a sample holds id {top}: a [MASK], or another "
+                       "vocabulary")
     nll, count = np.zeros(len(samples)), np.zeros(len(samples), dtype=int)
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
     for a in range(0, len(order), batch):
@@ -299,11 +311,9 @@ def judge_nll(judge, samples, device, batch=32, scored=None):
         start = done = 0                                   # row entries before `done + 1` are scored
         while done < x.shape[1] - 1:
             part = x[:, start:start + judge.length]
-            target, skip = part[:, 1:], done - start
-            h = judge.hidden(part[:, :-1])[:, skip:]
-            target = target[:, skip:]
-            logp = torch.cat([judge.logits(r).log_softmax(-1).gather(-1, t[:, None]).squeeze(1)[None]
-                              for r, t in zip(h, target)])
+            h, target = judge.hidden(part[:, :-1])[:, done - start:], part[:, 1 + done - start:]
+            logp = torch.stack([judge.logits(r).log_softmax(-1).gather(-1, t[:, None]).squeeze(1)
+                                for r, t in zip(h, target)])                 # row by row: [L, V] at a time
             keep = target != judge.bos                     # EOS, and the padding after a shorter sample
             if scored is not None:
                 keep &= torch.as_tensor(scored[some][:, done:done + keep.shape[1]], device=device)
@@ -314,12 +324,6 @@ def judge_nll(judge, samples, device, batch=32, scored=None):
     return nll, count
 
 
-TEXT_COLUMNS = dict(model="model", decode="decode", nfe="NFE", nfe_counted="calls", verifier_calls="verifier",
-                    tau="τ", top_p="top_p", gen_ppl="GenPPL", gen_ppl_stderr="±", mauve="MAUVE", mauve_std="±",
-                    recovered="recovered %", entropy="entropy", entropy_set="entropy of the set",
-                    **{f"distinct_{k}": f"distinct-{k}" for k in (1, 2, 3)})
-
-
 def text_setting(args, models, device):
     """What the metrics of generated text share, checked: -> (judge, to_judge, validation data or None, row length).
 
@@ -328,34 +332,37 @@ def text_setting(args, models, device):
     judge = load_model(args.judge, device=device)
     if not isinstance(judge, CausalLM):
         raise BadInput(f"--judge={args.judge} is a {judge.args['model']} checkpoint: it must be an AR model")
-    names = {m.meta["tokenizer"] for m in models}
-    if len(names) > 1:
-        raise BadInput(f"--ckpt: these have the tokenizers {', '.join(sorted(names))}: give checkpoints of one")
-    longest = min(min(m.length for m in models), 128 if args.what == "infill" else 1024)
-    length = args.length or longest
+    name, vocab_size = models[0].meta["tokenizer"], models[0].config["vocab_size"]
+    length = args.length or min(128 if args.what == "infill" else 1024, *(m.length for m in models))
     for m in models:
-        if isinstance(m, PROMPTED) and length > m.length:
+        if (m.meta["tokenizer"], m.config["vocab_size"]) != (name, vocab_size):
+            raise BadInput(f"--ckpt: {m.name} and {models[0].name} have different vocabularies: compare those of one")
+        if length > m.length and not hasattr(m, "block_size"):                   # (BD3-LM writes texts of any length)
             raise BadInput(f"--length={length} is more than the {m.length} tokens that {m.name} was trained on")
     data = Shards(args.data, "val", length) if args.data else None
-    if data and data.meta["tokenizer"] not in names:
-        raise BadInput(f"--data={args.data} has the tokenizer {data.meta['tokenizer']}, the checkpoints "
-                       f"{', '.join(names)}: they must be the same")
-    tokenizer = Tokenizer(models[0].meta["tokenizer"], models[0].config["vocab_size"])
-    other = Tokenizer(judge.meta["tokenizer"]) if judge.meta["tokenizer"] != tokenizer.name else None
-    return judge, lambda rows: other.encode([tokenizer.decode(r) for r in rows]) if other else rows, data, length
+    if data:
+        check_vocabulary(f"--data={args.data}: {models[0].name}", models[0], data.meta)
+    if judge.meta["tokenizer"] == name:
+        return judge, lambda rows: rows, data, length
+    if "ids" in (judge.meta["tokenizer"], name):
+        raise BadInput(f"--judge={args.judge}: it or {models[0].name} names no tokenizer, so neither can read the "
+                       "other's text: use a judge of the same vocabulary")
+    tokenizer, other = Tokenizer(name, vocab_size), Tokenizer(judge.meta["tokenizer"])
+
+    def to_judge(rows):                                    # (a sample of nothing but EOS is no text: EOS again)
+        return [ids if len(ids) else [judge.bos] for ids in other.encode([tokenizer.decode(row) for row in rows])]
+    return judge, to_judge, data, length
 
 
 def text_rows(args, models, device, length, start=None):
     """For each model, decoding and number of steps: yields (facts of a table row, samples [n, length - 1])."""
     apd = load_verifier(args, models, device)
-    jobs = [(m, d, k) for m in models for d in args.decode
-            for k in ([length - 1] if isinstance(m, PROMPTED) or args.sampler == "apd" else
-                      steps_of(m, length, args.nfe))]
+    jobs = [(m, d, k) for m in models for d in args.decode for k in steps_of(m, length, args)]
     for model, decode, k in tqdm(jobs, unit="row", disable=not sys.stderr.isatty()):
+        tau, top_p = resolve_sampling(args, model)
         sampled, facts = sample_rows(model, args.n, k, decode == "greedy", args, device, apd, length,
                                      args.batch_size, start)
-        yield dict(model=model.name, decode=decode, nfe=k, **facts,
-                   **dict(zip(("tau", "top_p"), resolve_sampling(args, model)))), sampled
+        yield dict(model=model.name, decode=decode, nfe=k, tau=tau, top_p=top_p, **facts), sampled
 
 
 def text_facts(sampled):
@@ -369,10 +376,10 @@ def text_facts(sampled):
 
 
 def text_note(args, models, judge, length):
+    medusa = any(isinstance(m, Medusa) for m in models)
     return (f"n = {args.n} samples a row of {length - 1} tokens, judge {judge.name}; entropy: of the tokens of a sample"
             f" (mean), and of the whole set, in nats; distinct-k: of all k-grams.\n{sampler_note(args)}"
-            + f" Medusa: {args.accept} acceptance, epsilon {args.epsilon}, delta {args.delta}." * any(
-                isinstance(m, Medusa) for m in models))
+            + f" Medusa: {args.accept} acceptance, epsilon {args.epsilon}, delta {args.delta}." * medusa)
 
 
 def validation_rows(data, n, seed):
@@ -392,7 +399,7 @@ def genppl(args, models, device):
     real = [(dict(model="data"), validation_rows(data, args.n, args.seed)[:, 1:])] if data else []
     rows = [row | gen_ppl(judge, to_judge(sampled), device) | text_facts(sampled)
             for row, sampled in itertools.chain(real, text_rows(args, models, device, length))]
-    return rows, TEXT_COLUMNS, text_note(args, models, judge, length)
+    return rows, text_note(args, models, judge, length)
 
 
 def infill(args, models, device):
@@ -416,7 +423,7 @@ def infill(args, models, device):
         assert (filled == real)[~masked].all()
         rows.append(row | gen_ppl(judge, filled, device, masked) | text_facts(filled)
                     | dict(recovered=float((filled == real)[masked].mean())))
-    return rows, TEXT_COLUMNS, (
+    return rows, (
         f"{args.masked} of {length - 1} tokens masked at random; GenPPL of these alone; recovered: of these, those of "
         f"the data.\n{text_note(args, models, judge, length)}")
 
@@ -483,12 +490,14 @@ def mauve(args, models, device):
         scores = mauve_scores(last_hidden(judge, to_judge(sampled), device), real)
         rows.append(row | dict(mauve=float(scores.mean()), mauve_std=float(scores.std(ddof=1)), references=len(real))
                     | text_facts(sampled))
-    return rows, TEXT_COLUMNS, (
+    return rows, (
         f"{text_note(args, models, judge, length)}\nMAUVE against {len(real)} validation rows of {args.data}; ±: "
         "standard deviation over 5 seeds of k-means.")
 
 
-METRICS = dict(success=(maze, "stderr"), gen_ppl=(genppl, "gen_ppl_stderr"), mauve=(mauve, "mauve_std"))
+# a metric -> the function that measures it, its error's key, what to print: factor, digits, title
+METRICS = dict(success=(maze, "stderr", 100, 1, "success %"), gen_ppl=(genppl, "gen_ppl_stderr", 1, 1, "GenPPL"),
+               mauve=(mauve, "mauve_std", 1, 3, "MAUVE"))
 
 
 def nfe(args, models, device):
@@ -496,9 +505,8 @@ def nfe(args, models, device):
     if args.plot:
         optional("matplotlib", "--plot")
     metric = args.metric or ("success" if models[0].meta["tokenizer"] == "maze" else "gen_ppl")
-    function, error = METRICS[metric]
-    rows, _, note = function(args, models, device)
-    scale, digits, name = dict(success=(100, 1, "success %"), gen_ppl=(1, 1, "GenPPL"), mauve=(1, 3, "MAUVE"))[metric]
+    function, error, scale, digits, title = METRICS[metric]
+    rows, note = function(args, models, device)
     recipe = {m.name: re.sub(rf"s{m.args.get('seed')}\b", "s*", json.dumps(         # init_from: of that seed as well
         {k: v for k, v in m.args.items() if v is not None and k not in ("seed", "out")})) for m in models}
     first = {name: next(other for other in recipe if recipe[other] == recipe[name]) for name in recipe}
@@ -510,27 +518,27 @@ def nfe(args, models, device):
         line.setdefault(row.get("nfe"), []).append(row)
     table, points = [], []
     for (model, decode), line in groups.items():
-        seeds = len(next(iter(line.values())))
-        label = model + f" and {seeds - 1} other seed{'s' * (seeds > 2)}" * (seeds > 1)
+        runs = next(iter(line.values()))                   # a row of each seed
+        label = model + f" and {len(runs) - 1} other seed{'s' * (len(runs) > 2)}" * (len(runs) > 1)
         means = {k: scale * np.mean([r[metric] for r in rs]) for k, rs in line.items()}
-        errors = {k: scale * (np.std([r[metric] for r in rs], ddof=1) if seeds > 1 else rs[0][error])
+        errors = {k: scale * (np.std([r[metric] for r in rs], ddof=1) if len(rs) > 1 else rs[0][error])
                   for k, rs in line.items()}
-        entropies = [r["entropy"] for rs in line.values() for r in rs if "entropy" in r]
-        cells = {k: f"{means[k]:.{digits}f} ± {errors[k]:.{digits}f}" for k in line}
-        if None in cells:
-            label += ": " + cells[None]
-        table.append(dict(model=label, decode=decode, n=rows[-1]["n"]) | cells
-                     | ({"entropy": f"{min(entropies):.2f} to {max(entropies):.2f}"} if entropies else {}))
         points.append((f"{label}, {decode}" if decode else label, list(line), [*means.values()], [*errors.values()]))
-    steps = sorted({k for line in groups.values() for k in line if k})
+        row = {k: f"{means[k]:.{digits}f} ± {errors[k]:.{digits}f}" for k in line}
+        if entropies := [r["entropy"] for rs in line.values() for r in rs if "entropy" in r]:
+            row["entropy"] = f"{min(entropies):.2f} to {max(entropies):.2f}"
+        if None in row:                                    # the data, which have no NFE
+            label += ": " + row[None]
+        table.append(dict(model=label, decode=decode, n=runs[0]["n"]) | row)
+    steps = sorted({row["nfe"] for row in rows if row.get("nfe")})
     if args.plot:
-        plot_nfe(args.plot, points, name)
-    columns = dict(model=name, decode="decode") | {k: f"NFE {k}" for k in steps} | dict(entropy="entropy")
-    return rows, columns, ("±: over samples (MAUVE: over seeds of k-means), or, where there are runs of several seeds, "
-                           "their standard deviation.\n" + note), table
+        plot_nfe(args.plot, points, title)
+    columns = dict(model=title, decode="decode") | {k: f"NFE {k}" for k in steps} | dict(entropy="entropy")
+    return rows, ("±: over samples (MAUVE: over seeds of k-means), or, where there are runs of several seeds, their "
+                  "standard deviation.\n" + note), columns, table
 
 
-def plot_nfe(path, points, metric):
+def plot_nfe(path, points, title):
     """points: (label, [nfe], [value], [error]) per line, [None] for what has no NFE; written to a .png or .svg."""
     import matplotlib
     matplotlib.use("Agg")
@@ -541,20 +549,24 @@ def plot_nfe(path, points, metric):
             axes.axhline(ys[0], label=label, linestyle="--", color="gray")
         else:
             axes.errorbar(ks, ys, errors, label=label, marker="o", capsize=2, linestyle="-:"["theory" in label])
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log" if metric == "GenPPL" else "linear")
     ticks = sorted({k for _, ks, _, _ in points for k in ks if k})
+    axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, ticks, minor=False)
-    axes.set_xlabel("NFE")
-    axes.set_ylabel(metric)
+    axes.set(xlabel="NFE", ylabel=title, yscale="log" if title == "GenPPL" else "linear")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     fig.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(fig)
 
 
-PPL_COLUMNS = dict(model="model", kind="what", nll="nats per token", nll_stderr="±", teacher_nll="teacher's nats",
-                   ppl="perplexity (bound)")
+def load_teacher(args, model, meta, length, device):
+    """The teacher whose noise a student reads, for rows of `length` tokens; None for the other models."""
+    if model.config.get("noise") in (None, "unpaired"):
+        return None
+    path = args.teacher or model.args.get("teacher") or default_teacher(meta, length)
+    if path is None:
+        raise BadInput(f"--teacher is needed for {model.name}: an AR checkpoint of its vocabulary")
+    return load_ar("--teacher", path, meta, length, device)
 
 
 def ppl(args, models, device):
@@ -563,45 +575,41 @@ def ppl(args, models, device):
     -log p(x) <= E_q[-log p(x | noise)] - log p_teacher(x), q the posterior of the noise: its KL to the prior is the
     teacher's nll exactly. The first term alone (nll_given_noise) is no likelihood.
     """
-    rows, length = [], args.length or min(min(m.length for m in models), 1024)
+    rows, length = [], args.length or min(1024, *(m.length for m in models))
     for model in models:
         if not (args.data or model.args.get("data")):
             raise BadInput(f"--data is needed for {model.name}: it does not say what it was trained on")
         data = Shards(args.data or model.args["data"], "val", length)
         check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
-        noise = model.config.get("noise")
-        paired = noise not in (None, "unpaired")
-        path = args.teacher or model.args.get("teacher") or default_teacher(data.meta, data.length)
-        if paired and path is None:
-            raise BadInput(f"--teacher is needed for {model.name}: an AR checkpoint of its vocabulary")
-        teacher = load_ar("--teacher", path, data.meta, data.length, device) if paired else None
-        if data.length % getattr(model, "block_size", 1):
-            raise BadInput(f"--length={data.length} is no multiple of {model.name}'s block size, {model.block_size}")
+        if length > model.length:
+            raise BadInput(f"--length={length} is more than the {model.length} tokens that {model.name} was trained on")
+        if length % getattr(model, "block_size", 1):
+            raise BadInput(f"--length={length} is no multiple of {model.name}'s block size, {model.block_size}")
+        teacher = load_teacher(args, model, data.meta, length, device)
         n, began = min(args.n, len(data)), time.perf_counter()
         draws = np.random.default_rng(args.seed)
-        order, n_blocks = draws.permutation(len(data))[:n], blocks(model, data.length)
+        order, n_blocks = draws.permutation(len(data))[:n], blocks(model, length)
         levels = stratified_t(n * n_blocks, draws).view(n, n_blocks)
-        if exact := n_blocks == data.length:
+        if exact := n_blocks == length:
             levels = torch.ones_like(levels)               # blocks of one token: at t = 1 the chain rule, no bound
-        losses, references, weights = [], [], []
+        batches = []                                       # (its share of the rows, its nats, its teacher's)
         for i, a in enumerate(tqdm(range(0, n, args.batch_size), desc=model.name, disable=not sys.stderr.isatty())):
             tokens = torch.from_numpy(data.rows(order[a:a + args.batch_size])).to(device)
             kw = {} if isinstance(model, CausalLM) else dict(
                 t=levels[a:a + args.batch_size].to(device), teacher=teacher,
                 generator=torch.Generator(device).manual_seed(args.seed + i))
-            losses.append(model.loss(tokens, **kw)[0].item())
-            references.append(teacher.loss(tokens)[0].item() if teacher else 0.0)
-            weights.append(len(tokens))
-        w = np.array(weights) / n
-        nll, reference = float(w @ losses), float(w @ references)
-        error = float(np.sqrt((w ** 2 * (np.array(losses) - nll) ** 2).sum())) if len(w) > 1 else None
-        rows.append(dict(model=model.name, nll=nll, nll_stderr=error, n=n, ppl=math.exp(nll + reference),
-                         seconds=time.perf_counter() - began) | (
-            dict(kind="nll_given_noise", teacher_nll=reference) if paired else
-            dict(kind="nll" if isinstance(model, CausalLM) or exact else "nelbo")))
-        if paired:
-            rows[-1]["ppl_bound"] = rows[-1]["ppl"]
-    return rows, PPL_COLUMNS, (
+            batches.append((len(tokens) / n, model.loss(tokens, **kw)[0].item(),
+                            teacher.loss(tokens)[0].item() if teacher else 0.0))
+        w, losses, references = np.array(batches).T
+        nll, error = ratio_with_error(w * losses, w)
+        reference = float(w @ references)
+        row = dict(model=model.name, kind="nll" if isinstance(model, CausalLM) or exact else "nelbo", nll=nll,
+                   nll_stderr=error if len(w) > 1 else None, n=n, ppl=math.exp(nll + reference),
+                   seconds=time.perf_counter() - began)
+        if teacher:
+            row |= dict(kind="nll_given_noise", teacher_nll=reference, ppl_bound=row["ppl"])
+        rows.append(row)
+    return rows, (
         "perplexity: exp(nats + teacher's nats), an upper bound; for an AR model and blocks of one token, exact. "
         f"Up to {args.n} rows of validation data, noise and masks drawn once.\n"
         "nll_given_noise is no likelihood: its noise is drawn given the text.")
@@ -623,12 +631,10 @@ def acceptance_row(verified, accepted):
 
 def perfect_heads(rows, heads, start=0, weights=None):
     """Heads without noise that learnt their task perfectly, on an enumerable language: counts [n, K] as `Medusa.decode`
-    has them under exact acceptance. rows [n, L] without BOS, of probability `weights` [n] (equal); `start` tokens are
-    given.
+    has them under exact acceptance. rows [n, L] without BOS, of probability `weights` [n]; `start` tokens are given.
 
-    Head k proposes the mode of its marginal, the most frequent token k places after the next one, given the prefix
-    (head 1 can do no better; later ones could, by building on those before). The backbone writes the row whatever is
-    proposed, so a row decides its drafts: which are looked at and which accepted.
+    Head k proposes the mode of its marginal: the most frequent token k places after the next one, given the prefix
+    (head 1 can do no better; later ones could, by building on those before). The row decides what is accepted.
     """
     verified, accepted = np.zeros((2, len(rows), heads), dtype=int)
     for r, row in enumerate(rows):
@@ -650,7 +656,7 @@ def acceptance(args, models, device):
             raise BadInput(f"--ckpt: {model.name} is a {model.args['model']} checkpoint, acceptance is of Medusa heads")
     length = args.length or min(128, *(m.length for m in models))
     data = Shards(args.data or models[0].args["data"], "val", length)
-    maze, length = data.meta["name"] in ("maze", "maze_skewed"), data.length
+    maze = data.meta["name"] in ("maze", "maze_skewed")
     prompt = args.prompt_length or (1 if maze else max(1, length // 4))
     for model in models:
         check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
@@ -663,37 +669,35 @@ def acceptance(args, models, device):
     order = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
     if prompt == 1:
         order = np.resize(order, args.n)                   # BOS alone: any number of samples
-    rows, kw = [], dict(length=length, tau=args.tau, top_p=args.top_p)
 
-    def clock():
+    def timed(function, *a, **kw):                         # -> (its result, seconds)
+        began = time.perf_counter()
+        result = function(*a, **kw)
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return result, time.perf_counter() - began
+    rows, new, kw = [], len(order) * (length - prompt), dict(length=length, tau=args.tau, top_p=args.top_p)
     bar = tqdm(total=len(order) * len(models) * len(args.accept), unit="prompt", disable=not sys.stderr.isatty())
     for model, accept in itertools.product(models, args.accept):
         counts, calls, seconds, alone = [], 0, 0.0, 0.0
-        how = dict(accept=accept, epsilon=args.epsilon, delta=args.delta)
+        how, greedy = dict(accept=accept, epsilon=args.epsilon, delta=args.delta), accept == "greedy"
         for a in range(0, len(order), args.batch_size):
             start = torch.from_numpy(data.rows(order[a:a + args.batch_size])[:, :prompt]).to(device)
             generator = torch.Generator(device).manual_seed(torch_seed(args.seed, a))
             if a == 0:                                     # warm-up, and the same noise for both
                 xi = sample_gumbel((len(start[:8]), length, model.vocab_size), generator, device)
-                both = (model.decode(start[:8], **kw, **how, noise=xi)[0],
-                        model.backbone.generate(start[:8], **kw, noise=xi, greedy=accept == "greedy")[0])
-            began = clock()
-            _, nfe, verified, accepted = model.decode(start, **kw, **how, generator=generator)
-            seconds, began = seconds + clock() - began, clock()
-            model.backbone.generate(start, **kw, greedy=accept == "greedy", generator=generator)
-            alone += clock() - began
+                drafted = model.decode(start[:8], **kw, **how, noise=xi)[0]
+                same = (drafted == model.backbone.generate(start[:8], **kw, noise=xi, greedy=greedy)[0]).cpu()
+            (_, nfe, *drafts), took = timed(model.decode, start, **kw, **how, generator=generator)
+            seconds += took
+            alone += timed(model.backbone.generate, start, **kw, greedy=greedy, generator=generator)[1]
             calls += int(nfe.sum())
-            counts.append(np.stack([verified.cpu().numpy(), accepted.cpu().numpy()]))
+            counts.append([c.cpu().numpy() for c in drafts])
             bar.update(len(start))
-        new = len(order) * (length - prompt)
         rows.append(dict(model=model.name, accept=accept, nfe_counted=calls / len(order), n=len(order),
-                         **acceptance_row(*np.concatenate(counts, 1)), calls_per_token=calls / new,
+                         **acceptance_row(*(np.concatenate(c) for c in zip(*counts))), calls_per_token=calls / new,
                          tokens_per_s=new / seconds, alone_tokens_per_s=new / alone, speedup=alone / seconds,
-                         seconds=seconds,
-                         agreement=float((both[0] == both[1])[:, prompt:].double().mean())))
+                         seconds=seconds, agreement=float(same[:, prompt:].double().mean())))
     bar.close()
     if maze and args.tau == args.top_p == 1 and "exact" in args.accept:
         paths = np.pad(maze_dataset(data.meta["name"]).astype(np.int64), ((0, 0), (0, length - 11)),
@@ -701,21 +705,17 @@ def acceptance(args, models, device):
         for heads in sorted({len(m.heads) for m in models}):
             row = acceptance_row(*perfect_heads(paths, heads, prompt - 1))
             rows.append(dict(model="theory", accept="exact") | {k: v for k, v in row.items() if "stderr" not in k})
-    heads = range(1, 1 + max(len(m.heads) for m in models))
-    table = [row | {key: f"{row[key]:.3f}" + (f" ± {row[key + '_stderr']:.3f}" if key + "_stderr" in row else "")
-                    for key in ["accepted_length"] + [f"head{k}" for k in heads] if row.get(key) is not None}
-             for row in rows]
-    columns = dict(model="model", accept="acceptance") | {f"head{k}": f"head {k}" for k in heads} | dict(
+    heads = {f"head{k}": f"head {k}" for k in range(1, 1 + max(len(m.heads) for m in models))}
+    columns = dict(model="model", accept="acceptance") | heads | dict(
         accepted_length="accepted length", calls_per_token="calls per token", agreement="same text",
         tokens_per_s="tokens/s", alone_tokens_per_s="backbone alone", speedup="speed-up")
     note = (f"{len(order)} prompts of {prompt} tokens (BOS included) continued to {length}, {args.batch_size} at once, "
             f"tau {args.tau}, top_p {args.top_p}, epsilon {args.epsilon}, delta {args.delta}, "
-            f"{args.weights or 'EMA'} weights, seed {args.seed}, {torch.get_num_threads()} threads.\n"
-            "head k: of its candidates whose predecessors were accepted, the accepted ones; accepted length: tokens "
-            "per backbone call, in whole drafts;\ncalls: the prompt's included; same text: of the tokens of up to 8 "
-            "samples, those that the backbone alone writes from the same noise." + maze * (
-                "\ntheory: heads that know the true marginals, without noise, on a backbone that knows the language."))
-    return rows, columns, note, table
+            f"{args.weights or 'EMA'} weights, {torch.get_num_threads()} threads.\nhead k: of its candidates whose "
+            "predecessors were accepted, the accepted ones; accepted length: tokens per backbone call, in whole drafts;\n"
+            "same text: of up to 8 samples, the tokens that the backbone alone writes from the same noise."
+            + "\ntheory: heads without noise that know the true marginals." * maze)
+    return rows, note, columns, [with_errors(row, ["accepted_length", *heads], 3) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -746,42 +746,43 @@ def main(argv=None):
             p.add_argument("--data", help="shards: " + (
                 "adds a row for their validation text" if name == "genppl" else "validation text; default: the run's"))
             p.add_argument("--batch_size", type=number(int, 1), default=32, help="rows at once")
-            p.add_argument("--length", type=number(int, 2),
-                           help="tokens of a row, BOS included; default: the models' (the shortest, at most "
-                                f"{128 if name in ('acceptance', 'infill') else 1024})")
+            most = 128 if name in ("acceptance", "infill") else 1024
+            p.add_argument("--length", type=number(int, 2), help="tokens of a row, BOS included; default: the models' "
+                           f"(the shortest, at most {most})")
         if name == "ppl":
             p.add_argument("--teacher", help="of students with noise; default: the one that they were trained with")
-        elif name == "acceptance":
+        if name == "acceptance":
             p.add_argument("--prompt_length", type=number(int, 1),
                            help="tokens of a prompt, BOS included; default: a quarter of a row (maze: BOS)")
             p.add_argument("--tau", type=number(float, above=0), default=1.0, help="sampling temperature")
             p.add_argument("--top_p", type=number(float, above=0, high=1), default=1.0, help="nucleus")
-            medusa_flags(p, several=True)
         if name in ("ppl", "acceptance"):
             loading_flags(p)
-            continue
-        steps = dict(maze="1,2,4,8,16", nfe="1,2,4,8,16", infill="8,32").get(name, "8,64")
-        p.add_argument("--nfe", type=steps_list, default=steps_list(steps), help="numbers of steps; BD3-LM makes the "
-                       f"same number, at least one, in each block; default: {steps}")
-        decode = "sample,greedy" if name in ("maze", "nfe") else "sample"
-        p.add_argument("--decode", type=decodes, default=decodes(decode), help="sample, greedy (argmax), or both; "
-                       f"default: {decode}")
-        p.add_argument("--samples", default=os.path.join("out", "samples"),
-                       help="folder where samples are kept, to be used again with the same weights, settings and code")
+        else:
+            steps = dict(maze="1,2,4,8,16", nfe="1,2,4,8,16", infill="8,32").get(name, "8,64")
+            p.add_argument("--nfe", type=steps_list, default=steps_list(steps), help="numbers of steps; BD3-LM makes "
+                           f"the same number, at least one, in each block; default: {steps}")
+            decode = "sample,greedy" if name in ("maze", "nfe") else "sample"
+            p.add_argument("--decode", type=decodes, default=decodes(decode), help="sample, greedy (argmax), or both; "
+                           f"default: {decode}")
+            p.add_argument("--samples", default=os.path.join("out", "samples"),
+                           help="folder of samples, to be used again with the same weights, settings and code")
+            sampling_flags(p)
+            if name != "maze":
+                p.add_argument("--judge", default="gpt2-large", help="AR checkpoint, gpt2[-medium|-large|-xl], hf:NAME")
+        if name not in ("maze", "ppl"):
+            medusa_flags(p, several=name == "acceptance")
         if name == "nfe":
             p.add_argument("--metric", choices=METRICS, help="default: success for the maze, else gen_ppl")
             p.add_argument("--plot", help="also draw it into this .png or .svg (needs matplotlib)")
         if name == "infill":
             p.add_argument("--masked", type=number(int, 1), default=32, help="tokens of a row to fill in")
-        if name != "maze":
-            p.add_argument("--judge", default="gpt2-large", help="AR checkpoint, gpt2[-medium|-large|-xl], or hf:NAME")
-            medusa_flags(p)
-        sampling_flags(p)
-    args = parser.parse_args(argv)
-    began = time.time()
+    args, began = parser.parse_args(argv), time.time()
     for flag in ("json", "plot"):
         if getattr(args, flag, None):
             check_output("--" + flag, getattr(args, flag))
+    if getattr(args, "plot", None) and not args.plot.endswith((".png", ".svg")):
+        raise BadInput(f"--plot={args.plot} must end in .png or .svg")
     device, dtype, autocast = device_and_dtype(args.dtype)
     models = [load_model(path, args.weights, device) for path in args.ckpt]
     if len({m.name for m in models}) < len(models):
@@ -796,8 +797,8 @@ def main(argv=None):
         if not args.data:
             raise BadInput(f"--data is needed for {models[0].name}: validation text to compare with")
     with autocast, torch.no_grad():
-        rows, columns, note, *table = functions[args.what](args, models, device)
-    report(args, rows, columns, note, *table, began=began, device=device, dtype=dtype)
+        rows, note, *table = functions[args.what](args, models, device)
+    report(args, rows, note, *table, began=began, device=device, dtype=dtype)
 
 
 if __name__ == "__main__":

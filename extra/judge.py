@@ -16,12 +16,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tqdm import tqdm
 
 from data.prepare import BadInput, Parser, check_output, number, run_main
-from evaluate import report
+from evaluate import report, with_errors
 
 CRITERIA = dict(
     clarity="is it easy to follow, does each sentence say something definite",
@@ -95,32 +95,33 @@ def ask(url, key, model, prompt, timeout):
         raise Unusable(f"no answer within {timeout:g} s") from None
     except (OSError, http.client.HTTPException) as e:
         raise Unusable(f"the connection failed ({type(getattr(e, 'reason', e)).__name__})") from None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise Unusable("it is no chat completion") from None
 
 
 def judge(url, key, model, prompt, timeout, wait=1.0, tries=3):
     """Up to three tries -> (scores, None), or (None, what was wrong with the last)."""
     for i in range(tries):
+        time.sleep(wait * (2 ** i - 1))
         try:
             return ask(url, key, model, prompt, timeout), None
         except Unusable as e:
             why = str(e)
-            if i < tries - 1:
-                time.sleep(wait * 2 ** i)
     return None, why
 
 
-def read_jsonl(path, key):
-    """The objects of a .jsonl file that have `key`."""
-    if not os.path.isfile(path):
-        raise BadInput(f"there is no file {path}: make it with evaluate.py genppl, or sample.py --out")
+def read_jsonl(path):
+    """The objects of a .jsonl file. Its last line is left out if it was cut off: if no newline ends it."""
     try:
         with open(path) as f:
-            lines = [json.loads(line) for line in f if line.endswith("\n")]      # the last one may have been cut off
-        return [line for line in lines if key in line]
-    except (ValueError, TypeError):
-        raise BadInput(f"{path} is no .jsonl file of this project: each line must be a JSON object") from None
+            lines = [json.loads(line) for line in f if line.endswith("\n")]
+    except FileNotFoundError:
+        raise BadInput(f"there is no file {path}: make it with evaluate.py genppl, or sample.py --out") from None
+    except (OSError, ValueError):
+        lines = [None]
+    if not all(isinstance(line, dict) for line in lines):
+        raise BadInput(f"{path} is no .jsonl file of this project: each line must be a JSON object")
+    return lines
 
 
 def main(argv=None):
@@ -135,61 +136,61 @@ def main(argv=None):
     parser.add_argument("--json", help="also write the rows to this file")
     args, began = parser.parse_args(argv), time.time()
     args.seed = None                                       # (`report` names it)
-    texts = {path: [s["text"] for s in read_jsonl(path, "text")][:args.n] for path in args.samples}
-    for path in args.samples:
-        if not texts[path]:
-            raise BadInput(f"{path} holds no samples")
+    texts = {path: [line["text"] for line in read_jsonl(path) if "text" in line][:args.n] for path in args.samples}
+    if empty := [path for path in texts if not texts[path]]:
+        raise BadInput(f"{empty[0]} holds no samples")
     if args.dry_run:
         return print(make_prompt(texts[args.samples[0]][0]))
-    url, key = os.environ.get("OPENAI_BASE_URL", ""), os.environ.get("OPENAI_API_KEY", "").strip()
+    url, api_key = os.environ.get("OPENAI_BASE_URL", ""), os.environ.get("OPENAI_API_KEY", "").strip()
     if not url.startswith(("http://", "https://")):
         raise BadInput("OPENAI_BASE_URL must be the address of an OpenAI-compatible endpoint, as in "
                        "https://api.openai.com/v1")
-    if not key.isascii() or not (key + "x").isprintable():
+    if not (api_key.isascii() and api_key.isprintable()):
         raise BadInput("OPENAI_API_KEY holds characters that no key has")
-    for flag in ("json", "out"):
-        if getattr(args, flag):
-            check_output("--" + flag, getattr(args, flag))
+    check_output("--out", args.out)
+    if args.json:
+        check_output("--json", args.json)
 
-    def name(text):                                        # one question: this text, put so, to this judge
+    def key(text):                                         # one question: this text, put so, to this judge
         return hashlib.sha256((args.model + "\0" + make_prompt(text)).encode()).hexdigest()[:24]
     known = {}
     if os.path.exists(args.out):
-        known = {line["key"]: line for line in read_jsonl(args.out, "key")}
+        known = {line.get("key"): line for line in read_jsonl(args.out)}
         with open(args.out, "rb") as f:
-            os.truncate(args.out, f.read().rfind(b"\n") + 1)                 # a line that a crash has cut off goes
-    missing = {name(t): t for path in texts for t in texts[path] if name(t) not in known}
+            content = f.read()
+        if None in known or content[:8] != b'{"key": '[:len(content)]:
+            raise BadInput(f"--out={args.out} is no file of answers: choose another")
+        os.truncate(args.out, content.rfind(b"\n") + 1)    # a line that a crash has cut off goes
+    missing = {key(text): text for path in texts for text in texts[path] if key(text) not in known}
     failures = []
-    with open(args.out, "a") as out, ThreadPoolExecutor(args.parallel) as pool, tqdm(
-            total=len(missing), unit="sample", desc=args.model) as bar:
+    with open(args.out, "a") as out, ThreadPoolExecutor(args.parallel) as pool:
+        asked = {pool.submit(judge, url, api_key, args.model, make_prompt(text), args.timeout): (k, text)
+                 for k, text in missing.items()}
         try:
-            for (k, text), (scores, why) in zip(missing.items(), pool.map(
-                    lambda t: judge(url, key, args.model, make_prompt(t), args.timeout), missing.values())):
+            for answer in tqdm(as_completed(asked), total=len(asked), unit="sample", desc=args.model):
+                (k, text), (scores, why) = asked[answer], answer.result()
                 if scores is None:
                     failures.append(why)
-                else:
-                    if key:
-                        scores["justification"] = scores["justification"].replace(key, "***")
-                    known[k] = dict(key=k, model=args.model, text=text) | scores
-                    out.write(json.dumps(known[k]) + "\n")
-                    out.flush()
-                bar.update()
-        except BaseException:
+                    continue
+                if api_key:                                # (a server may say it back)
+                    scores["justification"] = scores["justification"].replace(api_key, "***")
+                known[k] = dict(key=k, model=args.model, text=text) | scores
+                out.write(json.dumps(known[k]) + "\n")
+                out.flush()
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
     rows = []
-    for path in args.samples:
-        found = [known[name(t)] for t in texts[path] if name(t) in known]
+    for path in texts:
+        found = [known[key(text)] for text in texts[path] if key(text) in known]
         row = dict(model=os.path.basename(path).removesuffix(".jsonl"), judge=args.model, n=len(found))
         for c in CRITERIA if found else ():
             row[c] = statistics.fmean(f[c] for f in found)
             if len(found) > 1:
                 row[c + "_stderr"] = statistics.stdev(f[c] for f in found) / math.sqrt(len(found))
         rows.append(row)
-    table = [row | {c: f"{row[c]:.2f} ± {row.get(c + '_stderr', math.nan):.2f}" for c in CRITERIA if c in row}
-             for row in rows]
-    report(args, rows, dict(model="samples", judge="judge") | {c: c for c in CRITERIA},
-           "mean of the ratings from 1 to 10, ± standard error over samples.", table, began, device=None, dtype=None)
+    report(args, rows, "mean of the ratings from 1 to 10, ± standard error over samples.",
+           dict(model="samples", judge="judge") | {c: c for c in CRITERIA},
+           [with_errors(row, CRITERIA, 2) for row in rows], began, device=None, dtype=None)
     if failures:
         print(f"{len(failures)} of {len(missing)} samples got no usable answer in three tries (the last: {failures[-1]}"
               "): the same command again asks for these", file=sys.stderr)

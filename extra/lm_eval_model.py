@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from data.prepare import BadInput, Parser, Tokenizer, check_output, number, optional, run_main
-from evaluate import report
+from evaluate import load_teacher, report
 from medusa import Medusa
-from sample import default_teacher, device_and_dtype, load_ar, load_model, loading_flags, torch_seed
+from sample import device_and_dtype, load_model, loading_flags, torch_seed
 from teacher import CausalLM
 
 TASKS = "arc_easy,arc_challenge,boolq,hellaswag,piqa,openbookqa,winogrande"                              # Figure 4
@@ -35,29 +35,29 @@ def score(model, tokens, scored, teacher=None, given_noise=False, generator=None
     tokens [B, L], scored [B, L] bool, the end of each row. BD3-LM: L is a multiple of the block; what follows `scored`
     in its last block is masked and not scored. `teacher`, for a student with noise; `given_noise` leaves its term out.
     """
-    x, B = tokens[scored], len(tokens)
-    if isinstance(model, CausalLM):
-        logits = model.posterior_logits(tokens, scored)(0, len(x))                                          # (N, V)
+    x, source = tokens[scored], model if isinstance(model, CausalLM) else teacher
+    ar = source.posterior_logits(tokens, scored) if source else None             # the AR model's logits, in chunks
+
+    def log_p(logits):
+        return logits.log_softmax(-1).gather(-1, x[:, None]).squeeze(1).double()
+
+    def per_row(v):
+        return torch.zeros(tokens.shape, dtype=v.dtype, device=v.device).masked_scatter(scored, v).sum(1)
+    if source is model:
+        logits = ar(0, len(x))                                                                              # (N, V)
     else:
         after, g = scored.cumsum(1) > 0, None              # everything from the completion on
         if model.noise_embed is not None:
-            if teacher is None:                            # unpaired noise
-                rows = model.noise_embed.from_prior(len(x), generator=generator)
-            else:
-                rows = model.noise_embed.from_posterior(teacher.posterior_logits(tokens, scored), x, generator)
-            g = torch.zeros(*tokens.shape, rows.shape[1], device=tokens.device)
             rest = after & ~scored
-            g[rest] = model.noise_embed.from_prior(int(rest.sum()), generator=generator).to(g.dtype)
-            g[scored] = rows.to(g.dtype)
+            g = torch.zeros(*tokens.shape, model.noise_embed.weight.shape[0], device=tokens.device)
+            g[scored] = (model.noise_embed.from_posterior(ar, x, generator) if ar else
+                         model.noise_embed.from_prior(len(x), generator=generator))                  # unpaired noise
+            g[rest] = model.noise_embed.from_prior(int(rest.sum()), generator=generator)
         logits = model.logits(model.hidden(tokens.masked_fill(after, model.mask_id), g, tokens)[scored])
-    logp = logits.log_softmax(-1).gather(-1, x[:, None]).squeeze(1)
+    nats = log_p(logits)
     if teacher is not None and not given_noise:
-        logp = logp + teacher.posterior_logits(tokens, scored)(0, len(x)).log_softmax(-1).gather(
-            -1, x[:, None]).squeeze(1)
-
-    def per_row(v):
-        return torch.zeros(B, tokens.shape[1], dtype=v.dtype, device=v.device).masked_scatter(scored, v).sum(1)
-    return per_row(logp.double()), per_row((logits.argmax(-1) != x).long()) == 0
+        nats = nats + log_p(ar(0, len(x)))
+    return per_row(nats), per_row((logits.argmax(-1) != x).long()) == 0
 
 
 def language_model(model, teacher=None, given_noise=False, draws=1, batch_size=32, seed=0):
@@ -78,7 +78,7 @@ def language_model(model, teacher=None, given_noise=False, draws=1, batch_size=3
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kw):
             rows, groups, out = [], {}, [None] * len(requests)
             for i, (_, context, completion) in enumerate(requests):
-                context = context[1:] if context[:1] == [model.bos] else context
+                context = context[1:] if context[:1] == [model.bos] else context         # lm-eval's, if it is empty
                 ids = [model.bos] + (context + completion)[1 - model.length:]             # too long: the end of it
                 rows.append((ids, min(len(completion), len(ids) - 1)))
                 # a bidirectional network would read padding: rows of one length at a time (of one number of blocks)
@@ -131,24 +131,18 @@ def main(argv=None):
     if args.json:
         check_output("--json", args.json)
     device, dtype, autocast = device_and_dtype(args.dtype)
-    jobs = []
-    for path in args.ckpt:
-        model, teacher = load_model(path, args.weights, device), None
+    models = [load_model(path, args.weights, device) for path in args.ckpt]
+    for model in models:
         if isinstance(model, Medusa):
             raise BadInput(f"--ckpt: {model.name} holds Medusa heads, which score nothing: give its backbone")
-        if getattr(model, "noise_embed", None) is not None and model.noise_embed.kind != "unpaired":
-            name = args.teacher or model.args.get("teacher") or default_teacher(model.meta, model.length)
-            if name is None:
-                raise BadInput(f"--teacher is needed for {model.name}: an AR checkpoint of its vocabulary")
-            teacher = load_ar("--teacher", name, model.meta, model.length, device)
-        jobs.append((model, teacher))
+    teachers = [load_teacher(args, model, model.meta, model.length, device) for model in models]
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     tasks, manager = args.tasks.split(","), TaskManager(include_path=args.include_path)
     if unknown := set(tasks) - set(manager.all_tasks):
         raise BadInput(f"--tasks: lm-eval knows no {', '.join(sorted(unknown))}: correct it, or set --include_path")
     rows = []
-    for model, teacher in jobs:
+    for model, teacher in zip(models, teachers):
         start = time.perf_counter()
         lm = language_model(model, teacher, args.score == "given_noise", args.draws, args.batch_size, args.seed)
         try:
@@ -156,16 +150,18 @@ def main(argv=None):
                 found = simple_evaluate(lm, tasks=tasks, num_fewshot=0, limit=args.n, task_manager=manager)
         except (OSError, ValueError) as e:                 # of a download
             raise BadInput(f"--tasks={args.tasks}: {(str(e) or type(e).__name__).splitlines()[0]}") from None
-        label = None if teacher is None else args.score
-        for task, result in found["results"].items():
-            rows.append(dict(model=model.name, task=task, score=label, n=found["n-samples"][task]["effective"],
-                             **{k.removesuffix(",none"): v for k, v in result.items() if k.endswith(",none")}))
-        rows[-1]["seconds"] = time.perf_counter() - start
-        if len(found["results"]) > 1:
-            rows.append(dict(model=model.name, task="mean", score=label, acc=sum(
-                r["acc,none"] for r in found["results"].values()) / len(found["results"])))
-    report(args, rows, COLUMNS, "zero-shot, one step; by length: completions compared per character.\n"
-           "seconds: for all tasks of a model.", began=began, device=device, dtype=dtype)
+        facts = dict(model=model.name, score=None if teacher is None else args.score)
+        of_model = [dict(facts, task=task, n=found["n-samples"][task]["effective"],
+                         **{k.removesuffix(",none"): v for k, v in found["results"][task].items()
+                            if k.endswith(",none") and isinstance(v, float)})    # (no error of one question: "N/A")
+                    for task in found["n-samples"]]        # (not the groups, which the results hold as well)
+        scores = [row["acc"] for row in of_model if "acc" in row]
+        if len(scores) > 1:
+            of_model.append(dict(facts, task="mean", acc=sum(scores) / len(scores)))
+        of_model[-1]["seconds"] = time.perf_counter() - start
+        rows += of_model
+    report(args, rows, "zero-shot, one step; by length: completions compared per character.\n"
+           "seconds: for all tasks of a model.", COLUMNS, began=began, device=device, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -124,16 +124,15 @@ class ExactDenoiser:
     """
 
     def __init__(self, rows, vocab_size):
-        # float64: exact counts, also under autocast
-        self.V, self.one_hot = vocab_size, torch.nn.functional.one_hot(
-            torch.as_tensor(rows).long(), vocab_size).double().flatten(1)
+        self.V = vocab_size                                # float64: exact counts, also under autocast
+        self.one_hot = torch.nn.functional.one_hot(torch.as_tensor(rows).long(), vocab_size).double().flatten(1)
 
     def hidden(self, x, rows=None):
         given = torch.nn.functional.one_hot(x, self.V + 1)[..., :self.V].double().flatten(1)       # [MASK] -> zeros
         fits = (given @ self.one_hot.T == (x < self.V).sum(1, keepdim=True)).double()               # (B, M)
         count = (fits @ self.one_hot).view(*x.shape, self.V)
-        p = count / count.sum(-1, keepdim=True)
-        return torch.where(count.sum(-1, keepdim=True) > 0, p, torch.full_like(p, 1 / self.V)).log()
+        count[fits.sum(1) == 0] = 1
+        return (count / count.sum(-1, keepdim=True)).log()
 
     def logits(self, h):
         return h
@@ -255,13 +254,9 @@ def maze_rows(models, args, device):
     teacher = next((m for m in models if isinstance(m, CausalLM)), None)
     apd = load_verifier(args, models, device)
     jobs = [(m, d, k) for m in models for d in (["sample"] if isinstance(m, CausalLM) else args.decode)
-            for k in steps_of(m, m.length, args)] + [("theory", "sample", k) for k in args.nfe]
+            for k in steps_of(m, m.length, args)]
     rows = []
     for model, decode, k in tqdm(jobs, desc="maze", unit="row", disable=not sys.stderr.isatty()):
-        if model == "theory":
-            sampled, calls = maze_theory(*names, 10 * args.n, k, args.seed)
-            rows.append(dict(model="theory", decode=decode, nfe=k, nfe_counted=calls, **maze_statistics(sampled)))
-            continue
         sampled, facts = sample_rows(model, args.n, k, decode == "greedy", args, device, apd)
         row = dict(model="teacher" if model is teacher else model.name, decode=decode, nfe=k, **facts,
                    **maze_statistics(sampled))
@@ -270,13 +265,16 @@ def maze_rows(models, args, device):
         elif teacher and model.noise_embed is not None and (decode, k) == ("greedy", 1) and model.n_blocks == 1:
             row["agree"], row["agree_position"] = map_agreement(model, teacher, args.n, args.seed, device)
         rows.append(row)
+    for k in args.nfe:
+        sampled, calls = maze_theory(*names, 10 * args.n, k, args.seed)
+        rows.append(dict(model="theory", decode="sample", nfe=k, nfe_counted=calls, **maze_statistics(sampled)))
     return rows
 
 
 def sampler_note(args):
-    how = (f"apd (R {args.apd_ratio}, up to {args.max_lookahead} ahead)" if args.sampler == "apd"
-           else f"{args.sampler} sampler, {args.order} order")
-    return f"{how}, {args.weights or 'EMA'} weights, seed {args.seed}."
+    apd = args.sampler == "apd"
+    how = f"R {args.apd_ratio}, up to {args.max_lookahead} ahead" if apd else f"{args.order} order"
+    return f"{args.sampler} sampler, {how}, {args.weights or 'EMA'} weights."
 
 
 def maze(args, models, device):
@@ -377,8 +375,8 @@ def text_facts(sampled):
 
 def text_note(args, models, judge, length):
     medusa = any(isinstance(m, Medusa) for m in models)
-    return (f"n = {args.n} samples a row of {length - 1} tokens, judge {judge.name}; entropy: of the tokens of a sample"
-            f" (mean), and of the whole set, in nats; distinct-k: of all k-grams.\n{sampler_note(args)}"
+    return (f"{length - 1} tokens a sample, judge {judge.name}; entropy: of the tokens of a sample (mean), and of the "
+            f"whole set, in nats; distinct-k: of all k-grams.\n{sampler_note(args)}"
             + f" Medusa: {args.accept} acceptance, epsilon {args.epsilon}, delta {args.delta}." * medusa)
 
 
@@ -404,10 +402,10 @@ def genppl(args, models, device):
 
 def infill(args, models, device):
     """GenPPL of the tokens alone that a masked model fills into validation rows: 32 of 128 (Section E.3)."""
+    judge, _, data, length = text_setting(args, models, device)
     for m in models:
         if isinstance(m, PROMPTED):
             raise BadInput(f"--ckpt: {m.name} is a {m.args['model']} checkpoint: only masked models fill in")
-    judge, _, data, length = text_setting(args, models, device)
     if judge.meta["tokenizer"] != models[0].meta["tokenizer"]:
         raise BadInput(f"--judge={args.judge} has another tokenizer than {models[0].name}: it cannot tell which tokens "
                        "were filled in")
@@ -420,12 +418,10 @@ def infill(args, models, device):
     blank = torch.where(masked, models[0].mask_id, tokens)
     real, masked, rows = tokens[:, 1:].numpy(), masked[:, 1:].numpy(), []
     for row, filled in itertools.chain([(dict(model="data"), real)], text_rows(args, models, device, length, blank)):
-        assert (filled == real)[~masked].all()
         rows.append(row | gen_ppl(judge, filled, device, masked) | text_facts(filled)
                     | dict(recovered=float((filled == real)[masked].mean())))
-    return rows, (
-        f"{args.masked} of {length - 1} tokens masked at random; GenPPL of these alone; recovered: of these, those of "
-        f"the data.\n{text_note(args, models, judge, length)}")
+    return rows, (f"{args.masked} of {length - 1} tokens masked at random; GenPPL of these alone; recovered: of these, "
+                  f"those of the data.\n{text_note(args, models, judge, length)}")
 
 
 @torch.no_grad()
@@ -490,9 +486,8 @@ def mauve(args, models, device):
         scores = mauve_scores(last_hidden(judge, to_judge(sampled), device), real)
         rows.append(row | dict(mauve=float(scores.mean()), mauve_std=float(scores.std(ddof=1)), references=len(real))
                     | text_facts(sampled))
-    return rows, (
-        f"{text_note(args, models, judge, length)}\nMAUVE against {len(real)} validation rows of {args.data}; ±: "
-        "standard deviation over 5 seeds of k-means.")
+    return rows, (f"{text_note(args, models, judge, length)}\nMAUVE against {len(real)} validation rows of {args.data};"
+                  " ±: standard deviation over 5 seeds of k-means.")
 
 
 # a metric -> the function that measures it, its error's key, what to print: factor, digits, title
@@ -609,10 +604,8 @@ def ppl(args, models, device):
         if teacher:
             row |= dict(kind="nll_given_noise", teacher_nll=reference, ppl_bound=row["ppl"])
         rows.append(row)
-    return rows, (
-        "perplexity: exp(nats + teacher's nats), an upper bound; for an AR model and blocks of one token, exact. "
-        f"Up to {args.n} rows of validation data, noise and masks drawn once.\n"
-        "nll_given_noise is no likelihood: its noise is drawn given the text.")
+    return rows, ("perplexity: exp(nats + teacher's nats), an upper bound; exact for AR models and blocks of one token."
+                  "\nnll_given_noise is no likelihood: its noise is drawn given the text.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,8 +693,8 @@ def acceptance(args, models, device):
                          seconds=seconds, agreement=float(same[:, prompt:].double().mean())))
     bar.close()
     if maze and args.tau == args.top_p == 1 and "exact" in args.accept:
-        paths = np.pad(maze_dataset(data.meta["name"]).astype(np.int64), ((0, 0), (0, length - 11)),
-                       constant_values=PAD)
+        paths = maze_dataset(data.meta["name"]).astype(np.int64)
+        paths = np.pad(paths, ((0, 0), (0, length - 11)), constant_values=PAD)
         for heads in sorted({len(m.heads) for m in models}):
             row = acceptance_row(*perfect_heads(paths, heads, prompt - 1))
             rows.append(dict(model="theory", accept="exact") | {k: v for k, v in row.items() if "stderr" not in k})
@@ -709,16 +702,17 @@ def acceptance(args, models, device):
     columns = dict(model="model", accept="acceptance") | heads | dict(
         accepted_length="accepted length", calls_per_token="calls per token", agreement="same text",
         tokens_per_s="tokens/s", alone_tokens_per_s="backbone alone", speedup="speed-up")
-    note = (f"{len(order)} prompts of {prompt} tokens (BOS included) continued to {length}, {args.batch_size} at once, "
+    note = (f"prompts of {prompt} tokens (BOS included) continued to {length}, {args.batch_size} at once, "
             f"tau {args.tau}, top_p {args.top_p}, epsilon {args.epsilon}, delta {args.delta}, "
-            f"{args.weights or 'EMA'} weights, {torch.get_num_threads()} threads.\nhead k: of its candidates whose "
-            "predecessors were accepted, the accepted ones; accepted length: tokens per backbone call, in whole drafts;\n"
+            f"{args.weights or 'EMA'} weights, {torch.get_num_threads()} threads.\nhead k: of its candidates with "
+            "accepted predecessors, the accepted ones; accepted length: tokens per backbone call, in whole drafts;\n"
             "same text: of up to 8 samples, the tokens that the backbone alone writes from the same noise."
             + "\ntheory: heads without noise that know the true marginals." * maze)
     return rows, note, columns, [with_errors(row, ["accepted_length", *heads], 3) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# flags
 
 def steps_list(text):
     return sorted({number(int, 1)(part) for part in text.split(",")})
@@ -739,8 +733,8 @@ def main(argv=None):
         p = sub.add_parser(name, help=function.__doc__.splitlines()[0])
         p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints or run directories")
         n = dict(genppl=300, infill=300, mauve=5000, ppl=2000, acceptance=500).get(name, 1000)
-        p.add_argument("--n", type=number(int, 2), default=n, help=dict(
-            ppl="validation rows", acceptance="prompts", infill="validation rows").get(name, "samples per row"))
+        what = dict(ppl="validation rows", acceptance="prompts", infill="validation rows").get(name, "samples per row")
+        p.add_argument("--n", type=number(int, 2), default=n, help=what)
         p.add_argument("--json", help="also write the rows to this file")
         if name != "maze":
             p.add_argument("--data", help="shards: " + (
@@ -760,11 +754,10 @@ def main(argv=None):
             loading_flags(p)
         else:
             steps = dict(maze="1,2,4,8,16", nfe="1,2,4,8,16", infill="8,32").get(name, "8,64")
-            p.add_argument("--nfe", type=steps_list, default=steps_list(steps), help="numbers of steps; BD3-LM makes "
-                           f"the same number, at least one, in each block; default: {steps}")
-            decode = "sample,greedy" if name in ("maze", "nfe") else "sample"
-            p.add_argument("--decode", type=decodes, default=decodes(decode), help="sample, greedy (argmax), or both; "
-                           f"default: {decode}")
+            p.add_argument("--nfe", type=steps_list, default=steps,
+                           help="numbers of steps; BD3-LM makes the same number, at least one, in each block")
+            p.add_argument("--decode", type=decodes, default="sample,greedy" if name in ("maze", "nfe") else "sample",
+                           help="sample, greedy (argmax), or both")
             p.add_argument("--samples", default=os.path.join("out", "samples"),
                            help="folder of samples, to be used again with the same weights, settings and code")
             sampling_flags(p)

@@ -2954,6 +2954,8 @@ def test_genppl_and_ppl_cli(text_runs, cli, monkeypatch, tmp_path):
     assert code == 0 and "| verifier |" in out, err
     refused(cli(evaluate, "genppl --judge=out/plain --ckpt out/plain"), "--judge=out/plain", "AR model")
     refused(cli(evaluate, "ppl --ckpt out/plain --data=nowhere"), "nowhere")
+    for what in ("genppl --judge=out/ar", "ppl"):
+        refused(cli(evaluate, f"{what} --ckpt out/plain --length=40"), "--length=40", "24 tokens", "plain")
     code, out, err = cli(evaluate, "mauve --judge=out/ar --ckpt out/plain out/gumbel --n=30 --nfe=3 "
                          f"--decode=greedy,sample --json={tmp_path / 'm.json'}")
     rows = json.loads((tmp_path / "m.json").read_text())["rows"]
@@ -3060,7 +3062,11 @@ def test_evaluate_maze_cli(runs, cli, monkeypatch, tmp_path):
         assert 0 <= r["success"] <= 1 and r["nfe_counted"] <= r["nfe"] and {"stderr", "distinct", "effective"} <= set(r)
     assert 0 < rows[0]["validity_mass"] < 1 and "agree" in rows[3] and "agree" not in rows[7]
     code, out, _ = cli(evaluate, "nfe --ckpt out/maze-mdlm-gumbel --n=20 --nfe=1,2")
-    assert code == 0 and "NFE 2" in out and "theory" in out
+    assert code == 0 and "NFE 2" in out
+    ns = {line.split(" | ")[0]: line.split(" | ")[4] for line in out.splitlines() if "| sample |" in line}
+    assert ns == {"| maze-mdlm-gumbel": "20", "| theory": "200"}
+    refused(cli(evaluate, f"nfe --ckpt out/maze-mdlm --plot={tmp_path}/p.txt"), "--plot", ".png or .svg")
+    refused(cli(evaluate, f"maze --ckpt out/maze-mdlm --samples={tmp_path}/m.json"), "--samples", "another folder")
     refused(cli(evaluate, "maze --ckpt out/maze-mdlm --nfe=0"), "--nfe", "at least 1")
     refused(cli(evaluate, "maze --ckpt out/maze-mdlm --json=no/such.json"), "--json", "cannot be written")
     refused(cli(evaluate, "maze --ckpt out/maze-mdlm --decode=best"), "--decode", "greedy")
@@ -3343,8 +3349,8 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
         assert model == "gumbel" or found[model, "unknown"]["acc"] == 0.5, out
         assert found[model, "mean"]["acc"] >= 0.5 and found[model, "known"]["n"] == 8
     assert found["gumbel", "known"]["score"] == "bound" and found["ar", "known"]["score"] is None
-    code, out, err = cli(lm_eval_model, "--include_path=. --tasks=known --ckpt out/gumbel --score=given_noise --n=3")
-    assert code == 0 and "| given_noise |" in out and "| 3 |" in out, err
+    code, out, err = cli(lm_eval_model, "--include_path=. --tasks=known --ckpt out/gumbel --score=given_noise --n=1")
+    assert code == 0 and "| given_noise |" in out and "| 1 |" in out, err                # (one question has no error)
     refused(cli(lm_eval_model, "--include_path=. --tasks=nothing --ckpt out/ar"), "--tasks", "nothing")
     with monkeypatch.context() as m:
         m.setattr(importlib.util, "find_spec", lambda *a: None)
@@ -3446,6 +3452,11 @@ def test_judge(endpoint, cli, monkeypatch, tmp_path):
             refused(result, name)
             assert value.split("\n")[0] not in result[2]
     refused(cli(llm_judge, "--samples no.jsonl --model=m"), "no.jsonl")
+    open("one_line.json", "w").write('{"text": "not ours"}')
+    for path in ("a.jsonl", "one_line.json"):              # nobody's file is cut or appended to
+        before = open(path).read()
+        refused(cli(llm_judge, f"--samples b.jsonl --model=m --out={path}"), f"--out={path}", "no file of answers")
+        assert open(path).read() == before
     open("c.jsonl", "w").write("plain text\n")
     refused(cli(llm_judge, "--samples c.jsonl --model=m"), "c.jsonl", "JSON")
     with monkeypatch.context() as m:

@@ -548,8 +548,10 @@ def plot_nfe(path, points, title):
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, ticks, minor=False)
     axes.set(xlabel="NFE", ylabel=title, yscale="log" if title == "GenPPL" else "linear")
+    for side in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        side("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13))             # below the axes
     fig.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(fig)
 

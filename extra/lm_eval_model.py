@@ -50,9 +50,10 @@ def score(model, tokens, scored, teacher=None, given_noise=False, generator=None
         if model.noise_embed is not None:
             rest = after & ~scored
             g = torch.zeros(*tokens.shape, model.noise_embed.weight.shape[0], device=tokens.device)
-            g[scored] = (model.noise_embed.from_posterior(ar, x, generator) if ar else
-                         model.noise_embed.from_prior(len(x), generator=generator))                  # unpaired noise
-            g[rest] = model.noise_embed.from_prior(int(rest.sum()), generator=generator)
+            rows = (model.noise_embed.from_posterior(ar, x, generator) if ar else
+                    model.noise_embed.from_prior(len(x), generator=generator))                       # unpaired noise
+            g[scored] = rows.to(g.dtype)                   # (of another dtype under autocast)
+            g[rest] = model.noise_embed.from_prior(int(rest.sum()), generator=generator).to(g.dtype)
         logits = model.logits(model.hidden(tokens.masked_fill(after, model.mask_id), g, tokens)[scored])
     nats = log_p(logits)
     if teacher is not None and not given_noise:

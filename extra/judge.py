@@ -87,7 +87,7 @@ def ask(url, key, model, prompt, timeout):
                     raise TimeoutError
         return parse_scores(json.loads(body)["choices"][0]["message"]["content"])
     except urllib.error.HTTPError as e:
-        if e.code not in (408, 409, 425, 429) and e.code < 500:
+        if e.code < 400 or e.code in (401, 403, 404):      # all samples would fail, not this one
             raise BadInput(f"the judge refuses with HTTP {e.code}: check OPENAI_BASE_URL, OPENAI_API_KEY and --model"
                            ) from None
         raise Unusable(f"HTTP {e.code}") from None

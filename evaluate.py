@@ -10,6 +10,7 @@
 
 Samples are kept in out/samples and used again where weights, settings, code and machine kind are the same.
 """
+import functools
 import hashlib
 import itertools
 import json
@@ -160,6 +161,9 @@ def steps_of(model, length, args):
     return sorted({max(1, k // n) * n for k in args.nfe})
 
 
+weights_hash = functools.lru_cache(maxsize=8)(backbone_hash)          # seconds for a large model, and every row asks
+
+
 def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, batch=1000, start=None):
     """n samples -> (rows [n, L - 1] without BOS, facts: their mean network calls, verifier calls, seconds of drawing).
 
@@ -175,9 +179,9 @@ def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, ba
     settings = dict(decode="greedy" if greedy else "sample", steps=steps, n=n, length=length, tau=tau, top_p=top_p,
                     sampler=args.sampler, order=args.order, seed=args.seed, batch=batch, **own, dtype=args.dtype,
                     device=torch.cuda.get_device_name() if device == "cuda" else device,
-                    weights=backbone_hash(model), config=model.config, code=CODE,
+                    weights=weights_hash(model), config=model.config, code=CODE,
                     start=hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16],
-                    apd=apd and dict(apd, verifier=backbone_hash(apd["verifier"])))
+                    apd=apd and dict(apd, verifier=weights_hash(apd["verifier"])))
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     path = os.path.join(args.samples, f"{os.path.basename(model.name)}-{settings['decode']}-{steps}-{key}.jsonl")
     if not os.path.exists(path):

@@ -29,11 +29,11 @@ from data.prepare import (PAD, BadInput, Parser, Shards, Tokenizer, check_output
                           maze_valid, number, optional, run_main)
 from gumbel import sample_gumbel
 from mdlm import reveal_steps, stratified_t, unmask
-from medusa import Medusa, backbone_hash
+from medusa import Medusa
 from sample import (PROMPTED, check_vocabulary, default_teacher, device_and_dtype, entropy, generate, load_ar,
                     load_model, load_verifier, loading_flags, medusa_flags, own_flags, resolve_sampling,
                     sampling_flags, torch_seed)
-from teacher import CausalLM, extract_sequential
+from teacher import CausalLM, extract_sequential, model_hash
 
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
@@ -161,7 +161,7 @@ def steps_of(model, length, args):
     return sorted({max(1, k // n) * n for k in args.nfe})
 
 
-weights_hash = functools.lru_cache(maxsize=8)(backbone_hash)          # seconds for a large model, and every row asks
+weights_hash = functools.lru_cache(maxsize=8)(model_hash)          # seconds for a large model, and every row asks
 
 
 def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, batch=1000, start=None):

@@ -24,7 +24,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CHUNK = 1 << 22        # noise values held at once; 83 rows of a GPT-2 vocabulary (64 MB with all temporaries, float32)
+# noise values held at once: 83 rows of a GPT-2 vocabulary on a CPU (64 MB with all temporaries), 667 where a GPU is
+CHUNK = 1 << (25 if torch.cuda.is_available() else 22)
 TINY = 1e-37           # arrival times are clamped here: below it float32's reciprocal overflows
 KINDS = ("gumbel", "gaussian", "uniform", "unpaired")    # Table 5's noises, and the control that carries no information
 
@@ -66,6 +67,18 @@ def _posterior_times(logits, tokens, e):
     e0 = e.gather(-1, w)
     t_w = torch.where(logits.gather(-1, w) == -math.inf, math.nan, p.gather(-1, w) * e0)
     return e.addcmul_(p, e0).scatter_(-1, w, t_w).clamp_(min=TINY)
+
+
+def _truncated_posterior_times(p, ids, p_w, tokens, e):
+    """The same where only the k largest p [N, k], of ids [N, k], and p_w [N, 1] are known: the other tokens share what
+    is left evenly. Costs nothing that grows with V but the draws. See `teacher.TeacherCache`.
+    """
+    w = tokens.unsqueeze(-1)
+    others = e.shape[-1] - ids.shape[-1] - (missing := (ids != w).all(-1, keepdim=True)).long()          # [N, 1]
+    share = (1 - p.sum(-1, keepdim=True) - p_w * missing).clamp_(min=0) / others.clamp_(min=1)
+    e0 = e.gather(-1, w)
+    known = e.gather(-1, ids).addcmul_(p, e0)
+    return e.add_(share * e0).scatter_(-1, ids, known).scatter_(-1, w, p_w * e0).clamp_(min=TINY)
 
 
 def posterior_gumbel(logits, tokens, generator=None):
@@ -199,8 +212,9 @@ class GumbelEmbedding(nn.Module):
     def from_posterior(self, logits, tokens, generator=None):
         """Noise drawn from its posterior given tokens [N] -> [N, D], with gradient to W.
 
-        `logits(a, b)` returns the teacher's float32 logits [b - a, V], rows a to b; it is called again in the backward
-        pass and must return the same values. `posterior_gumbel`'s argmax repair is skipped: W reads softmax(noise).
+        `logits(a, b)` returns the teacher's float32 logits [b - a, V], rows a to b, or what a `TeacherCache` knows of
+        them, (p, ids, p_w); it is called again in the backward pass and must return the same values.
+        `posterior_gumbel`'s argmax repair is skipped: W reads softmax(noise).
         """
         if self.kind == "unpaired":
             return self.from_prior(len(tokens), generator=generator)
@@ -208,7 +222,10 @@ class GumbelEmbedding(nn.Module):
         def draw(a, b, generator):
             e = sample_exponential((b - a, self.weight.shape[1]), generator, self.weight.device)
             with torch.no_grad():
-                return noise_features(_posterior_times(logits(a, b), tokens[a:b], e), self.kind)
+                known = logits(a, b)
+                T = (_truncated_posterior_times(*known, tokens[a:b], e) if isinstance(known, tuple) else
+                     _posterior_times(known, tokens[a:b], e))
+                return noise_features(T, self.kind)
         return _ChunkedProjection.apply(self.weight, len(tokens), draw, self._generator(generator))
 
     def _generator(self, generator):

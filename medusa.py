@@ -12,8 +12,6 @@ extractor at once: one call of it verifies a draft and yields the hidden state f
 
 Shapes: B batch, L row length, T sample length, V vocabulary, D the backbone's width, K heads.
 """
-import hashlib
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -75,19 +73,10 @@ def keep(rows, cache, *tensors):
     return [t[rows] for t in tensors]
 
 
-def backbone_hash(backbone):
-    """SHA-256 of an AR model's weights as float32, first 16 hex digits: which backbone a set of heads belongs to."""
-    h = hashlib.sha256()
-    for name, w in sorted(backbone.state_dict().items()):
-        h.update(f"{name} {tuple(w.shape)} ".encode())
-        h.update(w.detach().float().cpu().contiguous().numpy())
-    return h.hexdigest()[:16]
-
-
 class Medusa(nn.Module):
     """K heads for a frozen backbone, which is no part of the module: `attach` it before use.
 
-    `backbone`, `sha256`: the name under which it was loaded, and its `backbone_hash`, kept with the heads. `bias`:
+    `backbone`, `sha256`: the name under which it was loaded, and its `model_hash`, kept with the heads. `bias`:
     whether its output layer has one. `noise`: as in MDLM.
     """
 

@@ -24,8 +24,8 @@ import teacher
 from bd3lm import BD3LM
 from data.prepare import BadInput, Parser, Tokenizer, Writer, check_output, draw_maze, number, run_main
 from mdlm import MDLM, ORDERS, SAMPLERS
-from medusa import ACCEPT, Medusa, backbone_hash
-from teacher import AR, GPT2, GPT2_SIZES, HF, CausalLM
+from medusa import ACCEPT, Medusa
+from teacher import AR, GPT2, GPT2_SIZES, HF, CausalLM, model_hash
 
 MODELS = {"ar": AR, "mdlm": MDLM, "bd3lm": BD3LM, "medusa": Medusa}
 PROMPTED = (CausalLM, Medusa)                              # continue a prompt; the others fill in [MASK]s
@@ -97,7 +97,7 @@ def load_model(path, weights=None, device="cpu"):
 @lru_cache(maxsize=1)                                      # heads that are compared share it
 def load_backbone(path, device):
     backbone = load_model(path)
-    sha256 = backbone_hash(backbone)
+    sha256 = model_hash(backbone)
     return backbone.to(device), sha256
 
 

@@ -5,17 +5,22 @@ token there) comes from the teacher's logits at position i - 1.
 
 Shapes: B batch, L length, V vocabulary, D width, N rows.
 """
+import hashlib
+import json
 import math
 import os
+import shutil
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from data.prepare import BadInput, optional
-from gumbel import posterior_gumbel, sample_gumbel
+from gumbel import CHUNK, posterior_gumbel, sample_gumbel
 from mdlm import KVCache, Transformer, check_draws, draw_tokens, fold_published, read_weights, row_losses
 
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
@@ -218,10 +223,19 @@ def body_to_bfloat16(teacher):
     return teacher
 
 
+def model_hash(model):
+    """SHA-256 of an AR model's weights as float32, first 16 hex digits: whose heads, whose cache."""
+    h = hashlib.sha256()
+    for name, w in sorted(model.state_dict().items()):
+        h.update(f"{name} {tuple(w.shape)} ".encode())
+        h.update(w.detach().float().cpu().contiguous().numpy())
+    return h.hexdigest()[:16]
+
+
 class LogitsTable:
     """The teacher's logits on every row of a small dataset, computed once: [rows, L - 1, V] float32 on the device.
 
-    In place of the teacher in `MDLM.loss`: `table.at(rows)` says which rows the batch holds. Always float32.
+    In place of the teacher in `MDLM.loss`: `table.at(table.load(rows))` says which rows the batch holds. In float32.
     """
 
     def __init__(self, teacher, data, batch=1024):
@@ -231,13 +245,97 @@ class LogitsTable:
                 torch.from_numpy(data.rows(range(a, min(a + batch, len(data))))).to(device)[:, :-1]))
                 for a in range(0, len(data), batch)])
 
+    def load(self, rows):
+        return torch.as_tensor(rows)
+
     def at(self, rows):
-        self.rows = torch.as_tensor(rows, device=self.table.device)
+        self.rows = rows.to(self.table.device)
         return self
 
     def posterior_logits(self, tokens, masked):
         logits = self.table[self.rows][masked[:, 1:]]
         return lambda a, b: logits[a:b]
+
+
+class TeacherCache:
+    """What the teacher said about every position of the training rows, on disk: from then on noise needs no teacher.
+
+    Per position the ids of its k most probable tokens, their -log p and that of the token which is there, in uint16 (of
+    1/2048 nat): 4 k + 2 bytes, 307 GB for the 9.04 G tokens of OpenWebText at k = 8. These k + 1 enter the posterior
+    T_j = E_j + p_j E_0 as they are; the others as if they shared the rest of the mass evenly, s each. Given the text,
+    the noise's law is then off by
+
+        TV = d / (1 + d),   d = sum over the others of (s - p_j)^+   (< the rest of the mass),
+
+    since with E_0 = T_w / p_w known both laws are shifted exponentials, of one density where both are positive. Most of
+    it is invisible to softmax(noise): p_j E_0 only matters to the few runners for whom E_j is as small.
+
+    In place of the teacher in `MDLM.loss`, as `LogitsTable`. Written once, in chunks of rows that any process of any
+    run may fill in (`fill`); in a folder beside the shards that names teacher, row length and k. Raises BadInput.
+    """
+    CHUNK, SCALE = 64, 2048                                # rows; values of a nat
+
+    def __init__(self, teacher, data, k, master=True):
+        self.k, self.shape = min(k, teacher.vocab_size), (len(data), data.length - 1)
+        sha256 = model_hash(teacher)
+        self.folder = os.path.join(data.path, f"teacher-{sha256}-{data.length}-k{self.k}")
+        size, n = 2 * math.prod(self.shape) * (2 * self.k + 1), -(-len(data) // self.CHUNK)
+        meta = dict(teacher=sha256, length=data.length, k=self.k, rows=len(data), shards=data.hashes())
+        files = meta_file, values, done = [os.path.join(self.folder, f) for f in ("meta.json", "topk.bin", "done.bin")]
+        if master and not os.path.exists(meta_file):
+            if (free := shutil.disk_usage(data.path).free) < size:
+                raise BadInput(f"a cache of the teacher's {self.k} best on {data.path} takes {size / 1e9:.1f} GB, and "
+                               f"{free / 1e9:.1f} are free: choose a smaller --teacher_cache, or leave it out")
+            os.makedirs(self.folder, exist_ok=True)
+            for path, length in ((values, size), (done, n)):
+                with open(path, "wb") as f:
+                    f.truncate(length)
+            with open(meta_file, "w") as f:
+                json.dump(meta, f)
+        try:
+            with open(meta_file) as f:
+                there = json.load(f)
+        except (OSError, ValueError) as e:
+            raise BadInput(f"{meta_file} cannot be read ({e}): remove {self.folder}, it is written again") from None
+        if there != meta or [os.path.getsize(f) for f in files[1:] if os.path.exists(f)] != [size, n]:
+            raise BadInput(f"{self.folder} is truncated, or of other data than {data.path} holds now: remove it, it is "
+                           "written again")
+        self.values = np.memmap(values, "<u2", "r+", shape=(*self.shape, 2 * self.k + 1))
+        self.done = np.memmap(done, np.uint8, "r+")
+
+    @torch.no_grad()
+    def fill(self, teacher, data, rank=0, size=1):
+        """The teacher's pass over the rows whose chunk is not done, this process's share of them."""
+        chunks = [c for c in range(rank, len(self.done), size) if not self.done[c]]
+        for c in tqdm(chunks, desc="teacher's pass", unit="chunk", disable=rank > 0 or not chunks):
+            rows = slice(c * self.CHUNK, min((c + 1) * self.CHUNK, len(data)))
+            tokens = torch.from_numpy(data.rows(range(rows.start, rows.stop))).to(teacher.device)
+            x, n, parts = tokens[:, 1:].flatten(), max(1, CHUNK // teacher.vocab_size), []
+            h = torch.cat([teacher.hidden(part[:, :-1]) for part in tokens.split(8)]).flatten(0, 1)
+            for a in range(0, len(x), n):
+                logp = teacher.logits(h[a:a + n]).log_softmax(-1)
+                top, ids = logp.topk(self.k)
+                own = logp.gather(1, x[a:a + n, None])
+                if not own.isfinite().all():
+                    raise BadInput(f"the teacher gives a token in rows {rows.start} to {rows.stop} of {data.path} "
+                                   "probability 0, or nan: it does not fit this text")
+                nats = (torch.cat([top, own], 1) * -self.SCALE).round_().clamp_(0, 65535)
+                parts.append(torch.cat([ids, nats.long()], 1).cpu())
+            self.values[rows] = torch.cat(parts).view(-1, *self.values.shape[1:]).numpy()
+            self.values.flush()
+            self.done[c] = 1                               # only now: what is marked is on disk
+
+    def load(self, rows):
+        return torch.from_numpy(self.values[rows].view(np.int16))
+
+    def at(self, values):
+        self.now = values
+        return self
+
+    def posterior_logits(self, tokens, masked):
+        v = self.now.to(tokens.device, non_blocking=True)[masked[:, 1:]].int() & 65535             # (N, 2 k + 1)
+        ids, p = v[:, :self.k].long(), (v[:, self.k:].float() / -self.SCALE).exp_()
+        return lambda a, b: (p[a:b, :-1], ids[a:b], p[a:b, -1:])
 
 
 def extract_parallel(teacher, tokens, generator=None):

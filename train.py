@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -28,10 +29,10 @@ from bd3lm import windows
 from data.prepare import BadInput, Parser, Shards, make_maze, number, optional, run_main
 from gumbel import KINDS
 from mdlm import T_MIN, stratified_t
-from medusa import Medusa, backbone_hash
+from medusa import Medusa
 from sample import (MODELS, build, default_teacher, device_and_dtype, load_ar, load_checkpoint, load_model,
                     torch_seed)
-from teacher import CausalLM, LogitsTable, body_to_bfloat16
+from teacher import CausalLM, LogitsTable, TeacherCache, body_to_bfloat16, model_hash
 
 SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))      # n_layer, n_embd, n_head
 
@@ -79,6 +80,8 @@ def parse(argv):
     add("--kd", choices=["token"], help="a baseline without noise: NELBO + KL from the teacher's next token (Table 4)")
     add("--teacher", help="AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME (medusa: the backbone); "
         "default: gpt2-large (medusa: gpt2) for its vocabulary; on the maze found, or trained first, by itself")
+    add("--teacher_cache", type=count, metavar="K", help="the teacher reads all rows once, its K best tokens at each "
+        "place are kept beside the shards: noise is then drawn without it (OpenWebText: 307 GB at K = 8)")
     add("--init_from", help="start from these weights: a checkpoint of the same model, a published MDLM, or an AR "
         "checkpoint of the same shape (the student reads its outputs shifted by one, as AR)")
     add("--data", default="openwebtext", help="folder of shards, or a name: maze, maze_skewed, or data/NAME")
@@ -133,6 +136,7 @@ def parse(argv):
     for flags, read, by in (
             ("gumbel noise", args.model != "ar", "for students, and --model=ar is the teacher"),
             ("inject", masked and args.gumbel, "read by masked models (mdlm, bd3lm) with --gumbel only"),
+            ("teacher_cache", masked and paired(args), "for masked models (mdlm, bd3lm) with noise from a teacher"),
             ("kd", masked and not args.gumbel, "a baseline of masked models (mdlm, bd3lm) without noise"),
             ("teacher", paired(args) or args.kd or medusa,
              "read with --gumbel (not with --noise=unpaired), --kd and --model=medusa only"),
@@ -309,7 +313,7 @@ def new_model(args, data, teacher, ckpt, world):
     config = dict(vocab_size=meta["vocab_size"], bos=meta["bos"], predict_bos=meta["predict_bos"], length=data.length,
                   n_layer=args.n_layer, dropout=args.dropout)
     if args.model == "medusa":
-        layer, sha256 = teacher.output_layer(), backbone_hash(teacher)
+        layer, sha256 = teacher.output_layer(), model_hash(teacher)
         if old.get("sha256", sha256) != sha256:
             raise BadInput(f"{args.out if ckpt else args.init_from} holds heads of another backbone than "
                            f"{teacher.path} is now: put that one back, or choose another --out and --init_from")
@@ -365,11 +369,11 @@ def lr_at(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
-def load_batch(data, rows, t, teacher, seed, args, world):
-    """Rows of the data on the device, and what `model.loss` takes besides, at noise levels t, of a seed's draws."""
+def on_device(tokens, t, teacher, seed, args, world):
+    """Tokens on the device, and what `model.loss` takes besides, at noise levels t, of a seed's draws."""
     kw = dict(t=t.to(world.device), teacher=teacher, generator=torch.Generator(world.device).manual_seed(seed))
     read = dict(ar=(), medusa=("generator",)).get(args.model, kw)
-    return torch.from_numpy(data.rows(rows)).to(world.device), {k: kw[k] for k in read}
+    return tokens.to(world.device, non_blocking=True), {k: kw[k] for k in read}
 
 
 def validation_batches(model, teacher, data, n, args, world, window=()):
@@ -380,7 +384,8 @@ def validation_batches(model, teacher, data, n, args, world, window=()):
     levels = stratified_t(n * n_blocks, rng(args.seed, EVAL, 1), 0.0, *window).view(n, n_blocks)
     for i in range(world.rank, math.ceil(n / micro), world.size):
         part = slice(i * micro, (i + 1) * micro)
-        yield load_batch(data, order[part], levels[part], teacher, torch_seed(args.seed, EVAL, 2, i), args, world)
+        yield on_device(torch.from_numpy(data.rows(order[part])), levels[part], teacher,
+                        torch_seed(args.seed, EVAL, 2, i), args, world)
 
 
 @torch.no_grad()
@@ -461,10 +466,20 @@ def train(args, world):
             net.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     table = None
-    if teacher and not medusa and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
+    if not args.teacher_cache and teacher and not medusa and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
         table = LogitsTable(teacher, data)                                     # small dataset: one teacher pass for all
-    elif teacher and world.dtype == "bfloat16":
+    if args.teacher_cache:
+        if not world.master:
+            world.barrier()                                # the first process makes the files
+        table = TeacherCache(teacher, data, args.teacher_cache, world.master)
+        if world.master:
+            world.barrier()
+    if teacher and not isinstance(table, LogitsTable) and world.dtype == "bfloat16":
         body_to_bfloat16(teacher)
+    if args.teacher_cache:
+        with world.autocast:
+            table.fill(teacher, data, world.rank, world.size)
+        world.barrier()
 
     # log
     gpu = torch.cuda.get_device_name() if "cuda" in world.device else ""
@@ -486,6 +501,15 @@ def train(args, world):
               f"{len(data)} rows of {data.length}, {world.size} x {world.device}, {world.dtype}, "
               f"micro-batch {micro} of {args.batch_size}")
 
+    accumulate, pool = local // micro, ThreadPoolExecutor(1)
+
+    def fetch(step, m):
+        """This process's rows of micro-step m, and what the table knows of them, on the host; pinned for CUDA."""
+        a = (m * world.size + world.rank) * micro
+        rows = order(step)[a:a + micro]
+        read = [torch.from_numpy(data.rows(rows))] + ([table.load(rows)] if table else [])
+        return [x.pin_memory() for x in read] if "cuda" in world.device else read
+
     def choose_clip():
         best, found = search_clip(averaged, teacher, val, args, world)
         record(step=step, clip=best, clip_search={f"{a:g},{b:g}": v for (a, b), v in found.items()})
@@ -498,23 +522,25 @@ def train(args, world):
     order, n_blocks = RowOrder(len(data), args.batch_size, args.seed), getattr(model, "n_blocks", 1)
     val_name = {"ar": "val_nll", "medusa": "val_nll_heads"}.get(args.model, "val_nll" if paired(args) else "val_nelbo")
     val_name += "_given_noise" * paired(args)
-    accumulate, per_step = local // micro, args.batch_size * data.length
+    per_step = args.batch_size * data.length
     bad, began, step_then = 0, time.time(), step
     bar = tqdm(total=args.steps, initial=step, desc=args.out, unit="step", disable=not world.master, mininterval=1)
     try:
         if args.clip_search and step == 0:
             clip = choose_clip()
+        fetched = pool.submit(fetch, step, 0)
         while step < args.steps:
-            rows, levels = order(step), stratified_t(args.batch_size * n_blocks, rng(args.seed, LEVELS, step),
-                                                     args.t_one, *clip or ()).view(-1, n_blocks)
+            levels = stratified_t(args.batch_size * n_blocks, rng(args.seed, LEVELS, step), args.t_one,
+                                  *clip or ()).view(-1, n_blocks)
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, args)
             means = {}
             for m in range(accumulate):
                 a, key = (m * world.size + world.rank) * micro, (args.seed, NOISE, step, world.rank, m)
-                mine = slice(a, a + micro)
-                tokens, kw = load_batch(data, rows[mine], levels[mine], table.at(rows[mine]) if table else teacher,
-                                        torch_seed(*key), args, world)
+                tokens, *known = fetched.result()
+                fetched = pool.submit(fetch, *divmod(step * accumulate + m + 1, accumulate))      # while this one runs
+                tokens, kw = on_device(tokens, levels[a:a + micro], table.at(*known) if table else teacher,
+                                       torch_seed(*key), args, world)
                 kw |= ({"kd": 1.0} if args.kd else {}) | ({"clip": clip} if clip else {})
                 torch.manual_seed(torch_seed(*key, 1))                         # dropout
                 if world.size > 1:
@@ -570,6 +596,7 @@ def train(args, world):
             sys.exit(128 + stop[0])
     finally:
         bar.close()
+        pool.shutdown(cancel_futures=True)
         for s, handler in handlers.items():
             signal.signal(s, handler)
         log.close()

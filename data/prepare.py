@@ -644,6 +644,11 @@ class Shards:
     def __len__(self):
         return int(self.starts[-1])
 
+    def hashes(self):
+        """What identifies each file: its sha256 in meta.json, or that of its first and last MiB where it has none."""
+        return [f.get("sha256") or hashlib.sha256(f["ids"][:1 << 19].tobytes() + f["ids"][-(1 << 19):].tobytes()
+                                                  + bytes(str(f["tokens"]), "ascii")).hexdigest() for f in self.files]
+
     def rows(self, indices):
         out = np.full((len(indices), self.length), PAD, dtype=np.int64)
         out[:, 0] = self.meta["bos"]

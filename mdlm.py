@@ -242,13 +242,30 @@ def check_draws(tau, top_p):
 
 
 def draw_tokens(logits, top_p=1.0, greedy=False, noise=None, generator=None):
-    """One token per row of logits [N, V] -> [N]; `noise` [N, V] is drawn (with an exact tail) unless given."""
+    """One token per row of logits [N, V] -> [N]: Gumbel-max with `noise` [N, V] if given, else inversion; in float64.
+
+    The nucleus is drawn from without sorting: tokens are drawn until one lies in it, which it does if those more
+    probable have less than top_p of the mass. The share of draws that succeed is top_p or more.
+    """
     if greedy:
         return logits.argmax(-1)
-    logits = logits.double()
-    if top_p < 1:
-        logits = nucleus(logits, top_p)
-    return gumbel_max(logits, sample_gumbel(logits.shape, generator, logits.device) if noise is None else noise)
+    if noise is not None:
+        return gumbel_max(nucleus(logits.double(), top_p) if top_p < 1 else logits, noise)
+    if top_p < 0.5:                                        # would take long: sort after all
+        logits, top_p = nucleus(logits.double(), top_p), 1.0
+    p = logits.softmax(-1)
+    cdf, rows, out = p.cumsum(-1, dtype=torch.float64), slice(None), p.new_empty(len(p), dtype=torch.long)
+    while len(c := cdf[rows]):
+        u = torch.rand(len(c), 1, generator=generator, device=c.device, dtype=torch.float64) * c[:, -1:]
+        x = torch.searchsorted(c, u, right=True).clamp_(max=c.shape[1] - 1)                      # the first with c > u
+        out[rows] = x.squeeze(1)
+        if top_p == 1:
+            break
+        q = p[rows]
+        p_x, ids = q.gather(1, x), torch.arange(q.shape[1], device=q.device)
+        before = (q * ((q > p_x) | (q == p_x) & (ids < x))).sum(-1, dtype=torch.float64)
+        rows = torch.arange(len(p), device=p.device)[rows][before >= top_p]
+    return out
 
 
 def unmask(x, step, mask_id, hidden, logits, order="random", top_p=1.0, greedy=False, generator=None):

@@ -244,14 +244,14 @@ def check_draws(tau, top_p):
 def draw_tokens(logits, top_p=1.0, greedy=False, noise=None, generator=None):
     """One token per row of logits [N, V] -> [N]: Gumbel-max with `noise` [N, V] if given, else inversion; in float64.
 
-    The nucleus is drawn from without sorting: tokens are drawn until one lies in it, which it does if those more
-    probable have less than top_p of the mass. The share of draws that succeed is top_p or more.
+    On a CPU the nucleus is drawn from without sorting: tokens are drawn until one lies in it, which it does if those
+    more probable have less than top_p of the mass; a share of top_p or more does. CUDA sorts fast, and never waits.
     """
     if greedy:
         return logits.argmax(-1)
     if noise is not None:
         return gumbel_max(nucleus(logits.double(), top_p) if top_p < 1 else logits, noise)
-    if top_p < 0.5:                                        # would take long: sort after all
+    if top_p < 0.5 or top_p < 1 and logits.is_cuda:        # (below a half it would take many draws)
         logits, top_p = nucleus(logits.double(), top_p), 1.0
     p = logits.softmax(-1)
     cdf, rows, out = p.cumsum(-1, dtype=torch.float64), slice(None), p.new_empty(len(p), dtype=torch.long)

@@ -40,6 +40,7 @@ import sample
 import train
 from bd3lm import BD3LM, clipped_mask, training_mask
 from data import prepare
+from extra import bench
 from extra import judge as llm_judge
 from extra import lm_eval_model
 from gumbel import GumbelEmbedding, gumbel_max, posterior_gumbel, sample_exponential, sample_gumbel
@@ -2072,6 +2073,44 @@ def runs(tmp_path_factory):
                                *TINY.split(), *flags.split()], cwd=root, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return root
+
+
+# --- extra/bench.py
+
+def test_bench(cli, tmp_path, text_runs, monkeypatch):
+    """Every table comes out, with the rows that it names; and what it compares with does the same thing."""
+    monkeypatch.chdir(text_runs)
+    net = "--size=tiny --vocab_size=40 --repeats=1"
+    for flags, words in ((f"sampling {net} --length=16 --nfe=4 --batch_size=2", ["as the authors' code", "AR, KV"]),
+                         ("noise --rows=30 --size=tiny --vocab_size=6000 --repeats=1", ["full tensors", "K = 4096"]),
+                         (f"step {net} --length=16 --micro_batch_size=2", ["MDLM + Gumbel, teacher cache", "AR as"]),
+                         ("cache --teacher=out/ar --data=data/mine --length=24 --rows=100", ["| 8 | 34 | 307 |"])):
+        code, out, err = cli(bench, flags)
+        assert code == 0 and all(w in out for w in words) and "| nan" not in out, (flags, out, err)
+    assert "| 128 | 514 |" in out and "| 0.0000 | 0.0000 |" not in out
+    refused(cli(bench, f"step {net} --length=15"), "--block_size=4", "divide")
+    model, V = bench.filled(tiny("gumbel", V=30, L=8)).eval(), 30
+    x = torch.cat([torch.full((4000, 1), 29), torch.full((4000, 7), V)], 1)
+    noise = sample_gumbel((1, 8, V), gen()).expand(4000, 8, V)
+    with torch.no_grad():
+        a = bench.reference_sample(model, x, 3, noise, 1.0, gen(1), lambda part: None)
+        b, _ = model.generate(x, 3, noise=noise, generator=gen(2))
+    assert (a < V).all() and (a[:, 0] == 29).all()
+    for i in range(1, 8):                                  # given the noise: the same law, of neighbours too
+        u, v = (torch.bincount(s[:, i] * 3 + s[:, 1 + i % 7] % 3, minlength=3 * V) for s in (a, b))
+        many = u + v > 20
+        assert stats.chi2_contingency(torch.stack([u[many], v[many]]).numpy()).pvalue > 1e-4
+    logits, w = torch.randn(1, V, generator=gen()).expand(20_000, V), torch.full((20_000,), 3)
+    eye, emb = torch.eye(V), GumbelEmbedding(V, V)
+    emb.weight.data.copy_(eye)
+    torch.manual_seed(0)
+    u, v = bench.reference_noise(logits, w, eye), emb.from_posterior(lambda a, b: logits[a:b], w, gen()).detach()
+    assert (u.mean(0) - v.mean(0)).abs().max() < 5 * (u.var(0) * 2 / 20_000).sqrt().max()
+    ids, s, rest = bench.sparse_prior(2000, 6000, 64, gen())
+    full = gumbel.noise_features(sample_exponential((2000, 6000), gen(1))).sort(-1, descending=True).values
+    assert ids.max() < 6000 and (s.sum(-1) + rest[:, 0] * (6000 - 64) - 1).abs().max() < 1e-4
+    assert torch.allclose(s.mean(0), full[:, :64].mean(0), rtol=0.1)
+    assert abs(rest.mean() / full[:, 64:].mean() - 1) < 0.06
 
 
 # --- data/prepare.py

@@ -267,31 +267,37 @@ class TeacherCache:
 
         TV = d / (1 + d),   d = sum over the others of (s - p_j)^+   (< the rest of the mass),
 
-    since with E_0 = T_w / p_w known both laws are shifted exponentials, of one density where both are positive. Most of
-    it is invisible to softmax(noise): p_j E_0 only matters to the few runners for whom E_j is as small.
+    beside the rounding (under 3e-4): with E_0 = T_w / p_w known both laws are shifted exponentials, of one density
+    where both are positive. Most of it is invisible to softmax(noise): p_j E_0 only matters to the few runners for
+    whom E_j is as small.
 
     In place of the teacher in `MDLM.loss`, as `LogitsTable`. Written once, in chunks of rows that any process of any
     run may fill in (`fill`); in a folder beside the shards that names teacher, row length and k. Raises BadInput.
     """
     CHUNK, SCALE = 64, 2048                                # rows; values of a nat
 
-    def __init__(self, teacher, data, k, master=True):
+    def __init__(self, teacher, data, k, master=True, dtype="float32"):
         self.k, self.shape = min(k, teacher.vocab_size), (len(data), data.length - 1)
         sha256 = model_hash(teacher)
-        self.folder = os.path.join(data.path, f"teacher-{sha256}-{data.length}-k{self.k}")
+        self.folder = os.path.join(data.path, f"teacher-{sha256}-{dtype}-{data.length}-k{self.k}")
         size, n = 2 * math.prod(self.shape) * (2 * self.k + 1), -(-len(data) // self.CHUNK)
-        meta = dict(teacher=sha256, length=data.length, k=self.k, rows=len(data), shards=data.hashes())
+        meta = dict(teacher=sha256, dtype=dtype, length=data.length, k=self.k, rows=len(data), shards=data.hashes())
         files = meta_file, values, done = [os.path.join(self.folder, f) for f in ("meta.json", "topk.bin", "done.bin")]
-        if master and not os.path.exists(meta_file):
-            if (free := shutil.disk_usage(data.path).free) < size:
-                raise BadInput(f"a cache of the teacher's {self.k} best on {data.path} takes {size / 1e9:.1f} GB, and "
-                               f"{free / 1e9:.1f} are free: choose a smaller --teacher_cache, or leave it out")
-            os.makedirs(self.folder, exist_ok=True)
-            for path, length in ((values, size), (done, n)):
-                with open(path, "wb") as f:
-                    f.truncate(length)
-            with open(meta_file, "w") as f:
-                json.dump(meta, f)
+        try:
+            if master and not os.path.exists(meta_file):
+                if (free := shutil.disk_usage(data.path).free) < size:
+                    raise BadInput(f"a cache of the teacher's {self.k} best on {data.path} takes {size / 1e9:.1f} GB, "
+                                   f"and {free / 1e9:.1f} are free: choose a smaller --teacher_cache, or leave it out")
+                os.makedirs(self.folder, exist_ok=True)
+                for path, length in ((values, size), (done, n)):
+                    with open(path, "ab") as f:            # (never emptied: another run may be at it)
+                        f.truncate(length)
+                with open(f"{meta_file}.{os.getpid()}", "w") as f:
+                    json.dump(meta, f)
+                os.replace(f.name, meta_file)
+        except OSError as e:
+            raise BadInput(f"{self.folder} cannot be written ({e.strerror}): make {data.path} writable, or leave "
+                           "--teacher_cache out") from None
         try:
             with open(meta_file) as f:
                 there = json.load(f)
@@ -300,30 +306,42 @@ class TeacherCache:
         if there != meta or [os.path.getsize(f) for f in files[1:] if os.path.exists(f)] != [size, n]:
             raise BadInput(f"{self.folder} is truncated, or of other data than {data.path} holds now: remove it, it is "
                            "written again")
-        self.values = np.memmap(values, "<u2", "r+", shape=(*self.shape, 2 * self.k + 1))
-        self.done = np.memmap(done, np.uint8, "r+")
+        self.values = np.memmap(values, "<u2", "r", shape=(*self.shape, 2 * self.k + 1))
+        self.done = np.memmap(done, np.uint8, "r")
 
     @torch.no_grad()
     def fill(self, teacher, data, rank=0, size=1):
-        """The teacher's pass over the rows whose chunk is not done, this process's share of them."""
-        chunks = [c for c in range(rank, len(self.done), size) if not self.done[c]]
+        """The teacher's pass over the rows whose chunk is not done: this process's share of them, then the others'."""
+        n = len(self.done)
+        chunks = [c for c in dict.fromkeys((*range(rank, n, size), *range(n))) if not self.done[c]]
         for c in tqdm(chunks, desc="teacher's pass", unit="chunk", disable=rank > 0 or not chunks):
+            if self.done[c]:                               # by another process, meanwhile
+                continue
             rows = slice(c * self.CHUNK, min((c + 1) * self.CHUNK, len(data)))
             tokens = torch.from_numpy(data.rows(range(rows.start, rows.stop))).to(teacher.device)
-            x, n, parts = tokens[:, 1:].flatten(), max(1, CHUNK // teacher.vocab_size), []
-            h = torch.cat([teacher.hidden(part[:, :-1]) for part in tokens.split(8)]).flatten(0, 1)
-            for a in range(0, len(x), n):
-                logp = teacher.logits(h[a:a + n]).log_softmax(-1)
+            x, part, parts = tokens[:, 1:].flatten(), max(1, CHUNK // teacher.vocab_size), []
+            h = torch.cat([teacher.hidden(some[:, :-1]) for some in tokens.split(8)]).flatten(0, 1)
+            for a in range(0, len(x), part):
+                logp = teacher.logits(h[a:a + part]).log_softmax(-1)
                 top, ids = logp.topk(self.k)
-                own = logp.gather(1, x[a:a + n, None])
+                own = logp.gather(1, x[a:a + part, None])
                 if not own.isfinite().all():
                     raise BadInput(f"the teacher gives a token in rows {rows.start} to {rows.stop} of {data.path} "
                                    "probability 0, or nan: it does not fit this text")
                 nats = (torch.cat([top, own], 1) * -self.SCALE).round_().clamp_(0, 65535)
                 parts.append(torch.cat([ids, nats.long()], 1).cpu())
-            self.values[rows] = torch.cat(parts).view(-1, *self.values.shape[1:]).numpy()
-            self.values.flush()
-            self.done[c] = 1                               # only now: what is marked is on disk
+            # written, not mapped: a full disk is an error, not a SIGBUS; values first: what is marked done is on disk
+            new = torch.cat(parts).numpy().astype("<u2").tobytes()
+            try:
+                for name, at, part in (("topk.bin", rows.start * self.values[0].nbytes, new), ("done.bin", c, b"\1")):
+                    with open(os.path.join(self.folder, name), "r+b") as f:
+                        f.seek(at)
+                        f.write(part)
+                        f.flush()
+                        os.fsync(f.fileno())
+            except OSError as e:
+                raise BadInput(f"{self.folder} cannot be written ({e.strerror}): make room, and repeat the command to "
+                               "continue") from None
 
     def load(self, rows):
         return torch.from_numpy(self.values[rows].view(np.int16))

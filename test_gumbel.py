@@ -584,10 +584,15 @@ def test_teacher_cache(text_runs, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             cache.fill(teacher, data)
     assert cache.done.sum() == 2 < chunks
-    for rank in (0, 1):
-        TeacherCache(teacher, data, 4, master=False).fill(teacher, data, rank, 2)
-    assert open(f"{cache.folder}/topk.bin", "rb").read() == written
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", lambda f: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(prepare.BadInput, match="No space left on device"):
+            cache.fill(teacher, data)
+    assert cache.done.sum() == 2
+    TeacherCache(teacher, data, 4, master=False).fill(teacher, data, 1, 2)   # its share, then what nobody else has done
+    assert cache.done.all() and open(f"{cache.folder}/topk.bin", "rb").read() == written
     assert TeacherCache(tiny_ar(V=257, L=24), data, 4).folder != cache.folder
+    assert TeacherCache(teacher, data, 4, dtype="bfloat16").folder != cache.folder
     with open(f"{cache.folder}/topk.bin", "ab") as f:
         f.truncate(100)
     with pytest.raises(prepare.BadInput, match="truncated"):
@@ -2082,13 +2087,15 @@ def test_bench(cli, tmp_path, text_runs, monkeypatch):
     monkeypatch.chdir(text_runs)
     net = "--size=tiny --vocab_size=40 --repeats=1"
     for flags, words in ((f"sampling {net} --length=16 --nfe=4 --batch_size=2", ["as the authors' code", "AR, KV"]),
-                         ("noise --rows=30 --size=tiny --vocab_size=6000 --repeats=1", ["full tensors", "K = 4096"]),
+                         ("noise --rows=30 --size=tiny --vocab_size=6000 --repeats=1", ["full tensors", "K = 512"]),
                          (f"step {net} --length=16 --micro_batch_size=2", ["MDLM + Gumbel, teacher cache", "AR as"]),
                          ("cache --teacher=out/ar --data=data/mine --length=24 --rows=100", ["| 8 | 34 | 307 |"])):
         code, out, err = cli(bench, flags)
         assert code == 0 and all(w in out for w in words) and "| nan" not in out, (flags, out, err)
     assert "| 128 | 514 |" in out and "| 0.0000 | 0.0000 |" not in out
     refused(cli(bench, f"step {net} --length=15"), "--block_size=4", "divide")
+    refused(cli(bench, f"sampling {net} --length=24"), "--length=24", "multiple of 16")
+    refused(cli(bench, "cache --teacher=out/ar --data=nowhere"), "nowhere", "not a folder")
     model, V = bench.filled(tiny("gumbel", V=30, L=8)).eval(), 30
     x = torch.cat([torch.full((4000, 1), 29), torch.full((4000, 7), V)], 1)
     noise = sample_gumbel((1, 8, V), gen()).expand(4000, 8, V)

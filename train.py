@@ -469,11 +469,14 @@ def train(args, world):
     if not args.teacher_cache and teacher and not medusa and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
         table = LogitsTable(teacher, data)                                     # small dataset: one teacher pass for all
     if args.teacher_cache:
-        if not world.master:
-            world.barrier()                                # the first process makes the files
-        table = TeacherCache(teacher, data, args.teacher_cache, world.master)
-        if world.master:
+        first = os.environ.get("LOCAL_RANK", "0") == "0"   # of this machine, whose disk may be its own: makes the files
+        if not first:
             world.barrier()
+        try:
+            table = TeacherCache(teacher, data, args.teacher_cache, first, world.dtype)
+        finally:
+            if first:
+                world.barrier()
     if teacher and not isinstance(table, LogitsTable) and world.dtype == "bfloat16":
         body_to_bfloat16(teacher)
     if args.teacher_cache:

@@ -69,16 +69,17 @@ def _posterior_times(logits, tokens, e):
     return e.addcmul_(p, e0).scatter_(-1, w, t_w).clamp_(min=TINY)
 
 
-def _truncated_posterior_times(p, ids, p_w, tokens, e):
-    """The same where only the k largest p [N, k], of ids [N, k], and p_w [N, 1] are known: the other tokens share what
-    is left evenly. Costs nothing that grows with V but the draws. See `teacher.TeacherCache`.
+def _truncated_posterior_times(p, ids, p_w, frequency, tokens, e):
+    """The same where only the k largest p [N, k], of ids [N, k], and p_w [N, 1] are known: what is left of the mass is
+    spread over the other tokens by their frequency [V]. See `teacher.TeacherCache`.
     """
     w = tokens.unsqueeze(-1)
-    others = e.shape[-1] - ids.shape[-1] - (missing := (ids != w).all(-1, keepdim=True)).long()          # [N, 1]
-    share = (1 - p.sum(-1, keepdim=True) - p_w * missing).clamp_(min=0) / others.clamp_(min=1)
+    missing = (ids != w).all(-1, keepdim=True)                                                              # [N, 1]
+    rest = (1 - p.sum(-1, keepdim=True) - p_w * missing).clamp_(min=0)
+    others = (1 - frequency[ids].sum(-1, keepdim=True) - frequency[w] * missing).clamp_(min=1e-9)
     e0 = e.gather(-1, w)
     known = e.gather(-1, ids).addcmul_(p, e0)
-    return e.add_(share * e0).scatter_(-1, ids, known).scatter_(-1, w, p_w * e0).clamp_(min=TINY)
+    return e.addcmul_(rest / others * e0, frequency).scatter_(-1, ids, known).scatter_(-1, w, p_w * e0).clamp_(min=TINY)
 
 
 def posterior_gumbel(logits, tokens, generator=None):
@@ -213,7 +214,7 @@ class GumbelEmbedding(nn.Module):
         """Noise drawn from its posterior given tokens [N] -> [N, D], with gradient to W.
 
         `logits(a, b)` returns the teacher's float32 logits [b - a, V], rows a to b, or what a `TeacherCache` knows of
-        them, (p, ids, p_w); it is called again in the backward pass and must return the same values.
+        them, (p, ids, p_w, frequency); it is called again in the backward pass and must return the same values.
         `posterior_gumbel`'s argmax repair is skipped: W reads softmax(noise).
         """
         if self.kind == "unpaired":

@@ -262,14 +262,14 @@ class TeacherCache:
 
     Per position the ids of its k most probable tokens, their -log p and that of the token which is there, in uint16 (of
     1/2048 nat): 4 k + 2 bytes, 307 GB for the 9.04 G tokens of OpenWebText at k = 8. These k + 1 enter the posterior
-    T_j = E_j + p_j E_0 as they are; the others as if they shared the rest of the mass evenly, s each. Given the text,
-    the noise's law is then off by
+    T_j = E_j + p_j E_0 as they are; the others share the rest of the mass by their frequency in the text, s_j. Given
+    the text, the noise's law is then off by
 
-        TV = d / (1 + d),   d = sum over the others of (s - p_j)^+   (< the rest of the mass),
+        TV = d / (1 + d),   d = sum over the others of (s_j - p_j)^+   (< the rest of the mass),
 
     beside the rounding (under 3e-4): with E_0 = T_w / p_w known both laws are shifted exponentials, of one density
-    where both are positive. Most of it is invisible to softmax(noise): p_j E_0 only matters to the few runners for
-    whom E_j is as small.
+    where both are positive. Much of it is invisible to softmax(noise): p_j E_0 only matters to the few runners for
+    whom E_j is as small. (An even share would be seen: it raises the smallest E_j of all, which are about 1 / V.)
 
     In place of the teacher in `MDLM.loss`, as `LogitsTable`. Written once, in chunks of rows that any process of any
     run may fill in (`fill`); in a folder beside the shards that names teacher, row length and k. Raises BadInput.
@@ -282,13 +282,17 @@ class TeacherCache:
         self.folder = os.path.join(data.path, f"teacher-{sha256}-{dtype}-{data.length}-k{self.k}")
         size, n = 2 * math.prod(self.shape) * (2 * self.k + 1), -(-len(data) // self.CHUNK)
         meta = dict(teacher=sha256, dtype=dtype, length=data.length, k=self.k, rows=len(data), shards=data.hashes())
-        files = meta_file, values, done = [os.path.join(self.folder, f) for f in ("meta.json", "topk.bin", "done.bin")]
+        meta_file, frequency, values, done = [os.path.join(self.folder, f) for f in (
+            "meta.json", "frequency.npy", "topk.bin", "done.bin")]
         try:
             if master and not os.path.exists(meta_file):
                 if (free := shutil.disk_usage(data.path).free) < size:
                     raise BadInput(f"a cache of the teacher's {self.k} best on {data.path} takes {size / 1e9:.1f} GB, "
                                    f"and {free / 1e9:.1f} are free: choose a smaller --teacher_cache, or leave it out")
                 os.makedirs(self.folder, exist_ok=True)
+                counts = sum(np.bincount(part, minlength=teacher.vocab_size) for f in data.files
+                             for part in np.array_split(f["ids"], 1 + len(f["ids"]) // 10**8))
+                np.save(frequency, ((counts + 1) / (counts + 1).sum()).astype(np.float32))
                 for path, length in ((values, size), (done, n)):
                     with open(path, "ab") as f:            # (never emptied: another run may be at it)
                         f.truncate(length)
@@ -301,9 +305,10 @@ class TeacherCache:
         try:
             with open(meta_file) as f:
                 there = json.load(f)
+            self.frequency = torch.from_numpy(np.load(frequency))                                  # (V)
         except (OSError, ValueError) as e:
-            raise BadInput(f"{meta_file} cannot be read ({e}): remove {self.folder}, it is written again") from None
-        if there != meta or [os.path.getsize(f) for f in files[1:] if os.path.exists(f)] != [size, n]:
+            raise BadInput(f"{self.folder} cannot be read ({e}): remove {self.folder}, it is written again") from None
+        if there != meta or [os.path.getsize(f) for f in (values, done) if os.path.exists(f)] != [size, n]:
             raise BadInput(f"{self.folder} is truncated, or of other data than {data.path} holds now: remove it, it is "
                            "written again")
         self.values = np.memmap(values, "<u2", "r", shape=(*self.shape, 2 * self.k + 1))
@@ -353,7 +358,8 @@ class TeacherCache:
     def posterior_logits(self, tokens, masked):
         v = self.now.to(tokens.device, non_blocking=True)[masked[:, 1:]].int() & 65535             # (N, 2 k + 1)
         ids, p = v[:, :self.k].long(), (v[:, self.k:].float() / -self.SCALE).exp_()
-        return lambda a, b: (p[a:b, :-1], ids[a:b], p[a:b, -1:])
+        frequency = self.frequency.to(tokens.device)
+        return lambda a, b: (p[a:b, :-1], ids[a:b], p[a:b, -1:], frequency)
 
 
 def extract_parallel(teacher, tokens, generator=None):

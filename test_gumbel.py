@@ -160,23 +160,24 @@ def test_posterior_extreme_rows():
 
 @pytest.mark.parametrize("w", [1, 4])
 def test_truncated_posterior_is_as_far_off_as_theory_says(w):
-    """Known: the two likeliest tokens and w; the others share their mass evenly. All known: the exact draws. Else, in
-    total variation d / (1 + d): the probability of noise that the other law does not know, in either direction."""
+    """Known: the two likeliest tokens and w; the others share by frequency. All known: exact. Else the law is off by
+    d / (1 + d) in total variation: the probability of noise that the other law does not know, either way."""
     p = torch.tensor([0.05, 0.4, 0.1, 0.02, 0.03, 0.4])
+    frequency = torch.tensor([0.1, 0.2, 0.05, 0.3, 0.15, 0.2])
     n, logits, tokens = 200_000, p.log(), torch.tensor([w])
     e = sample_exponential((n, 6), gen(w))
     exact = gumbel._posterior_times(logits.expand(n, 6), tokens.expand(n), e.clone())
+
+    def truncated(ids):
+        return gumbel._truncated_posterior_times(p[ids].expand(n, -1), ids.expand(n, -1), p[tokens].expand(n, 1),
+                                                 frequency, tokens.expand(n), e.clone())
     for ids in (torch.arange(6), torch.tensor([5, 3, 1, 0, 2, 4])):
-        T = gumbel._truncated_posterior_times(p[ids].expand(n, 6), ids.expand(n, 6), p[tokens].expand(n, 1),
-                                              tokens.expand(n), e.clone())
-        assert torch.allclose(T, exact, rtol=1e-5)
-    ids = torch.tensor([1, 5])
-    T = gumbel._truncated_posterior_times(p[ids].expand(n, 2), ids.expand(n, 2), p[tokens].expand(n, 1),
-                                          tokens.expand(n), e.clone())
-    others = torch.tensor([j for j in range(6) if j not in (1, 5, w)])
-    share = p[others].sum() / len(others)
-    assert torch.allclose(T[:, others], e[:, others] + share * e[:, [w]]) and torch.allclose(T[:, [1, 5, w]],
-                                                                                             exact[:, [1, 5, w]])
+        assert torch.allclose(truncated(ids), exact, rtol=1e-5)
+    T, known = truncated(torch.tensor([1, 5])), [1, 5, w]
+    others = torch.tensor([j for j in range(6) if j not in known])
+    share = p[others].sum() * frequency[others] / frequency[others].sum()
+    assert torch.allclose(T[:, others], e[:, others] + share * e[:, [w]])
+    assert torch.allclose(T[:, known], exact[:, known])
     d = (share - p[others]).clamp(min=0).sum().item()
     want = d / (1 + d)
     for draws, floor in ((exact, share), (T, p[others])):  # of the first law, where the second has no density
@@ -565,7 +566,9 @@ def test_teacher_cache(text_runs, tmp_path, monkeypatch):
         cache = TeacherCache(teacher, data, k)
         cache.fill(teacher, data)
         assert cache.done.all() and os.path.getsize(f"{cache.folder}/topk.bin") == len(data) * 23 * (4 * cache.k + 2)
-        p, ids, p_w = cache.at(cache.load(rows)).posterior_logits(x, masked)(0, 10**6)
+        p, ids, p_w, frequency = cache.at(cache.load(rows)).posterior_logits(x, masked)(0, 10**6)
+        counts = np.bincount(data.files[0]["ids"], minlength=257) + 1
+        assert len(data.files) == 1 and np.allclose(frequency, counts / counts.sum())
         logp = teacher.log_probs(x)[:, :-1][masked[:, 1:]]
         assert (p_w.log() - logp.gather(1, x[masked][:, None])).abs().max() < 2.5e-4
         assert (p.log() - logp.topk(cache.k).values).abs().max() < 2.5e-4

@@ -56,6 +56,7 @@ def measure(cases, repeats, device):
             return torch.cuda.max_memory_allocated() / 1e6 - held
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 20)                          # M_MMAP_THRESHOLD: what is freed goes back to the system
+        libc.mallopt(-1, 1 << 17)
         libc.malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")                                # resets VmHWM
@@ -63,10 +64,9 @@ def measure(cases, repeats, device):
         f()
         peak = process("VmHWM")
         libc.mallopt(-3, 1 << 25)                          # it costs time: not while that is measured
+        libc.mallopt(-1, 1 << 30)                          # M_TRIM_THRESHOLD
         return peak - held
-    for f in cases:                                        # warm-up: what stays (AdamW's moments) is held from now on
-        f()
-    used, seconds = [memory(f) for f in cases], [[] for _ in cases]
+    used, seconds = [memory(f) for f in cases], [[] for _ in cases]                      # the warm-up, too
     for _ in range(repeats):
         for f, s in zip(cases, seconds):
             sync(device)
@@ -225,7 +225,7 @@ def noise(args, device, autocast):
     logits = 3 * torch.randn(N, V, generator=generator, device=device)
     tokens = torch.distributions.Categorical(logits=logits).sample()
     p, ids = logits.softmax(-1).topk(8)
-    p_w = logits.softmax(-1).gather(1, tokens[:, None])
+    p_w, frequency = logits.softmax(-1).gather(1, tokens[:, None]), torch.full((V,), 1 / V, device=device)
 
     def run(f):
         with autocast:
@@ -245,7 +245,7 @@ def noise(args, device, autocast):
              ("here: posterior, teacher's logits", lambda: embedding.from_posterior(
                  lambda a, b: logits[a:b], tokens, generator)),
              ("here: posterior, teacher cache, k = 8", lambda: embedding.from_posterior(
-                 lambda a, b: (p[a:b], ids[a:b], p_w[a:b]), tokens, generator)),
+                 lambda a, b: (p[a:b], ids[a:b], p_w[a:b], frequency), tokens, generator)),
              ("here: prior", lambda: embedding.from_prior(N, 1.0, generator))]
     cases += [(f"sparse study: prior, K = {K}", lambda K=K: sparse(K)) for K in (64, 512, 4096) if 8 * K < V]
     s = noise_features(sample_exponential((256, V), generator, device)).sort(-1, descending=True).values
@@ -278,7 +278,8 @@ class RandomCache:
         n = int(masked.sum())
         p = (0.5 / torch.arange(2, self.k + 2, device=tokens.device) ** 1.5).expand(n, self.k)
         ids = torch.randint(self.vocab_size, (n, self.k), device=tokens.device)
-        return lambda a, b: (p[a:b], ids[a:b], p[a:b, :1])
+        frequency = torch.full((self.vocab_size,), 1 / self.vocab_size, device=tokens.device)
+        return lambda a, b: (p[a:b], ids[a:b], p[a:b, :1], frequency)
 
 
 def step(args, device, autocast):
@@ -293,8 +294,12 @@ def step(args, device, autocast):
         MDLM(V, L, V - 1, **net), MDLM(V, L, V - 1, noise="gumbel", **net), BD3LM(V, L, V - 1, args.block_size, **net),
         AR(V, L, V - 1, **net)))
     optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (plain, noisy, blocks, ar)}
-    if args.compile:
-        for model in optimizers:
+    for model, optimizer in optimizers.items():            # its moments are held from now on
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if args.compile:
             model.transformer.compile()
     rows, cache = [], RandomCache(8, V)
     for B in args.micro_batch_size:
@@ -402,6 +407,8 @@ def cache(args, device, _):
     generator = torch.Generator(device).manual_seed(0)
     V, sums = teacher.vocab_size, defaultdict(lambda: np.zeros(4))
     ks = sorted({min(k, V) for k in (1, 2, 4, 8, 32, 128)})
+    counts = sum(np.bincount(f["ids"], minlength=V) for f in data.files) + 1
+    frequency = torch.from_numpy(counts / counts.sum()).float().to(device)
     with torch.no_grad():
         h, x = teacher.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
         for h, x in zip(h.split(64), x.split(64)):
@@ -410,11 +417,10 @@ def cache(args, device, _):
             exact = noise_features(_posterior_times(logits, x, e.clone()))
             for k in ks:
                 p, ids = probs.topk(k)
-                s = noise_features(_truncated_posterior_times(p, ids, probs.gather(1, i), x, e.clone()))
-                others = probs.scatter(1, ids, 0).scatter(1, i, 0)
-                n = (V - k - (ids != i).all(1).long()).clamp(min=1)
-                rest = others.sum(1)
-                d = ((rest / n)[:, None] - others).clamp(min=0).scatter(1, ids, 0).scatter(1, i, 0).sum(1)
+                s = noise_features(_truncated_posterior_times(p, ids, probs.gather(1, i), frequency, x, e.clone()))
+                others, f = (v.scatter(1, ids, 0).scatter(1, i, 0) for v in (probs, frequency.repeat(len(x), 1)))
+                rest = others.sum(1, keepdim=True)
+                d = (rest * f / f.sum(1, keepdim=True).clamp(min=1e-9) - others).clamp(min=0).sum(1)
                 sums[k] += [rest.sum().item(), (d / (1 + d)).sum().item(), 0.5 * (s - exact).abs().sum().item(),
                             (s - exact).square().sum(1).div(exact.square().sum(1)).sqrt().sum().item()]
     n = tokens[:, 1:].numel()

@@ -290,9 +290,7 @@ class TeacherCache:
                     raise BadInput(f"a cache of the teacher's {self.k} best on {data.path} takes {size / 1e9:.1f} GB, "
                                    f"and {free / 1e9:.1f} are free: choose a smaller --teacher_cache, or leave it out")
                 os.makedirs(self.folder, exist_ok=True)
-                counts = sum(np.bincount(part, minlength=teacher.vocab_size) for f in data.files
-                             for part in np.array_split(f["ids"], 1 + len(f["ids"]) // 10**8))
-                np.save(frequency, ((counts + 1) / (counts + 1).sum()).astype(np.float32))
+                np.save(frequency, data.frequency())
                 for path, length in ((values, size), (done, n)):
                     with open(path, "ab") as f:            # (never emptied: another run may be at it)
                         f.truncate(length)
@@ -305,7 +303,7 @@ class TeacherCache:
         try:
             with open(meta_file) as f:
                 there = json.load(f)
-            self.frequency = torch.from_numpy(np.load(frequency))                                  # (V)
+            self.frequency = torch.from_numpy(np.load(frequency)).to(teacher.device)               # (V)
         except (OSError, ValueError) as e:
             raise BadInput(f"{self.folder} cannot be read ({e}): remove {self.folder}, it is written again") from None
         if there != meta or [os.path.getsize(f) for f in (values, done) if os.path.exists(f)] != [size, n]:
@@ -358,8 +356,7 @@ class TeacherCache:
     def posterior_logits(self, tokens, masked):
         v = self.now.to(tokens.device, non_blocking=True)[masked[:, 1:]].int() & 65535             # (N, 2 k + 1)
         ids, p = v[:, :self.k].long(), (v[:, self.k:].float() / -self.SCALE).exp_()
-        frequency = self.frequency.to(tokens.device)
-        return lambda a, b: (p[a:b, :-1], ids[a:b], p[a:b, -1:], frequency)
+        return lambda a, b: (p[a:b, :-1], ids[a:b], p[a:b, -1:], self.frequency)
 
 
 def extract_parallel(teacher, tokens, generator=None):

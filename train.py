@@ -506,10 +506,13 @@ def train(args, world):
 
     accumulate, pool = local // micro, ThreadPoolExecutor(1)
 
-    def fetch(step, m):
-        """This process's rows of micro-step m, and what the table knows of them, on the host; pinned for CUDA."""
+    def mine(m):                                           # this process's part of the batch in micro-step m
         a = (m * world.size + world.rank) * micro
-        rows = order(step)[a:a + micro]
+        return slice(a, a + micro)
+
+    def fetch(step, m):
+        """The rows of this process's micro-step, and what the table knows of them, on the host; pinned for CUDA."""
+        rows = order(step)[mine(m)]
         read = [torch.from_numpy(data.rows(rows))] + ([table.load(rows)] if table else [])
         return [x.pin_memory() for x in read] if "cuda" in world.device else read
 
@@ -522,7 +525,8 @@ def train(args, world):
     stop = []
     handlers = {s: signal.signal(s, lambda signum, frame: stop.append(signum)) for s in (signal.SIGTERM, signal.SIGINT)}
 
-    order, n_blocks = RowOrder(len(data), args.batch_size, args.seed), getattr(model, "n_blocks", 1)
+    order = lru_cache(maxsize=1)(RowOrder(len(data), args.batch_size, args.seed))           # asked at each micro-step
+    n_blocks = getattr(model, "n_blocks", 1)
     val_name = {"ar": "val_nll", "medusa": "val_nll_heads"}.get(args.model, "val_nll" if paired(args) else "val_nelbo")
     val_name += "_given_noise" * paired(args)
     per_step = args.batch_size * data.length
@@ -539,10 +543,10 @@ def train(args, world):
                 group["lr"] = lr_at(step, args)
             means = {}
             for m in range(accumulate):
-                a, key = (m * world.size + world.rank) * micro, (args.seed, NOISE, step, world.rank, m)
+                key = (args.seed, NOISE, step, world.rank, m)
                 tokens, *known = fetched.result()
-                fetched = pool.submit(fetch, *divmod(step * accumulate + m + 1, accumulate))      # while this one runs
-                tokens, kw = on_device(tokens, levels[a:a + micro], table.at(*known) if table else teacher,
+                fetched = pool.submit(fetch, *divmod(step * accumulate + m + 1, accumulate))     # while this one runs
+                tokens, kw = on_device(tokens, levels[mine(m)], table.at(*known) if table else teacher,
                                        torch_seed(*key), args, world)
                 kw |= ({"kd": 1.0} if args.kd else {}) | ({"clip": clip} if clip else {})
                 torch.manual_seed(torch_seed(*key, 1))                         # dropout

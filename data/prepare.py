@@ -649,6 +649,12 @@ class Shards:
         return [f.get("sha256") or hashlib.sha256(f["ids"][:1 << 19].tobytes() + f["ids"][-(1 << 19):].tobytes()
                                                   + bytes(str(f["tokens"]), "ascii")).hexdigest() for f in self.files]
 
+    def frequency(self):
+        """How often each token occurs, each once more than counted, as fractions: float32 [vocab_size]."""
+        counts = 1 + sum(np.bincount(part, minlength=self.meta["vocab_size"]) for f in self.files
+                         for part in np.array_split(f["ids"], 1 + len(f["ids"]) // 10**8))
+        return (counts / counts.sum()).astype(np.float32)
+
     def rows(self, indices):
         out = np.full((len(indices), self.length), PAD, dtype=np.int64)
         out[:, 0] = self.meta["bos"]

@@ -184,7 +184,7 @@ def sampling(args, device, autocast):
             ("BD3-LM, blocks of 16, cached", calls * L // 16, blocks)) for n in (1, B)]
     measured = measure([f for *_, f in cases], args.repeats, device)
     base = measured[0][0]
-    for i, ((name, n, nfe, _), (seconds, memory)) in enumerate(zip(cases, measured)):
+    for (name, n, nfe, _), (seconds, memory) in zip(cases, measured):
         rows.append(dict(what=name, batch=n, nfe=nfe, seconds=f"{seconds / nfe:.3g}", rate=f"{n / seconds:.3g}",
                          ratio=f"{seconds / nfe / (base / args.nfe):.3f}", times=f"{n * base / seconds:.1f}",
                          memory=round(memory)))
@@ -285,7 +285,6 @@ class RandomCache:
 def step(args, device, autocast):
     V, L, (n_layer, n_embd, n_head) = args.vocab_size, args.length, SIZES[args.size]
     net = dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head)
-    torch.manual_seed(0)
     layers, width, heads = GPT2_SIZES[args.teacher]
     teacher = GPT2(V, 1024, V - 1, layers, width, heads, 0.0, learned=1024).to(device).eval().requires_grad_(False)
     if autocast._enabled:
@@ -316,23 +315,20 @@ def step(args, device, autocast):
                                                  generator).sum().backward()
             noisy.zero_grad(set_to_none=True)
 
-        def run(model, *a, **kw):
+        def run(model, loss):
             with autocast:
-                loss, _ = model.loss(tokens, *a, **kw)
-            loss.backward()
+                value = loss()
+            value.backward()
             optimizers[model].step()
             optimizers[model].zero_grad(set_to_none=True)
 
         def nanogpt():                                     # full logits, one cross-entropy
-            with autocast:
-                z = ar.transformer.head(ar.hidden(tokens[:, :-1]))
-                loss = F.cross_entropy(z.float().flatten(0, 1), tokens[:, 1:].flatten())
-            loss.backward()
-            optimizers[ar].step()
-            optimizers[ar].zero_grad(set_to_none=True)
+            logits = ar.transformer.head(ar.hidden(tokens[:, :-1]))
+            return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
         def diffuse(model, **kw):
-            run(model, t[:, None].expand(B, model.n_blocks), z=z, generator=generator, **kw)
+            run(model, lambda: model.loss(tokens, t[:, None].expand(B, model.n_blocks), z=z, generator=generator,
+                                          **kw)[0])
 
         def body():
             with torch.no_grad(), autocast:
@@ -348,8 +344,8 @@ def step(args, device, autocast):
             ("&nbsp; of it: teacher, noise, embedding, backward", lambda: embed(teacher), None),
             ("MDLM + token KD", lambda: diffuse(plain, teacher=teacher, kd=1.0), None),
             (f"BD3-LM, blocks of {args.block_size}", lambda: diffuse(blocks), flops_per_row(blocks, None, L)),
-            ("AR", lambda: run(ar), flops_per_row(ar, None, L)),
-            ("AR as nanoGPT, full logits", nanogpt, flops_per_row(ar, None, L)))
+            ("AR", lambda: run(ar, lambda: ar.loss(tokens)[0]), flops_per_row(ar, None, L)),
+            ("AR as nanoGPT, full logits", lambda: run(ar, nanogpt), flops_per_row(ar, None, L)))
         measured = measure([f for _, f, _ in cases], args.repeats, device)
         for (part, _, flops), (seconds, memory) in zip(cases, measured):
             rows.append(dict(part=part, batch=B, masked=int(masked.sum()), seconds=f"{seconds:.3g}",
@@ -407,8 +403,7 @@ def cache(args, device, _):
     generator = torch.Generator(device).manual_seed(0)
     V, sums = teacher.vocab_size, defaultdict(lambda: np.zeros(4))
     ks = sorted({min(k, V) for k in (1, 2, 4, 8, 32, 128)})
-    counts = sum(np.bincount(f["ids"], minlength=V) for f in data.files) + 1
-    frequency = torch.from_numpy(counts / counts.sum()).float().to(device)
+    frequency = torch.from_numpy(data.frequency()).to(device)
     with torch.no_grad():
         h, x = teacher.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
         for h, x in zip(h.split(64), x.split(64)):

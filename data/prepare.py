@@ -7,11 +7,10 @@
     python data/prepare.py verify data/mine                                # sizes, hashes and ids of every shard
 
 A dataset is a folder of raw little-endian uint16 token ids, `train.bin` and `val.bin` (or `train_000.bin`, ...), and a
-`meta.json` (tokenizer, vocab_size, bos, row_length, and per file: split, tokens, sha256). It is made in a folder named
-`OUT.partial` and renamed when it is complete: an interrupted run leaves nothing that training would accept, and the
-same command continues it. Memory is flat, whatever the input's size. Without a meta.json, nanoGPT's .bin files are
-taken as GPT-2 ids, and llm.c's (256-int32 header) are read too.
-A training row is [BOS] + the next L - 1 tokens; rows do not overlap.
+`meta.json` (tokenizer, vocab_size, bos, row_length, and per file: split, tokens, sha256). It is made in `OUT.partial`
+and renamed when complete: an interrupted run leaves nothing that training would accept, and the same command continues
+it. Memory is flat, whatever the input's size. Without a meta.json, nanoGPT's .bin files are taken as GPT-2 ids, and
+llm.c's (256-int32 header) are read too. A training row is [BOS] + the next L - 1 tokens; rows do not overlap.
 """
 import argparse
 import collections
@@ -32,11 +31,10 @@ import shutil
 import sys
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-
-HEADER_BYTES, HEADER_MAGIC = 1024, 20240520             # llm.c, modded-nanogpt: 256 int32, then the tokens
 
 
 class BadInput(Exception):
@@ -135,11 +133,10 @@ def maze_paths():
 
 
 def maze_keys(rows):
-    """Rows [N, 10] -> one integer each, for membership and counting; a token outside U D L R PAD gives -1, as does
-    one other than PAD in longer rows' tails."""
-    rows, tail = np.asarray(rows, dtype=np.int64)[:, :MAZE_LENGTH], np.asarray(rows)[:, MAZE_LENGTH:]
-    fits = (rows < 5).all(1) & (rows >= 0).all(1) & (tail == PAD).all(1)
-    return np.where(fits, rows @ 5 ** np.arange(MAZE_LENGTH), -1)
+    """Rows [N, 10 or more] -> one integer each, to compare and count; -1: not of U D L R PAD, or no PAD in the tail."""
+    path, tail = np.split(np.asarray(rows, dtype=np.int64), [MAZE_LENGTH], axis=1)
+    fits = (path <= PAD).all(1) & (path >= 0).all(1) & (tail == PAD).all(1)
+    return np.where(fits, path @ 5 ** np.arange(MAZE_LENGTH), -1)
 
 
 def maze_valid(rows):
@@ -247,6 +244,11 @@ class Tokenizer:
 # ---------------------------------------------------------------------------------------------------------------------
 # writing
 
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def write_json(path, data):
     with open(path, "w") as f:
         json.dump(data, f, indent=1)
@@ -263,7 +265,7 @@ class Writer:
 
     def __init__(self, out, meta, key=None, shard_tokens=100_000_000):
         self.out, self.meta, self.key, self.shard_tokens = os.path.normpath(out), meta, key, shard_tokens
-        self.partial, self.done, self.files = self.out + ".partial", 0, []
+        self.partial, self.done, self.files = Path(self.out + ".partial"), 0, []
         if (meta.get("vocab_size") or 0) > 1 << 16:
             raise BadInput(f"shards hold at most 65536 ids, this vocabulary has {meta['vocab_size']}")
         if os.path.isfile(self.out) or os.path.isdir(self.out) and os.listdir(self.out):
@@ -275,15 +277,11 @@ class Writer:
             except OSError as e:
                 raise BadInput(f"{self.partial} cannot be made ({e.strerror}): choose another --out") from None
 
-    def _path(self, name):
-        return os.path.join(self.partial, name)
-
     def _resume(self):
         """Go back to the last commit of a run with the same key. False: there is none that is whole."""
         try:
-            with open(self._path("progress.json")) as f:
-                last = json.load(f)
-            sizes = {self._path(f["name"]): 2 * f["tokens"] for f in last["files"]}
+            last = json.loads((self.partial / "progress.json").read_text())
+            sizes = {self.partial / f["name"]: 2 * f["tokens"] for f in last["files"]}
             if last["key"] != self.key or any(os.path.getsize(path) < size for path, size in sizes.items()):
                 return False
         except (OSError, ValueError, KeyError):
@@ -303,36 +301,33 @@ class Writer:
                 self.files.append(files[-1])
             last = files[-1]
             part, ids = np.split(ids, [self.shard_tokens - last["tokens"]])
-            with open(self._path(last["name"]), "ab" if last["tokens"] else "wb") as f:
+            with open(self.partial / last["name"], "ab" if last["tokens"] else "wb") as f:
                 f.write(part)
             last["tokens"] += len(part)
 
     def commit(self, done):
         """All that was written is on disk, and stands for `done` units of the input."""
         for f in self.files:
-            with open(self._path(f["name"]), "rb") as file:
+            with open(self.partial / f["name"], "rb") as file:
                 os.fsync(file.fileno())
         self.done = done
-        write_json(self._path("progress.tmp"), dict(key=self.key, done=done, files=self.files))
-        os.replace(self._path("progress.tmp"), self._path("progress.json"))
+        write_json(self.partial / "progress.tmp", dict(key=self.key, done=done, files=self.files))
+        os.replace(self.partial / "progress.tmp", self.partial / "progress.json")
 
     def finish(self):
         """Hash, name, write meta.json, rename the folder. Returns tokens per split."""
         self.commit(self.done)
         for f in self.files:
-            with open(self._path(f["name"]), "rb") as file:
-                f["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        tokens = {}
+            f["sha256"] = sha256(self.partial / f["name"])
         for split in ("train", "val"):
             files = [f for f in self.files if f["split"] == split]
-            tokens[split] = sum(f["tokens"] for f in files)
             if len(files) == 1:                            # the usual case: one file a split, with a plain name
-                os.rename(self._path(files[0]["name"]), self._path(split + ".bin"))
-                files[0]["name"] = split + ".bin"
-        write_json(self._path("meta.json"), self.meta | {"files": self.files})
+                os.rename(self.partial / files[0]["name"], self.partial / f"{split}.bin")
+                files[0]["name"] = f"{split}.bin"
+        write_json(self.partial / "meta.json", self.meta | {"files": self.files})
         os.rename(self.partial, self.out)                  # fails if someone filled OUT meanwhile
         os.remove(os.path.join(self.out, "progress.json"))
-        return tokens
+        return {split: sum(f["tokens"] for f in self.files if f["split"] == split) for split in ("train", "val")}
 
 
 def make_maze(name, out=None):
@@ -379,10 +374,6 @@ def read_documents(path, separator="", by_line=False, field="text", errors="stri
     in it. Other: text, cut at `separator`, or at each line. `file`: the open (binary) file, in an archive.
     """
     name, inner = os.path.basename(path).lower(), (separator, by_line, field, errors)
-    if name.endswith(".parquet"):
-        for batch in optional("pyarrow.parquet", path).ParquetFile(file or path).iter_batches(256, columns=[field]):
-            yield from ((path, text, True) for text in batch.column(0).to_pylist())
-        return
     with file or open(path, "rb") as f:
         if name.endswith((".gz", ".tgz", ".xz")):
             f = (lzma.open if name.endswith(".xz") else gzip.open)(f)
@@ -394,6 +385,9 @@ def read_documents(path, separator="", by_line=False, field="text", errors="stri
                     yield from read_documents(member.name, *inner, file=archive.extractfile(member))
             if f.tell() < archive.offset + tarfile.BLOCKSIZE:                  # tarfile itself takes this for the end
                 raise EOFError("the archive ends within a header")
+        elif name.endswith(".parquet"):
+            for batch in optional("pyarrow.parquet", path).ParquetFile(f).iter_batches(256, columns=[field]):
+                yield from ((path, text, True) for text in batch.column(0).to_pylist())
         elif name.endswith((".jsonl", ".json")):
             yield from ((path, json.loads(line)[field], True) for line in f if line.strip())
         else:
@@ -705,10 +699,10 @@ def foreign(path):
     """A shard without meta.json: llm.c's and modded-nanogpt's begin with a header, nanoGPT's have none."""
     size, head = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=3)
     offset, tokens = 0, size // 2
-    if size >= HEADER_BYTES and head[0] == HEADER_MAGIC:
+    if size >= 1024 and head[0] == 20240520:               # 256 int32, of these: magic number, version, tokens
         if head[1] != 1:
             raise BadInput(f"{path} has version {head[1]} of llm.c's shard format: only version 1 (uint16) is read")
-        offset, tokens = HEADER_BYTES, int(head[2])
+        offset, tokens = 1024, int(head[2])
     elif size % 2:
         raise BadInput(f"{path} has {size} bytes, an odd number: not uint16 ids, or truncated")
     return dict(path=path, split="val" if "val" in os.path.basename(path) else "train", tokens=tokens, offset=offset)
@@ -718,9 +712,7 @@ def verify(path):
     """Check a whole dataset: sizes, sha256 of every file, every id. Prints a line per file; raises BadInput."""
     meta, files = read_meta(path)
     for f in files:
-        with open(f["path"], "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if f.get("sha256", digest) != digest:
+        if "sha256" in f and sha256(f["path"]) != f["sha256"]:
             raise BadInput(f"{f['path']} does not have the sha256 that meta.json names: prepare the data again")
         if (top := f["ids"].max(initial=0)) >= meta["vocab_size"]:
             raise BadInput(f"{f['path']} holds token id {top}, but the vocabulary has {meta['vocab_size']}")
@@ -728,6 +720,7 @@ def verify(path):
 
 
 def main():
+    makers = dict(text=make_text, openwebtext=make_openwebtext, lm1b=make_lm1b, zeroshot=make_zeroshot)
     parser = Parser(description="Make, and check, datasets of token shards.")
     sub = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
     p = {name: sub.add_parser(name, help=what) for name, what in dict(
@@ -736,9 +729,9 @@ def main():
         verify="check sizes, hashes and ids of a dataset").items()}
     p["verify"].add_argument("path", help="its folder")
     p["zeroshot"].add_argument("name", choices=ZEROSHOT, help="which set")
-    for name in ("maze", "maze_skewed", "text", "openwebtext", "lm1b", "zeroshot"):
+    for name in ("maze", "maze_skewed", *makers):
         p[name].add_argument("--out", required=name == "text", help="folder to write; by default data/ and the name")
-    for name in ("text", "openwebtext", "lm1b", "zeroshot"):
+    for name in makers:
         p[name].add_argument("--files", nargs="+", required=name == "text", help="text, .jsonl, .parquet, .csv, .tar "
                              "of these, .gz or .xz of these, or folders of these, in this order; without, --hub")
         if name != "text":
@@ -761,7 +754,7 @@ def main():
     if args.what.startswith("maze"):
         return make_maze(args.what, args.out)
     try:
-        dict(text=make_text, openwebtext=make_openwebtext, lm1b=make_lm1b, zeroshot=make_zeroshot)[args.what](args)
+        makers[args.what](args)
     except BadInput:                                       # what has no committed part cannot be continued
         partial = os.path.normpath(args.out) + ".partial"
         if not os.path.exists(os.path.join(partial, "progress.json")):

@@ -7,8 +7,7 @@ Blocks of K tokens: autoregressive over blocks, masked diffusion inside one,
 K = L is MDLM, K = 1 an AR model. What blocks add: text of any length, a KV cache of the clean blocks, a noise level for
 each block. What they cost: a training row is seen twice, noised and clean, in one pass over [z ; x].
 
-Shapes: B batch, L length of a training row, K block size, n_blocks = L / K, T length of a sample, V vocabulary, D
-width.
+Shapes: B batch, L length of a row, K block size, n_blocks = L / K, T length of a sample, V vocabulary, D width.
 """
 import math
 from functools import lru_cache, partial
@@ -48,41 +47,31 @@ def training_mask(length, block_size, device, sparse=False):
     return rule(None, None, i[:, None], i)
 
 
-def block_causal(first, queries, keys_from, block_size, window, device):
-    """Queries at positions first .. first + queries - 1, keys from `keys_from` up to the last of them: a block sees
-    itself and the blocks before it, `window` positions in all. -> bool [queries, keys].
-    """
-    q = torch.arange(first, first + queries, device=device)[:, None] // block_size
-    k = torch.arange(keys_from, first + queries, device=device) // block_size
-    return (k <= q) & (k > q - window // block_size)
-
-
 class BlockCache(KVCache):
-    """Keys and values of the clean blocks that later ones see, `window` positions less a block: for any sample length.
+    """Keys and values of the clean tokens that a block sees, the last `reach` before it: for any sample length.
 
     `length` positions have gone in, the buffer holds those from `start` on. `rows`: the rows of the batch that the
-    network is being called for, None for all.
+    network is being called for, None for all. `last`: hidden states of the last clean token, for `shift`.
     """
 
-    def __init__(self, model, batch, block_size, window, size):
+    def __init__(self, model, batch, size, reach):
         super().__init__(model, batch, size)
-        self.block_size, self.window, self.start, self.rows, self.last = block_size, window, 0, None, None
+        self.reach, self.start, self.rows, self.last = reach, 0, None, None
 
     def make_room(self, n):
         """Before n more positions go in: forget what no block to come sees, if the buffer is full."""
-        self.seen_from = max(self.start, self.length + self.block_size - self.window)
+        self.seen_from = max(self.start, self.length - self.reach)
         if self.length + n - self.start > self.kv.shape[4]:
             kept = self.kv[:, :, :, :, self.seen_from - self.start:self.length - self.start].clone()
             self.kv[:, :, :, :, :kept.shape[4]] = kept
             self.start = self.seen_from
 
     def update(self, layer, k, v):
-        a, c = self.length - self.start, self.seen_from - self.start
-        b = a + k.shape[2]
-        kv = self.kv[layer, :, :, :, c:b]                      # (2, B, H, keys, D/H)
+        a, held = self.seen_from - self.start, self.length - self.seen_from
+        kv = self.kv[layer, :, :, :, a:a + held + k.shape[2]]  # (2, B, H, keys, D/H)
         if self.rows is not None:
             kv = kv[:, self.rows]                              # a copy: only a call for all rows leaves anything behind
-        kv[0, :, :, a - c:], kv[1, :, :, a - c:] = k, v
+        kv[0, :, :, held:], kv[1, :, :, held:] = k, v
         return kv[0], kv[1]
 
 
@@ -110,12 +99,11 @@ def clipped_mask(t, length, clip, generator=None):
     n[0] -= 1                                                                                    # (n_blocks, 1): BOS
     m = torch.arange(K + 1, device=t.device).double()                                            # (K + 1)
     p = t.double()[:, :, None]
-    choose = torch.lgamma(n + 1) - torch.lgamma(m + 1) - torch.lgamma((n - m).clamp(min=0) + 1)
-    logp = choose + torch.special.xlogy(m, p) + torch.special.xlog1py((n - m).clamp(min=0), -p)
-    logp = logp.masked_fill(m > n, -math.inf)                                                    # (B, n_blocks, K + 1)
-    low, high = clip[0] * (clip[0] > T_MIN) - 1e-9, clip[1] + 1e-9
-    fits = (m / n.clamp(min=1) >= low) & (m / n.clamp(min=1) <= high) & (m <= n)
-    logp = logp.masked_fill(~fits & fits.any(-1, keepdim=True), -math.inf)
+    rest, share, possible = (n - m).clamp(min=0), m / n.clamp(min=1), m <= n                     # (n_blocks, K + 1)
+    choose = torch.lgamma(n + 1) - torch.lgamma(m + 1) - torch.lgamma(rest + 1)
+    logp = choose + torch.special.xlogy(m, p) + torch.special.xlog1py(rest, -p)                  # (B, n_blocks, K + 1)
+    fits = possible & (share >= clip[0] * (clip[0] > T_MIN) - 1e-9) & (share <= clip[1] + 1e-9)
+    logp = logp.masked_fill(~torch.where(fits.any(-1, keepdim=True), fits, possible), -math.inf)
     count = (logp + sample_gumbel(logp.shape, generator, t.device)).argmax(-1, keepdim=True)     # (B, n_blocks, 1)
     u = torch.rand(B, length, generator=generator, device=t.device, dtype=torch.float64)
     u[:, 0] = 2
@@ -178,10 +166,11 @@ class BD3LM(MDLM):
         noised block after them, z [b, K], g [b, K, D] -> its hidden states [b, K, D]. The clean ones stay in the cache.
         """
         n, K = before.shape[1], self.block_size
-        h = torch.cat([self.transformer.embed(before), self.embed(z, g)], 1) if n else self.embed(z, g)
+        h = torch.cat([self.transformer.embed(before), self.embed(z, g)], 1)                           # (b, n + K, D)
         cache.make_room(n + K)
-        mask = block_causal(cache.length, n + K, cache.seen_from, K, self.length, z.device) if n else None
-        h = self.transformer(h, cache, mask=mask)
+        block = torch.arange(cache.seen_from, cache.length + n + K, device=z.device) // K              # of the keys
+        query = block[-(n + K):, None]                        # sees its own block and those before it, L positions
+        h = self.transformer(h, cache, mask=(block <= query) & (block > query - self.n_blocks) if n else None)
         cache.length -= K                                     # the noised block leaves the cache again
         if self.shift:
             if n:
@@ -191,7 +180,7 @@ class BD3LM(MDLM):
         return h[:, -K:]
 
     def new_cache(self, batch, size):
-        return BlockCache(self.transformer, batch, self.block_size, self.length, size)
+        return BlockCache(self.transformer, batch, size, self.length - self.block_size)
 
     @torch.no_grad()
     def generate(self, tokens, steps, sampler="ancestral", order="random", tau=1.0, top_p=1.0, greedy=False,
@@ -212,15 +201,15 @@ class BD3LM(MDLM):
             raise ValueError(f"a given text must fit into the window of {self.length} tokens")
         end = int((masked * (position + 1)).max())             # nothing is drawn beyond
         end += -end % K
-        x, nfe = tokens, torch.zeros(len(tokens), dtype=torch.long, device=device)
-        if (extra := max(0, end - T)):                         # whole blocks; what is drawn beyond T is cut off
-            last = masked[:, end - K:].any(1, keepdim=True)
-            x = torch.cat([x, torch.where(last, self.mask_id, self.bos).expand(-1, extra)], 1)
-            if noise is not None:
-                noise = torch.cat([noise, sample_gumbel((len(x), extra, self.mask_id), generator, device)], 1)
-            if reveal is not None:
-                reveal = torch.cat([reveal, reveal[:, end - K:].amax(1, keepdim=True).expand(-1, extra)], 1)
-        x, alive = x.clone(), torch.arange(len(x), device=device)                          # rows that have not ended
+        extra = max(0, end - T)                                # whole blocks; what is drawn beyond T is cut off
+        last = masked[:, end - K:].any(1, keepdim=True)
+        x = torch.cat([tokens, torch.where(last, self.mask_id, self.bos).expand(-1, extra)], 1)
+        if noise is not None:
+            noise = torch.cat([noise, sample_gumbel((len(x), extra, self.mask_id), generator, device)], 1)
+        if reveal is not None:
+            reveal = torch.cat([reveal, reveal[:, end - K:].amax(1, keepdim=True).expand(-1, extra)], 1)
+        nfe = torch.zeros(len(x), dtype=torch.long, device=device)
+        alive = torch.arange(len(x), device=device)            # rows that have not ended
         cache = self.new_cache(len(x), min(end, 2 * self.length + K)) if cached else None
         for a in range(0, end, K):
             block = x[alive, a:a + K]                                                                         # (b, K)
@@ -228,31 +217,26 @@ class BD3LM(MDLM):
             if not masked.any():
                 continue
             noise_now = None if noise is None else noise[alive, a:a + K]
-            g = self.embed_noise(masked, tau, noise_now, generator)
+            g = self.noise_source(masked, tau, noise_now, resample_noise, generator)
             step = (reveal[alive, a:a + K] * masked if reveal is not None else
                     reveal_steps(masked, steps, sampler, order, generator))
 
             def hidden(z, rows):
-                g_now = self.embed_noise(masked, tau, None, generator) if resample_noise else g
                 if not cached:
-                    return self.call(self.new_cache(len(z), a + K), x[alive[rows], :a], z,
-                                     None if g_now is None else g_now[rows])
+                    return self.call(self.new_cache(len(z), a + K), x[alive[rows], :a], z, g(rows))
                 if cache.length < a:                           # the first call for this block: all rows
                     cache.rows = None
-                    return self.call(cache, x[alive, cache.length:a], block, g_now)[rows]
+                    return self.call(cache, x[alive, cache.length:a], block, g(slice(None)))[rows]
                 cache.rows = rows if len(rows) < len(alive) else None
-                return self.call(cache, x[alive[rows], :0], z, None if g_now is None else g_now[rows])
+                return self.call(cache, x[alive[rows], :0], z, g(rows))
             new, calls = unmask(block, step, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
             x[alive, a:a + K] = new
             nfe[alive] += calls
-            if stop_at_eos and (ended := (masked & (new == self.bos)).any(1)).any():
-                after = (masked & (new == self.bos)).cumsum(1).bool()
+            after = (masked & (new == self.bos)).cumsum(1).bool()                        # from the first drawn EOS on
+            if stop_at_eos and (ended := after[:, -1]).any():
                 x[alive, a:a + K] = torch.where(masked & after, self.bos, new)
-                gone = alive[ended]
+                gone, alive = alive[ended], alive[~ended]
                 x[gone] = x[gone].masked_fill(x[gone] == self.mask_id, self.bos)
-                alive = alive[~ended]
-                if not len(alive):
-                    break
                 if cached:
                     cache.batch_select_indices(~ended)
         return x[:, :T], nfe

@@ -55,9 +55,7 @@ class KVCache:
         self.kv = self.kv[:, :, rows]
 
 
-@lru_cache
-def compiled_flex():
-    return torch.compile(flex_attention)                   # uncompiled, it would hold all attention scores
+compiled_flex = lru_cache(lambda: torch.compile(flex_attention))      # uncompiled, it would hold all attention scores
 
 
 def rope_tables(positions, head_dim):
@@ -208,8 +206,7 @@ def reveal_steps(masked, steps, sampler="ancestral", order="random", generator=N
     if sampler != "fixed" and order != "random":
         raise ValueError(f"sampler {sampler!r} reveals at random: order {order!r} goes with sampler 'fixed'")
     if sampler == "ancestral":
-        step = torch.randint(1, steps + 1, masked.shape, generator=generator, device=masked.device)
-        return step * masked
+        return torch.randint(1, steps + 1, masked.shape, generator=generator, device=masked.device) * masked
     key = torch.rand(masked.shape, generator=generator, device=masked.device, dtype=torch.float64)
     if order == "left_to_right":
         key = torch.arange(masked.shape[1], device=masked.device).expand(masked.shape).double()
@@ -416,10 +413,12 @@ class MDLM(nn.Module):
         Noise is tau * Gumbel(0, 1), drawn once per sample and kept for all steps (`resample_noise`: anew at each).
         `noise` [B, L, V] and `reveal` [B, L] (see `reveal_steps`) replace the draws. Given tokens are never changed.
         """
-        hidden = self._noisy_hidden(tokens, tau, top_p, noise, resample_noise, generator)
+        self.check_sampling(tokens, tau, top_p, noise, resample_noise)
         masked = tokens == self.mask_id
+        g = self.noise_source(masked, tau, noise, resample_noise, generator)
         step = reveal_steps(masked, steps, sampler, order, generator) if reveal is None else reveal * masked
-        return unmask(tokens, step, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
+        return unmask(tokens, step, self.mask_id, lambda x, rows: self.hidden(x, g(rows)), self.logits, order, top_p,
+                      greedy, generator)
 
     def check_sampling(self, tokens, tau, top_p, noise, resample_noise):
         """ValueError for what a sampler cannot be given."""
@@ -437,16 +436,14 @@ class MDLM(nn.Module):
             return self.noise_embed(noise, tau)
         return scatter(masked, self.noise_embed.from_prior(int(masked.sum()), tau, generator))
 
-    def _noisy_hidden(self, tokens, tau, top_p, noise, resample_noise, generator):
-        """Checks what a sampler was given -> hidden(x, rows), one network call on rows of the batch, with its noise."""
-        self.check_sampling(tokens, tau, top_p, noise, resample_noise)
-        masked = tokens == self.mask_id
-        g = self.embed_noise(masked, tau, noise, generator)                  # (B, L, D): kept; the noise is thrown away
+    def noise_source(self, masked, tau, noise, resample, generator):
+        """-> g(rows), asked once per network call: the noise embeddings of these rows of the batch, or None."""
+        kept = self.embed_noise(masked, tau, noise, generator)               # (B, L, D); the noise is thrown away
 
-        def hidden(x, rows):
-            g_now = self.embed_noise(masked, tau, None, generator) if resample_noise else g
-            return self.hidden(x, None if g_now is None else g_now[rows])
-        return hidden
+        def g(rows):
+            now = self.embed_noise(masked, tau, None, generator) if resample else kept
+            return None if now is None else now[rows]
+        return g
 
     @torch.no_grad()
     def generate_apd(self, tokens, verifier, ratio=0.5, max_lookahead=10, tau=1.0, top_p=1.0, greedy=False, noise=None,
@@ -458,25 +455,26 @@ class MDLM(nn.Module):
         x_i = y_i, where y_i = argmax(ratio * student logits + (1 - ratio) * AR logits + the same zeta_i). The first
         drafted token is always accepted. `greedy`: zeta = 0. The rest as in `generate`; nfe leaves out the verifier.
         """
-        hidden = self._noisy_hidden(tokens, tau, top_p, noise, resample_noise, generator)
+        self.check_sampling(tokens, tau, top_p, noise, resample_noise)
         if not 0 <= ratio <= 1 or max_lookahead < 1:
             raise ValueError(f"ratio must lie in [0, 1] and max_lookahead be at least 1, got {ratio}, {max_lookahead}")
+        g = self.noise_source(tokens == self.mask_id, tau, noise, resample_noise, generator)
         x, position = tokens.clone(), torch.arange(tokens.shape[1], device=tokens.device)
         nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)
         while len(rows := (x == self.mask_id).any(1).nonzero().squeeze(1)):
             masked = x[rows] == self.mask_id
             first = masked.int().argmax(1, keepdim=True)                                           # (b, 1)
             draft = masked & (position < first + max_lookahead)                                    # (b, L)
-            logits = self.logits(hidden(x[rows], rows)[draft]).double()               # (N, V), N <= b * max_lookahead
+            logits = self.logits(self.hidden(x[rows], g(rows))[draft]).double()       # (N, V), N <= b * max_lookahead
             if top_p < 1:
                 logits = nucleus(logits, top_p)
             zeta = 0 if greedy else sample_gumbel(logits.shape, generator, x.device)
             new = (logits + zeta).argmax(-1)
             filled = x[rows].masked_scatter(draft, new)
             end = int(draft.nonzero()[:, 1].max())
-            before = draft[:, 1:end + 1]                      # causal: what stands beyond a row's draft does not matter
-            ar = verifier.logits(verifier.hidden(filled[:, :end].masked_fill(filled[:, :end] == self.mask_id,
-                                                                             self.bos))[before])
+            text = filled[:, :end]                            # what stands beyond a row's draft does not matter: causal
+            h = verifier.hidden(text.masked_fill(text == self.mask_id, self.bos))
+            ar = verifier.logits(h[draft[:, 1:end + 1]])
             target = torch.where(logits == -math.inf, logits, ratio * logits + (1 - ratio) * ar.double())
             same = torch.ones_like(draft).masked_scatter(draft, (target + zeta).argmax(-1) == new)
             same.scatter_(1, first, True)
@@ -596,12 +594,10 @@ def fold_published(src, n_heads=None):
     AR files have no adaLN. The output layer's [MASK] row is dropped: its logit is -inf.
     """
     src, settings = (src, {}) if isinstance(src, dict) else read_weights(src)
-    n_heads = n_heads or settings.get("n_heads")
-    src = {k.removeprefix("backbone."): v.float() for k, v in src.get("state_dict", src).items()
-           if not k.startswith("teacher_model.")}
+    src = {k.removeprefix("backbone."): v.float() for k, v in src.items()}
     try:
         rows, D = src["vocab_embed.embedding"].shape
-        n_heads = n_heads or D // (2 * len(src["rotary_emb.inv_freq"]))
+        n_heads = n_heads or settings.get("n_heads") or D // (2 * len(src["rotary_emb.inv_freq"]))
 
         def silu(i, x):
             return F.silu(F.linear(x, src[f"sigma_map.mlp.{i}.weight"], src[f"sigma_map.mlp.{i}.bias"]))

@@ -6,7 +6,6 @@
     python sample.py --ckpt=out/mine-mdlm --sampler=apd --verifier=out/mine-ar
     python sample.py --ckpt=gpt2-large --shards=data/gpt2-written --n=100000 --length=1024 --batch_size=64
 """
-import contextlib
 import json
 import os
 import sys
@@ -45,10 +44,10 @@ def load_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                                 # foreign files fail in a dozen ways, IndexError among them
         raise BadInput(f"{path} is not a readable checkpoint (truncated, or not a torch file): "
-                       f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
-    if not isinstance(ckpt, dict) or any(key not in ckpt for key in CHECKPOINT_KEYS):
-        raise BadInput(f"{path} is not a checkpoint of this project: it lacks "
-                       + ", ".join(k for k in CHECKPOINT_KEYS if not isinstance(ckpt, dict) or k not in ckpt))
+                       f"{(str(e) or type(e).__name__).splitlines()[0]}") from None
+    missing = [k for k in CHECKPOINT_KEYS if not isinstance(ckpt, dict) or k not in ckpt]
+    if missing:
+        raise BadInput(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
     return ckpt
 
 
@@ -81,13 +80,14 @@ def load_model(path, weights=None, device="cpu"):
                            f"{str(e).splitlines()[-1].strip()}") from None
         model.args, model.meta, model.step = ckpt["args"], ckpt["meta"], ckpt["step"]
         if isinstance(model, Medusa):
+            name = model.config["backbone"]
             try:
-                backbone, sha256 = load_backbone(model.config["backbone"], device)
+                backbone, sha256 = load_backbone(name, device)
             except BadInput as e:
-                raise BadInput(f"{path} needs its backbone {model.config['backbone']}: {e}") from None
+                raise BadInput(f"{path} needs its backbone {name}: {e}") from None
             if sha256 != model.config["sha256"]:
-                raise BadInput(f"{path} holds heads of another backbone than {model.config['backbone']} is now (its "
-                               f"weights' hash is {sha256}, the heads' {model.config['sha256']}): put that one back")
+                raise BadInput(f"{path} holds heads of another backbone than {name} is now (its weights' hash is "
+                               f"{sha256}, the heads' {model.config['sha256']}): put that one back")
             model.attach(backbone)
     model.path = path
     model.name = os.path.basename(os.path.abspath(path if not path.endswith(".pt") else os.path.dirname(path)))
@@ -103,10 +103,9 @@ def load_backbone(path, device):
 
 def load_foreign(path, weights):
     """A model that train.py did not write, described as if it had."""
-    tokenizer = None
     try:
         if path.startswith("hf:"):
-            model, tokenizer = HF(path[3:]), path
+            model = HF(path[3:])
         elif path in GPT2_SIZES:
             model = GPT2.from_pretrained(path)
         else:
@@ -114,10 +113,9 @@ def load_foreign(path, weights):
             if any(k.endswith("wte.weight") for k in state):
                 model = GPT2.from_state(state, settings)
             else:
-                names = {k.removeprefix("backbone."): k for k in state}
-                bos = len(state[names["vocab_embed.embedding"]]) - 2 if "vocab_embed.embedding" in names else 0
-                kw = dict(n_heads=settings.get("n_heads"), bos=bos, length=settings.get("model_length"))
-                if "sigma_map.mlp.0.weight" not in names:
+                ids = next((len(w) for k, w in state.items() if k.endswith("vocab_embed.embedding")), 2)
+                kw = dict(n_heads=settings.get("n_heads"), bos=ids - 2, length=settings.get("model_length"))
+                if not any(k.endswith("sigma_map.mlp.0.weight") for k in state):
                     model = teacher.load_published(state, **kw)
                 elif settings.get("block_size", kw["length"]) != kw["length"]:
                     model = bd3lm.load_published(state, settings["block_size"], inject=settings.get("inject"), **kw)
@@ -127,9 +125,9 @@ def load_foreign(path, weights):
         why = (str(e) or type(e).__name__).splitlines()[-1].strip()
         raise BadInput(f"{path} cannot be loaded: {why}") from None
     V = model.config["vocab_size"]
-    model.meta = dict(name=os.path.basename(os.path.normpath(path)),
-                      tokenizer=tokenizer or ("gpt2" if V == 50257 else "ids"), vocab_size=V,
-                      bos=model.bos, predict_bos=True, row_length=None)
+    tokenizer = path if path.startswith("hf:") else "gpt2" if V == 50257 else "ids"
+    model.meta = dict(name=os.path.basename(os.path.normpath(path)), tokenizer=tokenizer, vocab_size=V, bos=model.bos,
+                      predict_bos=True, row_length=None)
     model.args, model.step = dict(model=next((k for k, c in MODELS.items() if type(model) is c), "ar")), None
     return model
 
@@ -148,28 +146,26 @@ def generate(model, tokens, steps, tau, top_p, greedy, sampler="ancestral", orde
              length=None, generator=None, apd=None, **kw):
     """`model.generate` for any kind of model: AR models and Medusa continue the prompt and ignore what is about steps.
 
-    `apd`: a dict with `verifier`, `ratio`, `max_lookahead`, for sampler "apd". `steps` are per block for BD3-LM. `kw`:
-    what only `model.generate` knows (see `own_flags`). -> (tokens, nfe [, verifier calls]).
+    steps: per block for BD3-LM; apd: from `load_verifier`; kw: from `own_flags`. -> (tokens, nfe [, verifier calls]).
     """
-    if isinstance(model, CausalLM):
-        return model.generate(tokens, length, tau=tau, top_p=top_p, greedy=greedy, generator=generator)
+    kw |= dict(tau=tau, top_p=top_p, generator=generator)
     if isinstance(model, Medusa):
-        return model.generate(tokens, length, tau, top_p, generator=generator,
-                              **kw | ({"accept": "greedy"} if greedy else {}))
+        return model.generate(tokens, length, **kw | ({"accept": "greedy"} if greedy else {}))
+    if isinstance(model, CausalLM):
+        return model.generate(tokens, length, greedy=greedy, **kw)
+    kw |= dict(greedy=greedy, resample_noise=resample_noise)
     if sampler == "apd":
-        return model.generate_apd(tokens, **apd, tau=tau, top_p=top_p, greedy=greedy, resample_noise=resample_noise,
-                                  generator=generator)
-    return model.generate(tokens, steps, sampler, order, tau=tau, top_p=top_p, greedy=greedy,
-                          resample_noise=resample_noise, generator=generator, **kw)
+        return model.generate_apd(tokens, **apd, **kw)
+    return model.generate(tokens, steps, sampler, order, **kw)
 
 
 def own_flags(model, args):
     """The arguments of `model.generate` that not all models have, from the flags."""
+    cached = not getattr(args, "no_cache", False)
     if isinstance(model, Medusa):
-        return dict(accept=args.accept, epsilon=args.epsilon, delta=args.delta,
-                    cached=not getattr(args, "no_cache", False))
+        return dict(accept=args.accept, epsilon=args.epsilon, delta=args.delta, cached=cached)
     if isinstance(model, BD3LM):
-        return dict(stop_at_eos=getattr(args, "stop_at_eos", False), cached=not getattr(args, "no_cache", False))
+        return dict(stop_at_eos=getattr(args, "stop_at_eos", False), cached=cached)
     return {}
 
 
@@ -180,13 +176,11 @@ def sampling_flags(parser):
                        help="fixed: the same number of tokens a step; apd: left to right, checked by --verifier")
     group.add_argument("--order", choices=ORDERS, default="random", help="another than random needs --sampler=fixed")
     group.add_argument("--verifier", help="apd: AR checkpoint or gpt2[-medium|-large|-xl] of the same vocabulary")
-    group.add_argument("--apd_ratio", type=number(float, 0, 1), default=0.5,
-                       help="apd: R, the weight of the student's logits against the verifier's")
+    group.add_argument("--apd_ratio", type=number(float, 0, 1), default=0.5, help="apd: weight of student logits")
     group.add_argument("--max_lookahead", type=number(int, 1), default=10, help="apd: tokens drafted at once")
     group.add_argument("--tau", type=number(float, above=0), help="noise temperature (AR: the sampling temperature); "
                        "default 1, and 0.85 for a student with noise on text, as the authors released it")
-    group.add_argument("--top_p", type=number(float, above=0, high=1),
-                       help="nucleus; default 0.9 on text, 1 on the maze")
+    group.add_argument("--top_p", type=number(float, above=0, high=1), help="nucleus; default 0.9, 1 on the maze")
     loading_flags(group)
 
 
@@ -209,8 +203,7 @@ def medusa_flags(parser, several=False):
 def loading_flags(group):
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed and flags: same result")
     group.add_argument("--weights", choices=["ema", "raw"], help="default: EMA, where a file has both")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-                       help="auto: bfloat16 on CUDA")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 on CUDA")
 
 
 def resolve_sampling(args, model):
@@ -220,8 +213,7 @@ def resolve_sampling(args, model):
     tau = args.tau if args.tau is not None else 0.85 if text and noisy else 1.0
     top_p = args.top_p if args.top_p is not None else 0.9 if text else 1.0
     if args.order != "random" and args.sampler != "fixed":
-        raise BadInput(f"--order={args.order} needs --sampler=fixed: the other samplers reveal at random or, apd, left "
-                       "to right")
+        raise BadInput(f"--order={args.order} needs --sampler=fixed: others reveal at random or, apd, left to right")
     return tau, top_p
 
 
@@ -264,40 +256,31 @@ def load_ar(flag, path, meta, length, device="cpu"):
         raise BadInput(f"{flag}={path} is a {model.args['model']} checkpoint: it must be one of --model=ar")
     check_vocabulary(f"{flag}={path}", model, meta)
     if length is not None and length > model.length:
-        raise BadInput(f"{flag}={path} was trained on rows of {model.length} tokens: "
-                       f"use --length={model.length} or less")
+        raise BadInput(f"{flag}={path} has rows of {model.length} tokens: use --length={model.length} or less")
     return model
 
 
 def start_tokens(model, tokenizer, prompt, infill, length):
     """One row to start from: [BOS] + prompt (+ [MASK]s), or the infill text with its [MASK]s. -> LongTensor [1, *]."""
-    def encode(text):
-        return tokenizer.encode([text])[0].tolist()
-    prompted = isinstance(model, PROMPTED)
+    flag, parts = ("--prompt", [prompt]) if infill is None else ("--infill", infill.split("[MASK]"))
+    prompted, mask = isinstance(model, PROMPTED), model.config["vocab_size"]
+    if prompted and infill is not None:
+        raise BadInput("--infill needs a masked model: AR models and Medusa only continue a --prompt")
     try:
-        if infill is not None:
-            if prompted:
-                raise BadInput("--infill needs a masked model: AR models and Medusa only continue a --prompt")
-            ids = []
-            for i, part in enumerate(infill.split("[MASK]")):
-                ids += [model.mask_id] * (i > 0) + encode(part)
-        else:
-            ids = encode(prompt)
-        if ids and max(ids) > model.config["vocab_size"]:
+        ids, *rest = [part.tolist() for part in tokenizer.encode(parts)]
+        for part in rest:
+            ids += [mask] + part
+        if max(ids, default=0) > mask:
             raise ValueError
-    except (ValueError, OverflowError):
-        raise BadInput("prompts of this model are made of " + (
-            "U D L R and . (PAD)" if tokenizer.name == "maze" else f"ids below {model.config['vocab_size']}")) from None
-    flag = "--infill" if infill is not None else "--prompt"
+    except (ValueError, OverflowError):                    # of numbers, for a checkpoint that names no tokenizer
+        raise BadInput(f"prompts of this model are made of ids below {mask}") from None
     if len(ids) + 1 > length:
         raise BadInput(f"{flag} has {len(ids)} tokens, but a sample of this model has at most {length - 1}: shorten it")
-    given = max(len(list(run)) for masked, run in groupby([model.bos] + ids, lambda i: i == model.config["vocab_size"])
-                if not masked)
+    given = max(len(list(run)) for masked, run in groupby([model.bos] + ids, lambda i: i == mask) if not masked)
     if given > model.length:                               # BD3-LM, whose samples may be longer
-        raise BadInput(f"{flag} has {given - 1} tokens in a row, but this model's window has {model.length}: "
-                       "shorten it")
-    if not prompted:
-        ids += [model.mask_id] * (length - 1 - len(ids)) if infill is None or tokenizer.name == "maze" else []
+        raise BadInput(f"{flag} has {given - 1} tokens in a row, but the model's window has {model.length}: shorten it")
+    if not prompted and (infill is None or tokenizer.name == "maze"):
+        ids += [mask] * (length - 1 - len(ids))
     return torch.tensor([[model.bos] + ids])
 
 
@@ -308,12 +291,12 @@ def torch_seed(*key):
 
 def entropy(ids):
     """Unigram entropy of token ids in nats: repetition shows as a low value."""
-    _, count = np.unique(np.asarray(ids), return_counts=True)
+    count = np.unique(ids, return_counts=True)[1]
     p = count / count.sum()
     return float(-(p * np.log(p)).sum())
 
 
-def write_shards(model, args, device, autocast):
+def write_shards(model, args, length, device, autocast):
     """Sequential extraction: n rows of the AR model's own text, drawn at tau 1 and top_p 1, as a dataset for training.
 
     The noise is not stored: given these rows, parallel extraction redraws it with exactly the law it had (Section 4.1).
@@ -326,27 +309,26 @@ def write_shards(model, args, device, autocast):
             raise BadInput(f"--shards draws at --{flag}=1: only so is the noise that is extracted later the true one")
     if args.prompt or args.greedy or args.out or args.infill is not None:
         raise BadInput("--shards goes with none of --prompt, --infill, --greedy, --out")
-    length = args.length or min(model.length, 1024)
-    held = max(1, round(0.02 * args.n))
     if args.n < 2:
         raise BadInput("--n must be at least 2 with --shards: a row for each of train and val")
-    name = os.path.basename(os.path.normpath(args.shards))
+    held = max(1, round(0.02 * args.n))
     key = {k: getattr(args, k) for k in ("ckpt", "n", "batch_size", "length", "seed", "weights", "dtype")}
-    writer = Writer(args.shards, dict(name=name, **{k: model.meta[k] for k in (
-        "tokenizer", "vocab_size", "bos", "predict_bos")}, row_length=length - 1), key | {"step": model.step})
-    began, first = time.time(), writer.done
-    with tqdm(total=args.n, initial=first, unit="row", desc=args.shards) as bar:
-        while (done := writer.done) < args.n:
-            b = min(args.batch_size, args.n - done)
-            generator = torch.Generator(device).manual_seed(torch_seed(args.seed, done))
-            with autocast:
-                tokens, _ = model.generate(torch.full((b, 1), model.bos, device=device), length, generator=generator)
-            rows = tokens[:, 1:].cpu().numpy()
-            for split, part in (("val", rows[:max(0, held - done)]), ("train", rows[max(0, held - done):])):
-                writer.write(split, part.ravel())
-            writer.commit(done + b)
-            bar.update(b)
-            bar.set_postfix(tokens_per_s=f"{(writer.done - first) * (length - 1) / (time.time() - began):,.0f}")
+    meta = dict(name=os.path.basename(os.path.normpath(args.shards)), row_length=length - 1,
+                **{k: model.meta[k] for k in ("tokenizer", "vocab_size", "bos", "predict_bos")})
+    writer = Writer(args.shards, meta, key | {"step": model.step})
+    bar, began, first = tqdm(total=args.n, initial=writer.done, unit="row", desc=args.shards), time.time(), writer.done
+    for done in range(first, args.n, args.batch_size):
+        b = min(args.batch_size, args.n - done)
+        generator = torch.Generator(device).manual_seed(torch_seed(args.seed, done))
+        with autocast:
+            tokens, _ = model.generate(torch.full((b, 1), model.bos, device=device), length, generator=generator)
+        val, train = np.split(tokens[:, 1:].cpu().numpy(), [max(0, held - done)])
+        writer.write("val", val.ravel())
+        writer.write("train", train.ravel())
+        writer.commit(done + b)
+        bar.update(b)
+        bar.set_postfix(tokens_per_s=f"{(writer.done - first) * (length - 1) / (time.time() - began):,.0f}")
+    bar.close()
     writer.finish()
     print(f"{args.shards}: {args.n} rows of {length - 1} tokens by {model.name}, {held} of them for validation",
           file=sys.stderr)
@@ -354,21 +336,18 @@ def write_shards(model, args, device, autocast):
 
 def main():
     parser = Parser(description="Draw samples from a checkpoint.")
-    parser.add_argument("--ckpt", required=True, help="checkpoint or its run directory, gpt2[-medium|-large|-xl], "
-                        "hf:NAME, or a published .ckpt or folder")
+    parser.add_argument("--ckpt", required=True,
+                        help="checkpoint, run directory, gpt2[-medium|-large|-xl], hf:NAME, published .ckpt or folder")
     parser.add_argument("--n", type=number(int, 1), default=4, help="number of samples")
     parser.add_argument("--batch_size", type=number(int, 1), default=16, help="samples drawn at once")
-    parser.add_argument("--steps", type=number(int, 1),
-                        help="steps of a masked model (BD3-LM: per block); default: as many as tokens")
+    parser.add_argument("--steps", type=number(int, 1), help="per sample (BD3-LM: per block); default: one per token")
     parser.add_argument("--prompt", default="", help="text that every sample begins with")
     parser.add_argument("--infill", help="text with [MASK] where a token is to be filled in")
-    parser.add_argument("--length", type=number(int, 2),
-                        help="tokens of a sample, BOS included; at most the model's, any number with BD3-LM")
+    parser.add_argument("--length", type=number(int, 2), help="tokens of a sample, with BOS; any number with BD3-LM")
     parser.add_argument("--greedy", action="store_true", help="argmax instead of a draw: the natural choice with noise")
     parser.add_argument("--resample_noise", action="store_true", help="draw the noise anew at each step")
     parser.add_argument("--stop_at_eos", action="store_true", help="BD3-LM: a sample ends with its first EOS")
-    parser.add_argument("--no_cache", action="store_true",
-                        help="BD3-LM, Medusa: compute all of the clean text again at each call, to compare")
+    parser.add_argument("--no_cache", action="store_true", help="BD3-LM, Medusa: no KV cache, to compare")
     parser.add_argument("--out", help="also write the samples to this .jsonl file")
     parser.add_argument("--shards", help="write n rows of an AR model's text to this folder, as a dataset to train on")
     sampling_flags(parser)
@@ -379,16 +358,17 @@ def main():
         raise BadInput("--prompt and --infill exclude each other: begin the --infill text with the prompt")
     if args.out:
         check_output("--out", args.out, fresh=True)
-    device, _, autocast = device_and_dtype(args.dtype)
+    exact = args.shards and args.dtype == "auto"           # a teacher's text: bf16 only if it is asked for
+    device, _, autocast = device_and_dtype("float32" if exact else args.dtype)
     model = load_model(args.ckpt, args.weights, device)
     own, blocks = own_flags(model, args), isinstance(model, BD3LM)
     if args.stop_at_eos and not blocks or args.no_cache and not own:
         raise BadInput("--stop_at_eos is for BD3-LM, --no_cache for it and Medusa: leave them out for this model")
     if args.length and args.length > model.length and not blocks:
         raise BadInput(f"--length={args.length} is more than the {model.length} tokens that this model was trained on")
-    if args.shards:                                        # exact by default: bf16 only if it is asked for
-        return write_shards(model, args, device, autocast if args.dtype != "auto" else contextlib.nullcontext())
     length = args.length or min(model.length, 1024)
+    if args.shards:
+        return write_shards(model, args, length, device, autocast)
     tau, top_p = resolve_sampling(args, model)
     if args.sampler == "apd" and isinstance(model, CausalLM):
         raise BadInput("--sampler=apd needs a masked model to draft: --ckpt is an AR model")
@@ -396,28 +376,27 @@ def main():
     tokenizer = Tokenizer(model.meta["tokenizer"], model.config["vocab_size"])
     start = start_tokens(model, tokenizer, args.prompt, args.infill, length).to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    began, done = time.time(), 0
-    out = open(args.out, "w") if args.out else None
-    with tqdm(total=args.n, unit="sample", disable=args.n <= args.batch_size) as bar:
-        while done < args.n:
-            b = min(args.batch_size, args.n - done)
-            with autocast:
-                tokens, nfe, *checks = generate(
-                    model, start.expand(b, -1), args.steps or (model.block_size if blocks else length), tau, top_p,
-                    args.greedy, args.sampler, args.order, args.resample_noise, length, generator, apd, **own)
-            for i, row in enumerate(tokens[:, 1:].tolist()):
-                while args.stop_at_eos and row[-2:] == [model.bos] * 2:                # one EOS is enough to print
-                    row.pop()
-                text = tokenizer.decode(row)
-                facts = dict(nfe=int(nfe[i])) | ({"verifier_calls": int(checks[0][i])} if checks else {})
-                if tokenizer.name != "maze":
-                    facts["entropy"] = round(entropy(row), 3)
-                print(f"--- sample {done}, {', '.join(f'{k} {v}' for k, v in facts.items())}\n"
-                      f"{draw_maze(row) if tokenizer.name == 'maze' else text}")
-                if out:
-                    out.write(json.dumps(dict(text=text, tokens=row) | facts) + "\n")
-                done += 1
-            bar.update(b)
+    steps, maze, began = args.steps or getattr(model, "block_size", length), tokenizer.name == "maze", time.time()
+    out = open(args.out, "w", buffering=1) if args.out else None          # by line: an interrupted run loses none
+    bar = tqdm(total=args.n, unit="sample", disable=args.n <= args.batch_size)
+    for done in range(0, args.n, args.batch_size):
+        with autocast:
+            tokens, *counts = generate(
+                model, start.expand(min(args.batch_size, args.n - done), -1), steps, tau, top_p, args.greedy,
+                args.sampler, args.order, args.resample_noise, length, generator, apd, **own)
+        for i, row in enumerate(tokens[:, 1:].tolist()):
+            while args.stop_at_eos and row[-2:] == [model.bos] * 2:                    # one EOS is enough to print
+                row.pop()
+            text = tokenizer.decode(row)
+            facts = {name: int(calls[i]) for name, calls in zip(("nfe", "verifier_calls"), counts)}
+            if not maze:
+                facts["entropy"] = round(entropy(row), 3)
+            print(f"--- sample {done + i},", ", ".join(f"{k} {v}" for k, v in facts.items()))
+            print(draw_maze(row) if maze else text)
+            if out:
+                out.write(json.dumps(dict(text=text, tokens=row) | facts) + "\n")
+        bar.update(len(tokens))
+    bar.close()
     print(f"{args.n} samples from {model.name} (step {model.step or 'unknown'}) in {time.time() - began:.1f} s: "
           f"tau {tau}, top_p {top_p}, {'greedy' if args.greedy else 'sampled'}", file=sys.stderr)
 

@@ -47,10 +47,9 @@ CODE = hashlib.sha256(b"".join(open(os.path.join(FOLDER, name + ".py"), "rb").re
 
 def git_commit():
     """The commit of this code, with + when it was changed since, or "" outside a checkout."""
-    def git(*a):
-        return subprocess.run(["git", "-C", FOLDER, *a], capture_output=True, text=True).stdout
+    describe = ["git", "-C", FOLDER, "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "-uno"))
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
 
@@ -64,40 +63,33 @@ COLUMNS = dict(model="model", decode="decode", kind="what", nfe="NFE", nfe_count
                distinct_2="distinct-2", distinct_3="distinct-3", nll="nats per token", nll_stderr="±",
                teacher_nll="teacher's nats", ppl="perplexity (bound)")
 RUN_COLUMNS = dict(n="n", seconds="seconds", precision="precision", device="device", seed="seed", git="commit")
-PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position", "recovered", "acc", "acc_stderr",
-           "acc_norm", "acc_norm_stderr"}
+PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position", "recovered", "acc", "acc_norm"}
 DIGITS = dict(tau=2, top_p=2, gen_ppl=2, gen_ppl_stderr=2, entropy=2, entropy_set=2, distinct_1=3, distinct_2=3,
               distinct_3=3, nll=3, nll_stderr=3, teacher_nll=3, ppl=2, mauve=3, mauve_std=3, calls_per_token=3,
               agreement=3, speedup=2, tokens_per_s=0, alone_tokens_per_s=0)
 
 
-def print_table(rows, columns):
-    """Flat dicts as a Markdown table, `columns` {key: title}; a column no row has is left out. Fractions become %."""
-    def cell(key, value):
+def print_table(rows, columns, digits=DIGITS):
+    """Flat dicts as a Markdown table, `columns` {key: title}; a column no row has is left out. Fractions become %. A
+    standard error (key + "_stderr") stands behind its value, unless it has a column of its own."""
+    def cell(key, value, error):
         if not isinstance(value, float):
             return "" if value is None else str(value)
-        return f"{100 * value:.1f}" if key in PERCENT else f"{value:.{DIGITS.get(key, 1)}f}"
+        values = [value] if error is None or f"{key}_stderr" in columns else [value, error]
+        return " ± ".join(f"{100 * v if key in PERCENT else v:.{digits.get(key, 1)}f}" for v in values)
     columns = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in rows)}
     print("| " + " | ".join(columns.values()) + " |\n|" + "---|" * len(columns))
     for row in rows:
-        print("| " + " | ".join(cell(key, row.get(key)) for key in columns) + " |")
-    sys.stdout.flush()
+        cells = [cell(key, row.get(key), row.get(f"{key}_stderr")) for key in columns]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def with_errors(row, keys, digits):
-    """The row for a table: "value ± standard error" in place of each of these keys' values."""
-    def text(key):
-        error = row.get(key + "_stderr")
-        return f"{row[key]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-    return row | {key: text(key) for key in keys if row.get(key) is not None}
-
-
-def report(args, rows, note, columns=COLUMNS, table=None, began=0.0, device="cpu", dtype="float32"):
+def report(args, rows, note, columns=COLUMNS, digits={}, table=None, began=0.0, device="cpu", dtype="float32"):
     """Print the rows, or a `table` made of them, with what they were measured on, and write them to args.json."""
     facts = dict(precision=dtype, device=torch.cuda.get_device_name() if device == "cuda" else device,
                  seed=args.seed, git=git_commit())
     rows = [row | facts for row in rows]
-    print_table(rows if table is None else [row | facts for row in table], columns | RUN_COLUMNS)
+    print_table(rows if table is None else [row | facts for row in table], columns | RUN_COLUMNS, DIGITS | digits)
     print("\n" + note)
     if args.json:
         meta = dict(n=args.n, seconds=round(time.time() - began, 1), **facts, args=vars(args))
@@ -164,7 +156,7 @@ def steps_of(model, length, args):
 weights_hash = functools.lru_cache(maxsize=8)(model_hash)          # seconds for a large model, and every row asks
 
 
-def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, batch=1000, start=None):
+def sample_rows(model, decode, steps, args, device, apd, length, batch, start=None):
     """n samples -> (rows [n, L - 1] without BOS, facts: their mean network calls, verifier calls, seconds of drawing).
 
     `start` [n, L]: what to fill in, default nothing but BOS. `steps` are those of a whole row: BD3-LM spreads them over
@@ -172,18 +164,19 @@ def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, ba
     """
     reference = isinstance(model, CausalLM) and model.meta["tokenizer"] == "maze"             # the teacher, as it is
     tau, top_p = (1.0, 1.0) if reference else resolve_sampling(args, model)
-    length, own = length or min(model.length, 1024), own_flags(model, args)
+    own = own_flags(model, args)
     if start is None:
-        start = torch.full((n, 1 if isinstance(model, PROMPTED) else length), getattr(model, "mask_id", model.bos))
+        start = torch.full((args.n, 1 if isinstance(model, PROMPTED) else length),
+                           getattr(model, "mask_id", model.bos))
         start[:, 0] = model.bos
-    settings = dict(decode="greedy" if greedy else "sample", steps=steps, n=n, length=length, tau=tau, top_p=top_p,
+    settings = dict(decode=decode, steps=steps, n=args.n, length=length, tau=tau, top_p=top_p,
                     sampler=args.sampler, order=args.order, seed=args.seed, batch=batch, **own, dtype=args.dtype,
                     device=torch.cuda.get_device_name() if device == "cuda" else device,
                     weights=weights_hash(model), config=model.config, code=CODE,
                     start=hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16],
                     apd=apd and dict(apd, verifier=weights_hash(apd["verifier"])))
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-    path = os.path.join(args.samples, f"{os.path.basename(model.name)}-{settings['decode']}-{steps}-{key}.jsonl")
+    path = os.path.join(args.samples, f"{os.path.basename(model.name)}-{decode}-{steps}-{key}.jsonl")
     if not os.path.exists(path):
         tokenizer = Tokenizer(model.meta["tokenizer"], model.config["vocab_size"])
         generator = torch.Generator(device).manual_seed(args.seed)
@@ -196,18 +189,18 @@ def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, ba
                            ) from None
         with f:
             f.write(json.dumps(dict(settings=dict(model=model.name, **settings))) + "\n")
-            for a in range(0, n, batch):
+            for given in start.split(batch):
                 began = time.perf_counter()
-                tokens, *nfe = generate(model, start[a:a + batch].to(device), steps // blocks(model, length), tau,
-                                        top_p, greedy, args.sampler, args.order, length=length, generator=generator,
-                                        apd=apd, **own)
-                tokens = tokens[:, 1:].cpu()               # (waits for the device)
-                seconds = (time.perf_counter() - began) / len(tokens)
-                for row, *calls in zip(tokens.tolist(), *(c.tolist() for c in nfe)):
-                    if max(row) >= model.config["vocab_size"]:
-                        raise RuntimeError(f"{model.name} left a [MASK] in a sample: a bug in its sampler")
+                tokens, *calls = generate(
+                    model, given.to(device), steps // blocks(model, length), tau, top_p, decode == "greedy",
+                    args.sampler, args.order, length=length, generator=generator, apd=apd, **own)
+                rows = tokens[:, 1:].tolist()              # (waits for the device)
+                seconds = (time.perf_counter() - began) / len(rows)
+                if tokens.max() >= model.config["vocab_size"]:
+                    raise RuntimeError(f"{model.name} left a [MASK] in a sample: a bug in its sampler")
+                for row, *counts in zip(rows, *(c.tolist() for c in calls)):
                     f.write(json.dumps(dict(text=tokenizer.decode(row), tokens=row, seconds=seconds)
-                                       | dict(zip(("nfe", "verifier_calls"), calls))) + "\n")
+                                       | dict(zip(("nfe", "verifier_calls"), counts))) + "\n")
         os.replace(part, path)
     with open(path) as f:
         kept = [json.loads(line) for line in f][1:]
@@ -219,14 +212,12 @@ def sample_rows(model, n, steps, greedy, args, device, apd=None, length=None, ba
 def maze_theory(name, n, steps, seed):
     """What a perfect noise-blind MDLM reaches at `steps` ancestral steps: the sampler with the true conditionals."""
     exact, generator = ExactDenoiser(maze_dataset(name).astype(np.int64), 5), torch.Generator().manual_seed(seed)
-    out, calls = [], 0
-    for a in range(0, n, 1000):
-        x = torch.full((min(1000, n - a), 10), 5)
-        x, nfe = unmask(x, reveal_steps(x == 5, steps, generator=generator), 5, exact.hidden, exact.logits,
-                        generator=generator)
-        out.append(x.numpy())
-        calls += int(nfe.sum())
-    return np.concatenate(out), calls / n
+    parts = []
+    for x in torch.full((n, 10), 5).split(1000):
+        parts.append(unmask(x, reveal_steps(x == 5, steps, generator=generator), 5, exact.hidden, exact.logits,
+                            generator=generator))
+    rows, calls = (torch.cat(part) for part in zip(*parts))
+    return rows.numpy(), int(calls.sum()) / n
 
 
 def validity_mass(model, device):
@@ -260,8 +251,8 @@ def maze_rows(models, args, device):
     jobs = [(m, d, k) for m in models for d in (["sample"] if isinstance(m, CausalLM) else args.decode)
             for k in steps_of(m, m.length, args)]
     rows = []
-    for model, decode, k in tqdm(jobs, desc="maze", unit="row", disable=not sys.stderr.isatty()):
-        sampled, facts = sample_rows(model, args.n, k, decode == "greedy", args, device, apd)
+    for model, decode, k in tqdm(jobs, unit="row", disable=None):
+        sampled, facts = sample_rows(model, decode, k, args, device, apd, model.length, batch=1000)
         row = dict(model="teacher" if model is teacher else model.name, decode=decode, nfe=k, **facts,
                    **maze_statistics(sampled))
         if isinstance(model, CausalLM):
@@ -293,6 +284,14 @@ def maze(args, models, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # text
 
+def by_length(samples, batch, pad):
+    """Samples (id arrays) in batches of similar lengths: yields (their indices [b], LongTensor [b, T])."""
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
+    for a in range(0, len(order), batch):
+        ids = [torch.as_tensor(np.asarray(samples[i], dtype=np.int64)) for i in order[a:a + batch]]
+        yield order[a:a + batch], torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
+
+
 @torch.no_grad()
 def judge_nll(judge, samples, device, batch=32, scored=None):
     """-log p of each sample (id arrays, without BOS) under an AR judge -> (nats [n], counted tokens [n]).
@@ -304,12 +303,8 @@ def judge_nll(judge, samples, device, batch=32, scored=None):
         raise BadInput(f"the judge knows {judge.vocab_size} ids, but a sample holds id {top}: a [MASK], or another "
                        "vocabulary")
     nll, count = np.zeros(len(samples)), np.zeros(len(samples), dtype=int)
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
-    for a in range(0, len(order), batch):
-        some = order[a:a + batch]
-        x = torch.full((len(some), 1 + len(samples[some[-1]])), judge.bos, device=device)
-        for row, i in zip(x, some):
-            row[1:1 + len(samples[i])] = torch.as_tensor(np.asarray(samples[i], dtype=np.int64))
+    for some, ids in by_length(samples, batch, judge.bos):
+        x = torch.nn.functional.pad(ids, (1, 0), value=judge.bos).to(device)
         start = done = 0                                   # row entries before `done + 1` are scored
         while done < x.shape[1] - 1:
             part = x[:, start:start + judge.length]
@@ -360,10 +355,9 @@ def text_rows(args, models, device, length, start=None):
     """For each model, decoding and number of steps: yields (facts of a table row, samples [n, length - 1])."""
     apd = load_verifier(args, models, device)
     jobs = [(m, d, k) for m in models for d in args.decode for k in steps_of(m, length, args)]
-    for model, decode, k in tqdm(jobs, unit="row", disable=not sys.stderr.isatty()):
+    for model, decode, k in tqdm(jobs, unit="row", disable=None):
         tau, top_p = resolve_sampling(args, model)
-        sampled, facts = sample_rows(model, args.n, k, decode == "greedy", args, device, apd, length,
-                                     args.batch_size, start)
+        sampled, facts = sample_rows(model, decode, k, args, device, apd, length, args.batch_size, start)
         yield dict(model=model.name, decode=decode, nfe=k, tau=tau, top_p=top_p, **facts), sampled
 
 
@@ -431,13 +425,10 @@ def infill(args, models, device):
 @torch.no_grad()
 def last_hidden(judge, samples, device, batch=32):
     """MAUVE's features: an AR model's hidden state at the last token of each sample (id arrays) -> [n, D] float32."""
-    out, order = [None] * len(samples), sorted(range(len(samples)), key=lambda i: len(samples[i]))
-    for a in range(0, len(order), batch):
-        some = order[a:a + batch]
-        ids = [torch.as_tensor(np.asarray(samples[i][:judge.length], dtype=np.int64)) for i in some]
-        h = judge.hidden(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device))
-        for i, x, row in zip(some, ids, h):
-            out[i] = row[len(x) - 1].float().cpu()
+    samples, out = [sample[:judge.length] for sample in samples], [None] * len(samples)
+    for some, ids in by_length(samples, batch, judge.bos):
+        for i, h in zip(some, judge.hidden(ids.to(device))):
+            out[i] = h[len(samples[i]) - 1].float().cpu()
     return torch.stack(out)
 
 
@@ -515,15 +506,15 @@ def nfe(args, models, device):
     for row in rows:
         line = groups.setdefault((first.get(row["model"], row["model"]), row.get("decode")), {})
         line.setdefault(row.get("nfe"), []).append(row)
-    table, points = [], []
+    table, lines = [], {}                                  # lines: label -> {nfe: (value, error)}
     for (model, decode), line in groups.items():
         runs = next(iter(line.values()))                   # a row of each seed
         label = model + f" and {len(runs) - 1} other seed{'s' * (len(runs) > 2)}" * (len(runs) > 1)
-        means = {k: scale * np.mean([r[metric] for r in rs]) for k, rs in line.items()}
-        errors = {k: scale * (np.std([r[metric] for r in rs], ddof=1) if len(rs) > 1 else rs[0][error])
-                  for k, rs in line.items()}
-        points.append((f"{label}, {decode}" if decode else label, list(line), [*means.values()], [*errors.values()]))
-        row = {k: f"{means[k]:.{digits}f} ± {errors[k]:.{digits}f}" for k in line}
+        points = lines[f"{label}, {decode}" if decode else label] = {
+            k: (scale * np.mean([r[metric] for r in rs]),
+                scale * (np.std([r[metric] for r in rs], ddof=1) if len(rs) > 1 else rs[0][error]))
+            for k, rs in line.items()}
+        row = {k: f"{value:.{digits}f} ± {spread:.{digits}f}" for k, (value, spread) in points.items()}
         if entropies := [r["entropy"] for rs in line.values() for r in rs if "entropy" in r]:
             row["entropy"] = f"{min(entropies):.2f} to {max(entropies):.2f}"
         if None in row:                                    # the data, which have no NFE
@@ -531,33 +522,31 @@ def nfe(args, models, device):
         table.append(dict(model=label, decode=decode, n=runs[0]["n"]) | row)
     steps = sorted({row["nfe"] for row in rows if row.get("nfe")})
     if args.plot:
-        plot_nfe(args.plot, points, title)
+        plot_nfe(args.plot, lines, steps, title)
     columns = dict(model=title, decode="decode") | {k: f"NFE {k}" for k in steps} | dict(entropy="entropy")
     return rows, ("±: over samples (MAUVE: over seeds of k-means), or, where there are runs of several seeds, their "
-                  "standard deviation.\n" + note), columns, table
+                  "standard deviation.\n" + note), columns, {}, table
 
 
-def plot_nfe(path, points, title):
-    """points: (label, [nfe], [value], [error]) per line, [None] for what has no NFE; written to a .png or .svg."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(figsize=(7, 4.5))
-    for label, ks, ys, errors in points:
-        if ks == [None]:
-            axes.axhline(ys[0], label=label, linestyle="--", color="gray")
+def plot_nfe(path, lines, steps, title):
+    """lines: label -> {nfe: (value, error)}, {None: ...} for what has no NFE; drawn into a .png or .svg."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    for label, line in lines.items():
+        if None in line:
+            axes.axhline(line[None][0], label=label, linestyle="--", color="gray")
         else:
-            axes.errorbar(ks, ys, errors, label=label, marker="o", capsize=2, linestyle="-:"["theory" in label])
-    ticks = sorted({k for _, ks, _, _ in points for k in ks if k})
+            axes.errorbar(list(line), *zip(*line.values()), label=label, marker="o", capsize=2,
+                          linestyle="-:"["theory" in label])
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, ticks, minor=False)
+    axes.set_xticks(steps, steps)
     axes.set(xlabel="NFE", ylabel=title, yscale="log" if title == "GenPPL" else "linear")
-    for side in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        side("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13))             # below the axes
-    fig.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(fig)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def load_teacher(args, model, meta, length, device):
@@ -594,7 +583,7 @@ def ppl(args, models, device):
         if exact := n_blocks == length:
             levels = torch.ones_like(levels)               # blocks of one token: at t = 1 the chain rule, no bound
         batches = []                                       # (its share of the rows, its nats, its teacher's)
-        for i, a in enumerate(tqdm(range(0, n, args.batch_size), desc=model.name, disable=not sys.stderr.isatty())):
+        for i, a in enumerate(tqdm(range(0, n, args.batch_size), desc=model.name, disable=None)):
             tokens = torch.from_numpy(data.rows(order[a:a + args.batch_size])).to(device)
             kw = {} if isinstance(model, CausalLM) else dict(
                 t=levels[a:a + args.batch_size].to(device), teacher=teacher,
@@ -668,17 +657,10 @@ def acceptance(args, models, device):
     order = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
     if prompt == 1:
         order = np.resize(order, args.n)                   # BOS alone: any number of samples
-
-    def timed(function, *a, **kw):                         # -> (its result, seconds)
-        began = time.perf_counter()
-        result = function(*a, **kw)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result, time.perf_counter() - began
     rows, new, kw = [], len(order) * (length - prompt), dict(length=length, tau=args.tau, top_p=args.top_p)
-    bar = tqdm(total=len(order) * len(models) * len(args.accept), unit="prompt", disable=not sys.stderr.isatty())
+    bar = tqdm(total=len(order) * len(models) * len(args.accept), unit="prompt", disable=None)
     for model, accept in itertools.product(models, args.accept):
-        counts, calls, seconds, alone = [], 0, 0.0, 0.0
+        counts, seconds, alone = [], 0.0, 0.0
         how, greedy = dict(accept=accept, epsilon=args.epsilon, delta=args.delta), accept == "greedy"
         for a in range(0, len(order), args.batch_size):
             start = torch.from_numpy(data.rows(order[a:a + args.batch_size])[:, :prompt]).to(device)
@@ -687,14 +669,17 @@ def acceptance(args, models, device):
                 xi = sample_gumbel((len(start[:8]), length, model.vocab_size), generator, device)
                 drafted = model.decode(start[:8], **kw, **how, noise=xi)[0]
                 same = (drafted == model.backbone.generate(start[:8], **kw, noise=xi, greedy=greedy)[0]).cpu()
-            (_, nfe, *drafts), took = timed(model.decode, start, **kw, **how, generator=generator)
-            seconds += took
-            alone += timed(model.backbone.generate, start, **kw, greedy=greedy, generator=generator)[1]
-            calls += int(nfe.sum())
-            counts.append([c.cpu().numpy() for c in drafts])
+            began = time.perf_counter()
+            _, *drafts = model.decode(start, **kw, **how, generator=generator)
+            counts.append([c.cpu().numpy() for c in drafts])                   # (waits for the device)
+            middle = time.perf_counter()
+            model.backbone.generate(start, **kw, greedy=greedy, generator=generator)[0].cpu()
+            seconds += middle - began
+            alone += time.perf_counter() - middle
             bar.update(len(start))
-        rows.append(dict(model=model.name, accept=accept, nfe_counted=calls / len(order), n=len(order),
-                         **acceptance_row(*(np.concatenate(c) for c in zip(*counts))), calls_per_token=calls / new,
+        calls, *drafts = (np.concatenate(c) for c in zip(*counts))
+        rows.append(dict(model=model.name, accept=accept, nfe_counted=float(calls.mean()), n=len(order),
+                         **acceptance_row(*drafts), calls_per_token=float(calls.sum() / new),
                          tokens_per_s=new / seconds, alone_tokens_per_s=new / alone, speedup=alone / seconds,
                          seconds=seconds, agreement=float(same[:, prompt:].double().mean())))
     bar.close()
@@ -714,7 +699,7 @@ def acceptance(args, models, device):
             "accepted predecessors, the accepted ones; accepted length: tokens per backbone call, in whole drafts;\n"
             "same text: of up to 8 samples, the tokens that the backbone alone writes from the same noise."
             + "\ntheory: heads without noise that know the true marginals." * maze)
-    return rows, note, columns, [with_errors(row, ["accepted_length", *heads], 3) for row in rows]
+    return rows, note, columns, dict.fromkeys(["accepted_length", *heads], 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -746,9 +731,8 @@ def main(argv=None):
             p.add_argument("--data", help="shards: " + (
                 "adds a row for their validation text" if name == "genppl" else "validation text; default: the run's"))
             p.add_argument("--batch_size", type=number(int, 1), default=32, help="rows at once")
-            most = 128 if name in ("acceptance", "infill") else 1024
-            p.add_argument("--length", type=number(int, 2), help="tokens of a row, BOS included; default: the models' "
-                           f"(the shortest, at most {most})")
+            p.add_argument("--length", type=number(int, 2), help="tokens of a row, BOS included; default: the shortest "
+                           f"of the models', at most {128 if name in ('acceptance', 'infill') else 1024}")
         if name == "ppl":
             p.add_argument("--teacher", help="of students with noise; default: the one that they were trained with")
         if name == "acceptance":

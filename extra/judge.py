@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from tqdm import tqdm
 
 from data.prepare import BadInput, Parser, check_output, number, run_main
-from evaluate import report, with_errors
+from evaluate import report
 
 CRITERIA = dict(
     clarity="is it easy to follow, does each sentence say something definite",
@@ -74,18 +74,12 @@ def parse_scores(reply):
 
 def ask(url, key, model, prompt, timeout):
     """One request. No message of an error holds the URL, a header or what the server said: a key could be in these."""
-    request = urllib.request.Request(
-        url.rstrip("/") + "/chat/completions", method="POST", headers={"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {key}"} if key else {}),
-        data=json.dumps(dict(model=model, temperature=0, messages=[dict(role="user", content=prompt)])).encode())
-    end, body = time.monotonic() + timeout, b""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    data = json.dumps(dict(model=model, temperature=0, messages=[dict(role="user", content=prompt)])).encode()
+    request = urllib.request.Request(url.rstrip("/") + "/chat/completions", data, headers)
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as answer:
-            while piece := answer.read1(1 << 16):
-                body += piece
-                if time.monotonic() > end or len(body) > 1 << 24:
-                    raise TimeoutError
-        return parse_scores(json.loads(body)["choices"][0]["message"]["content"])
+            return parse_scores(json.load(answer)["choices"][0]["message"]["content"])
     except urllib.error.HTTPError as e:
         if e.code < 400 or e.code in (401, 403, 404):      # all samples would fail, not this one
             raise BadInput(f"the judge refuses with HTTP {e.code}: check OPENAI_BASE_URL, OPENAI_API_KEY and --model"
@@ -131,7 +125,7 @@ def main(argv=None):
     parser.add_argument("--out", default=os.path.join("out", "judged.jsonl"), help="answers are appended to this file")
     parser.add_argument("--n", type=number(int, 1), default=100, help="the first n samples of each file")
     parser.add_argument("--parallel", type=number(int, 1), default=4, help="requests at once")
-    parser.add_argument("--timeout", type=number(float, above=0), default=60.0, help="seconds for an answer")
+    parser.add_argument("--timeout", type=number(float, above=0), default=60.0, help="seconds to wait for an answer")
     parser.add_argument("--dry_run", action="store_true", help="print the first prompt and ask nobody")
     parser.add_argument("--json", help="also write the rows to this file")
     args, began = parser.parse_args(argv), time.time()
@@ -189,8 +183,8 @@ def main(argv=None):
                 row[c + "_stderr"] = statistics.stdev(f[c] for f in found) / math.sqrt(len(found))
         rows.append(row)
     report(args, rows, "mean of the ratings from 1 to 10, ± standard error over samples.",
-           dict(model="samples", judge="judge") | {c: c for c in CRITERIA},
-           [with_errors(row, CRITERIA, 2) for row in rows], began, device=None, dtype=None)
+           dict(model="samples", judge="judge") | {c: c for c in CRITERIA}, dict.fromkeys(CRITERIA, 2), began=began,
+           device=None, dtype=None)
     if failures:
         print(f"{len(failures)} of {len(missing)} samples got no usable answer in three tries (the last: {failures[-1]}"
               "): the same command again asks for these", file=sys.stderr)

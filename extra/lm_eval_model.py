@@ -42,7 +42,7 @@ def score(model, tokens, scored, teacher=None, given_noise=False, generator=None
         return logits.log_softmax(-1).gather(-1, x[:, None]).squeeze(1).double()
 
     def per_row(v):
-        return torch.zeros(tokens.shape, dtype=v.dtype, device=v.device).masked_scatter(scored, v).sum(1)
+        return torch.zeros_like(tokens, dtype=v.dtype).masked_scatter(scored, v).sum(1)
     if source is model:
         logits = ar(0, len(x))                                                                              # (N, V)
     else:
@@ -61,7 +61,7 @@ def score(model, tokens, scored, teacher=None, given_noise=False, generator=None
     return per_row(nats), per_row((logits.argmax(-1) != x).long()) == 0
 
 
-def language_model(model, teacher=None, given_noise=False, draws=1, batch_size=32, seed=0):
+def language_model(model, teacher, given_noise, draws, batch_size, seed):
     """The model as an `lm_eval` LM, for tasks that compare likelihoods."""
     from lm_eval.api.model import TemplateLM
     tokenizer = Tokenizer(model.meta["tokenizer"], model.config["vocab_size"])
@@ -108,10 +108,6 @@ def language_model(model, teacher=None, given_noise=False, draws=1, batch_size=3
         def generate_until(self, requests, disable_tqdm=False):
             raise BadInput("only tasks that compare likelihoods are supported, no generation")
     return Model()
-
-
-COLUMNS = dict(model="model", task="task", score="score", acc="accuracy %", acc_stderr="±", acc_norm="by length %",
-               acc_norm_stderr="± ")
 
 
 def main(argv=None):
@@ -162,7 +158,9 @@ def main(argv=None):
         of_model[-1]["seconds"] = time.perf_counter() - start
         rows += of_model
     report(args, rows, "zero-shot, one step; by length: completions compared per character.\n"
-           "seconds: for all tasks of a model.", COLUMNS, began=began, device=device, dtype=dtype)
+           "seconds: for all tasks of a model.",
+           dict(model="model", task="task", score="score", acc="accuracy %", acc_norm="by length %"),
+           began=began, device=device, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.prepare import BadInput, optional
+from data.prepare import BadInput, optional, write_json
 from gumbel import CHUNK, posterior_gumbel, sample_gumbel
 from mdlm import KVCache, Transformer, check_draws, draw_tokens, fold_published, read_weights, row_losses
 
@@ -31,13 +32,14 @@ GPT2_SIZES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large"
 class CausalLM(nn.Module):
     """What every AR model here does: a teacher, a baseline of student size, a verifier or a judge.
 
-    A subclass gives `config` (vocab_size, length, bos, ...), `hidden`, `logits` and `output_layer`.
+    A subclass gives `config` (vocab_size, length, bos, ...), `hidden` and `output_layer`.
     """
 
     def __init__(self, **config):
         super().__init__()
         self.config = config
         self.vocab_size, self.length, self.bos = config["vocab_size"], config["length"], config["bos"]
+        self.predict_bos = config.get("predict_bos", True)
 
     @property
     def device(self):
@@ -45,6 +47,17 @@ class CausalLM(nn.Module):
 
     def new_cache(self, batch, length):
         return KVCache(self.transformer, batch, length)
+
+    def logits(self, h, exact=True):
+        """h [N, D] -> [N, V], in float32 even under autocast: a bf16 logit near -60 is off by up to a quarter.
+
+        `exact=False` (in training, where the error averages out) follows autocast.
+        """
+        with torch.autocast(h.device.type, enabled=False) if exact else nullcontext():
+            logits = self.output_layer()(h.float()).float()
+        if not self.predict_bos:
+            logits[..., self.bos] = -math.inf
+        return logits
 
     def log_probs(self, tokens):
         """tokens [B, L] -> [B, L, V]; row i is the distribution of token i + 1."""
@@ -95,7 +108,6 @@ class AR(CausalLM):
                  learned=0):
         super().__init__(vocab_size=vocab_size, length=length, bos=bos, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
                          dropout=dropout, predict_bos=predict_bos)
-        self.predict_bos = predict_bos
         self.transformer = Transformer(vocab_size, vocab_size, n_layer, n_embd, n_head, dropout, True, learned)
 
     def hidden(self, tokens, cache=None):
@@ -104,17 +116,6 @@ class AR(CausalLM):
 
     def output_layer(self):
         return self.transformer.head
-
-    def logits(self, h, exact=True):
-        """h [N, D] -> [N, V], in float32 even under autocast: a bf16 logit near -60 is off by up to a quarter.
-
-        `exact=False` (in training, where the error averages out) follows autocast.
-        """
-        with torch.autocast(h.device.type, enabled=False) if exact else nullcontext():
-            logits = self.transformer.head(h.float()).float()
-        if not self.predict_bos:
-            logits[..., self.bos] = -math.inf
-        return logits
 
 
 class GPT2(AR):
@@ -161,18 +162,16 @@ class GPT2(AR):
                  "attn.c_attn": "qkv", "attn.c_proj": "attn_out", "mlp.c_fc": "fc", "mlp.c_proj": "proj"}
         out = {}
         for key, w in state.items():
-            parts = key.split(".")
-            prefix, name, kind = ("blocks." + parts[1] + ".", ".".join(parts[2:-1]), parts[-1]) if parts[0] == "h" \
-                else ("", ".".join(parts[:-1]), parts[-1])
+            block, name, kind = re.fullmatch(r"(?:h\.(\d+)\.)?(.*?)\.?([^.]*)", key).groups()
             if name not in names:
                 raise ValueError(f"unknown weight {key}")
-            out["transformer." + prefix + names[name] + "." + kind] = w.t() if "c_" in name and kind == "weight" else w
+            prefix = f"transformer.blocks.{block}." if block else "transformer."
+            out[prefix + names[name] + "." + kind] = w.t() if "c_" in name and kind == "weight" else w
         try:
-            (V, D), n_layer = state["wte.weight"].shape, 1 + max(int(k.split(".")[1]) for k in state if k[:2] == "h.")
-            bos = config.get("bos_token_id")
+            (V, D), L, bos = state["wte.weight"].shape, len(state["wpe.weight"]), config.get("bos_token_id")
+            n_layer, n_head = 1 + max(int(k.split(".")[1]) for k in state if k[:2] == "h."), config.get("n_head")
             with torch.device("meta"):                     # no memory, no initial draws: the weights replace it all
-                model = cls(V, len(state["wpe.weight"]), V - 1 if bos is None else bos, n_layer, D,
-                            config.get("n_head") or D // 64, 0.0, learned=len(state["wpe.weight"]))
+                model = cls(V, L, V - 1 if bos is None else bos, n_layer, D, n_head or D // 64, 0.0, learned=L)
             out["transformer.head.weight"] = out["transformer.embed.weight"]
             model.load_state_dict(out, assign=True)
         except (KeyError, RuntimeError, ValueError) as e:
@@ -186,10 +185,9 @@ class HF(CausalLM):
 
     def __init__(self, name):
         transformers = optional("transformers", f"hf:{name}")
-        where, kw = (os.path.split(name) if name.endswith(".gguf") else (name, None))
+        folder, file = os.path.split(name) if name.endswith(".gguf") else (name, None)
         try:
-            lm = transformers.AutoModelForCausalLM.from_pretrained(where or ".", dtype=torch.float32,
-                                                                   **({"gguf_file": kw} if kw else {}))
+            lm = transformers.AutoModelForCausalLM.from_pretrained(folder or ".", gguf_file=file, dtype=torch.float32)
         except (OSError, ValueError, ImportError) as e:
             why = (str(e) or type(e).__name__).splitlines()[0]
             raise BadInput(f"transformers cannot load hf:{name}: {why}") from None
@@ -208,10 +206,6 @@ class HF(CausalLM):
 
     def output_layer(self):
         return self.lm.get_output_embeddings()
-
-    def logits(self, h, exact=True):
-        with torch.autocast(h.device.type, enabled=False) if exact else nullcontext():
-            return self.output_layer()(h.float()).float()
 
 
 def body_to_bfloat16(teacher):
@@ -238,12 +232,10 @@ class LogitsTable:
     In place of the teacher in `MDLM.loss`: `table.at(table.load(rows))` says which rows the batch holds. In float32.
     """
 
+    @torch.no_grad()
     def __init__(self, teacher, data, batch=1024):
-        device = teacher.device
-        with torch.no_grad():
-            self.table = torch.cat([teacher.logits(teacher.hidden(
-                torch.from_numpy(data.rows(range(a, min(a + batch, len(data))))).to(device)[:, :-1]))
-                for a in range(0, len(data), batch)])
+        rows = torch.from_numpy(data.rows(range(len(data)))).to(teacher.device)
+        self.table = torch.cat([teacher.logits(teacher.hidden(x)) for x in rows[:, :-1].split(batch)])
 
     def load(self, rows):
         return torch.as_tensor(rows)
@@ -277,10 +269,10 @@ class TeacherCache:
     CHUNK, SCALE = 64, 2048                                # rows; values of a nat
 
     def __init__(self, teacher, data, k, master=True, dtype="float32"):
-        self.k, self.shape = min(k, teacher.vocab_size), (len(data), data.length - 1)
-        sha256 = model_hash(teacher)
+        self.k, sha256 = min(k, teacher.vocab_size), model_hash(teacher)
         self.folder = os.path.join(data.path, f"teacher-{sha256}-{dtype}-{data.length}-k{self.k}")
-        size, n = 2 * math.prod(self.shape) * (2 * self.k + 1), -(-len(data) // self.CHUNK)
+        shape, n = (len(data), data.length - 1, 2 * self.k + 1), math.ceil(len(data) / self.CHUNK)
+        size = 2 * math.prod(shape)
         meta = dict(teacher=sha256, dtype=dtype, length=data.length, k=self.k, rows=len(data), shards=data.hashes())
         meta_file, frequency, values, done = [os.path.join(self.folder, f) for f in (
             "meta.json", "frequency.npy", "topk.bin", "done.bin")]
@@ -294,9 +286,8 @@ class TeacherCache:
                 for path, length in ((values, size), (done, n)):
                     with open(path, "ab") as f:            # (never emptied: another run may be at it)
                         f.truncate(length)
-                with open(f"{meta_file}.{os.getpid()}", "w") as f:
-                    json.dump(meta, f)
-                os.replace(f.name, meta_file)
+                write_json(f"{meta_file}.{os.getpid()}", meta)
+                os.replace(f"{meta_file}.{os.getpid()}", meta_file)
         except OSError as e:
             raise BadInput(f"{self.folder} cannot be written ({e.strerror}): make {data.path} writable, or leave "
                            "--teacher_cache out") from None
@@ -309,7 +300,7 @@ class TeacherCache:
         if there != meta or [os.path.getsize(f) for f in (values, done) if os.path.exists(f)] != [size, n]:
             raise BadInput(f"{self.folder} is truncated, or of other data than {data.path} holds now: remove it, it is "
                            "written again")
-        self.values = np.memmap(values, "<u2", "r", shape=(*self.shape, 2 * self.k + 1))
+        self.values = np.memmap(values, "<u2", "r", shape=shape)
         self.done = np.memmap(done, np.uint8, "r")
 
     @torch.no_grad()
@@ -320,26 +311,26 @@ class TeacherCache:
         for c in tqdm(chunks, desc="teacher's pass", unit="chunk", disable=rank > 0 or not chunks):
             if self.done[c]:                               # by another process, meanwhile
                 continue
-            rows = slice(c * self.CHUNK, min((c + 1) * self.CHUNK, len(data)))
-            tokens = torch.from_numpy(data.rows(range(rows.start, rows.stop))).to(teacher.device)
-            x, part, parts = tokens[:, 1:].flatten(), max(1, CHUNK // teacher.vocab_size), []
+            rows = range(len(data))[c * self.CHUNK:(c + 1) * self.CHUNK]
+            tokens = torch.from_numpy(data.rows(rows)).to(teacher.device)
             h = torch.cat([teacher.hidden(some[:, :-1]) for some in tokens.split(8)]).flatten(0, 1)
-            for a in range(0, len(x), part):
-                logp = teacher.logits(h[a:a + part]).log_softmax(-1)
+            part, new = max(1, CHUNK // teacher.vocab_size), []
+            for h, x in zip(h.split(part), tokens[:, 1:].reshape(-1, 1).split(part)):
+                logp = teacher.logits(h).log_softmax(-1)
                 top, ids = logp.topk(self.k)
-                own = logp.gather(1, x[a:a + part, None])
+                own = logp.gather(1, x)
                 if not own.isfinite().all():
                     raise BadInput(f"the teacher gives a token in rows {rows.start} to {rows.stop} of {data.path} "
                                    "probability 0, or nan: it does not fit this text")
                 nats = (torch.cat([top, own], 1) * -self.SCALE).round_().clamp_(0, 65535)
-                parts.append(torch.cat([ids, nats.long()], 1).cpu())
+                new.append(torch.cat([ids, nats.long()], 1).cpu().numpy().astype("<u2"))
             # written, not mapped: a full disk is an error, not a SIGBUS; values first: what is marked done is on disk
-            new = torch.cat(parts).numpy().astype("<u2").tobytes()
             try:
-                for name, at, part in (("topk.bin", rows.start * self.values[0].nbytes, new), ("done.bin", c, b"\1")):
+                for name, at, what in (("topk.bin", rows.start * self.values[0].nbytes, np.concatenate(new)),
+                                       ("done.bin", c, b"\1")):
                     with open(os.path.join(self.folder, name), "r+b") as f:
                         f.seek(at)
-                        f.write(part)
+                        f.write(what)
                         f.flush()
                         os.fsync(f.fileno())
             except OSError as e:

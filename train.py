@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -221,6 +222,17 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    @contextmanager
+    def in_turn(self, first):
+        """The processes that are `first` go through the body before the others do."""
+        if not first:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if first:
+                self.barrier()
+
     def say(self, text):
         if self.master:
             tqdm.write(text, file=sys.stderr)
@@ -280,13 +292,8 @@ def find_teacher(args, meta, world):
     if path is None:
         raise BadInput("--gumbel, --kd and --model=medusa need --teacher: an AR checkpoint of this vocabulary; train "
                        f"one with `python train.py --model=ar --data={args.data}`")
-    if not world.master:                                   # one process downloads
-        world.barrier()
-    try:
+    with world.in_turn(world.master):                      # one process downloads
         return load_ar("--teacher", path, meta, args.length, world.device)
-    finally:
-        if world.master:
-            world.barrier()
 
 
 def initial_weights(model, source, args):
@@ -466,17 +473,12 @@ def train(args, world):
             net.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     table = None
-    if not args.teacher_cache and teacher and not medusa and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
-        table = LogitsTable(teacher, data)                                     # small dataset: one teacher pass for all
     if args.teacher_cache:
         first = os.environ.get("LOCAL_RANK", "0") == "0"   # of this machine, whose disk may be its own: makes the files
-        if not first:
-            world.barrier()
-        try:
+        with world.in_turn(first):
             table = TeacherCache(teacher, data, args.teacher_cache, first, world.dtype)
-        finally:
-            if first:
-                world.barrier()
+    elif teacher and not medusa and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
+        table = LogitsTable(teacher, data)                                     # small dataset: one teacher pass for all
     if teacher and not isinstance(table, LogitsTable) and world.dtype == "bfloat16":
         body_to_bfloat16(teacher)
     if args.teacher_cache:

@@ -32,61 +32,75 @@ from sample import device_and_dtype, load_ar
 from teacher import AR, GPT2, GPT2_SIZES, body_to_bfloat16
 from train import SIZES, flops_per_row
 
+SHAPE = "n_layer", "n_embd", "n_head"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the clock
 
-def sync(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
 
-def measure(cases, repeats, device):
-    """Functions -> their median seconds, in turn so that a busy spell hits all, and peak MB above what is held (device
-    memory, or the process's): [(seconds, MB)]."""
-    def process(what):
-        with open("/proc/self/status") as file:
-            return int(re.search(what + r":\s+(\d+)", file.read())[1]) / 1e3
+def process_mb(what):
+    with open("/proc/self/status") as file:
+        return int(re.search(what + r":\s+(\d+)", file.read())[1]) / 1e3
 
-    def memory(f):
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated() / 1e6
-            f()
-            return torch.cuda.max_memory_allocated() / 1e6 - held
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 20)                          # M_MMAP_THRESHOLD: what is freed goes back to the system
-        libc.mallopt(-1, 1 << 17)
-        libc.malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")                                # resets VmHWM
-        held = process("VmRSS")
+
+def peak_memory(f):
+    """MB above what is held before, while f runs: device memory, or the process's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() / 1e6
         f()
-        peak = process("VmHWM")
-        libc.mallopt(-3, 1 << 25)                          # it costs time: not while that is measured
-        libc.mallopt(-1, 1 << 30)                          # M_TRIM_THRESHOLD
-        return peak - held
-    used, seconds = [memory(f) for f in cases], [[] for _ in cases]                      # the warm-up, too
+        return torch.cuda.max_memory_allocated() / 1e6 - held
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 20)                              # M_MMAP_THRESHOLD: what is freed goes back to the system
+    libc.mallopt(-1, 1 << 17)                              # M_TRIM_THRESHOLD
+    libc.malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")                                    # resets VmHWM
+    held = process_mb("VmRSS")
+    f()
+    peak = process_mb("VmHWM")
+    libc.mallopt(-3, 1 << 25)                              # it costs time: not while that is measured
+    libc.mallopt(-1, 1 << 30)
+    return peak - held
+
+
+def measure(cases, repeats):
+    """Functions -> [(median seconds, peak MB)], in turn so that a busy spell hits all."""
+    memory, seconds = [peak_memory(f) for f in cases], [[] for _ in cases]               # the warm-up, too
     for _ in range(repeats):
         for f, s in zip(cases, seconds):
-            sync(device)
+            sync()
             began = time.perf_counter()
             f()
-            sync(device)
+            sync()
             s.append(time.perf_counter() - began)
-    return [(float(np.median(s)), mb) for s, mb in zip(seconds, used)]
+    return [(float(np.median(s)), mb) for s, mb in zip(seconds, memory)]
 
 
 class Clock:
     """Seconds by part: clock("name") books what has passed since the last call."""
 
-    def __init__(self, device):
-        self.device, self.parts, self.last = device, defaultdict(float), time.perf_counter()
+    def start(self):
+        self.parts, self.last = defaultdict(float), time.perf_counter()
 
     def __call__(self, name):
-        sync(self.device)
-        self.parts[name] -= self.last - (now := time.perf_counter())
+        sync()
+        now = time.perf_counter()
+        self.parts[name] += now - self.last
         self.last = now
+
+
+def against(value, base):
+    """The value, and how many times the base it is."""
+    return f"{value:.3g} (× {value / base:.2f})"
+
+
+def show(rows):
+    """A table of dicts whose keys are the columns' titles."""
+    print_table(rows, {title: title for row in rows for title in row})
 
 
 def filled(model, std=3.0):
@@ -109,7 +123,7 @@ def reference_sample(model, tokens, steps, noise, top_p, generator, clock):
     x, mask = tokens.clone(), model.mask_id
     for i in range(steps):
         g = F.linear(noise.softmax(-1), model.noise_embed.weight)
-        clock("noise: softmax, projection")
+        clock("noise")
         h = model.hidden(x, g)
         clock("network")
         logits = F.pad(model.logits(h), (0, 1), value=-1e6)
@@ -119,80 +133,63 @@ def reference_sample(model, tokens, steps, noise, top_p, generator, clock):
         logp[given] = -1e6
         logp[given, x[given]] = 0
         p = logp.double().exp()
-        clock("log-probabilities, float64")
         top, where = p.sort(-1, descending=True)
         inside = top.cumsum(-1) <= top_p
         inside[..., 0] = True
         p.scatter_(-1, where, top * inside)
         p /= p.sum(-1, keepdim=True)
-        clock("nucleus")
         stay = 1 - 1 / (steps - i)
         p *= 1 - stay
         p[..., mask] = stay
         u = torch.rand(p.shape, generator=generator, device=p.device, dtype=torch.float64)
         new = (p / (1e-10 - (u + 1e-10).log())).argmax(-1)
         x = torch.where(given, x, new)
-        clock("draw")
+        clock("softmax, nucleus, draw")
     return x
 
 
 def sampling(args, device, autocast):
-    (n_layer, n_embd, n_head), V, L, B = SIZES[args.size], args.vocab_size, args.length, args.batch_size
-    net = dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, dropout=0.0)
-    model = filled(MDLM(V, L, V - 1, noise="gumbel", **net)).to(device).eval()
-    generator = torch.Generator(device).manual_seed(0)
-    clocks = {}                                            # of the last run of each
+    V, L, nfe, net = args.vocab_size, args.length, args.nfe, dict(zip(SHAPE, SIZES[args.size]), dropout=0.0)
+    model, ar, blocks = (filled(m).to(device).eval() for m in (
+        MDLM(V, L, V - 1, noise="gumbel", **net), AR(V, L, V - 1, **net),
+        BD3LM(V, L, V - 1, 16, noise="gumbel", **net)))
+    generator, clock, parts = torch.Generator(device).manual_seed(0), Clock(), {}
+    for method, part in dict(embed_noise="noise", hidden="network", logits="output layer").items():
+        def timed(*a, f=getattr(model, method), part=part):
+            clock("softmax, nucleus, draw")
+            result = f(*a)
+            clock(part)
+            return result
+        setattr(model, method, timed)
 
-    def start(n):
-        x = torch.full((n, L), V, device=device)
-        x[:, 0] = V - 1
-        return x
+    def start(n):                                          # all masked but BOS
+        return F.pad(torch.full((n, L - 1), V, device=device), (1, 0), value=V - 1)
 
-    def reference():
-        noise = -sample_exponential((1, L, V), generator, device).log()
-        clock = clocks["as the authors' code", 1] = Clock(device)
-        with torch.no_grad(), autocast:
-            reference_sample(model, start(1), args.nfe, noise, args.top_p, generator, clock)
+    @torch.no_grad()
+    def reference(n):
+        noise = -sample_exponential((n, L, V), generator, device).log()
+        reference_sample(model, start(n), nfe, noise, args.top_p, generator, clock)
 
-    def ours(n):
-        clock = clocks["here", n] = Clock(device)
-        for method, part in dict(embed_noise="noise: draws, softmax, projection", hidden="network",
-                                 logits="output layer").items():
-            def timed_method(*a, f=getattr(type(model), method), part=part):
-                clock("nucleus, draw, rest")
-                result = f(model, *a)
-                clock(part)
-                return result
-            setattr(model, method, timed_method)
+    def run(name, n, f):
+        clock.start()
         with autocast:
-            model.generate(start(n), args.nfe, "fixed", top_p=args.top_p, generator=generator)     # no step is empty
-        clock("nucleus, draw, rest")
-
-    def ar(n):
-        with autocast:
-            causal.generate(start(n)[:, :1], L, top_p=args.top_p, generator=generator)
-
-    def blocks(n):
-        with autocast:
-            block.generate(start(n), calls, "fixed", top_p=args.top_p, generator=generator)
-    causal = filled(AR(V, L, V - 1, **net)).to(device).eval()
-    block = filled(BD3LM(V, L, V - 1, 16, noise="gumbel", **net)).to(device).eval()
-    calls, rows = max(1, args.nfe * 16 // L), []
-    cases = [("as the authors' code", 1, args.nfe, reference)] + [
-        (name, n, nfe, partial(f, n)) for name, nfe, f in (
-            ("here", args.nfe, ours), ("AR, KV cache", L - 1, ar),
-            ("BD3-LM, blocks of 16, cached", calls * L // 16, blocks)) for n in (1, B)]
-    measured = measure([f for *_, f in cases], args.repeats, device)
+            f(n)
+        clock("softmax, nucleus, draw")
+        parts[name, n] = clock.parts                       # of the last run
+    draws, calls = dict(top_p=args.top_p, generator=generator), max(1, nfe * 16 // L)              # calls: of a block
+    cases = [(name, n, steps, partial(run, name, n, f)) for name, steps, f in (
+        ("as the authors' code", nfe, reference),
+        ("here", nfe, lambda n: model.generate(start(n), nfe, "fixed", **draws)),                  # no step is empty
+        ("AR, KV cache", L - 1, lambda n: ar.generate(start(n)[:, :1], L, **draws)),
+        ("BD3-LM, blocks of 16, cached", calls * L // 16, lambda n: blocks.generate(start(n), calls, "fixed", **draws))
+    ) for n in ((1,) if f is reference else (1, args.batch_size))]
+    measured, rows = measure([f for *_, f in cases], args.repeats), []
     base = measured[0][0]
-    for (name, n, nfe, _), (seconds, memory) in zip(cases, measured):
-        rows.append(dict(what=name, batch=n, nfe=nfe, seconds=f"{seconds / nfe:.3g}", rate=f"{n / seconds:.3g}",
-                         ratio=f"{seconds / nfe / (base / args.nfe):.3f}", times=f"{n * base / seconds:.1f}",
-                         memory=round(memory)))
-        for part, s in clocks[name, n].parts.items() if (name, n) in clocks else ():
-            rows.append(dict(what=f"&nbsp; {part}", seconds=f"{s / nfe:.3g}", share=f"{s / seconds:.0%}"))
-    print_table(rows, dict(what="", batch="batch", nfe="NFE", seconds="s per NFE", share="share",
-                           ratio="/ the authors' way",
-                           rate="samples/s", times="times the authors' samples/s", memory="peak MB above"))
+    for (name, n, steps, _), (seconds, memory) in zip(cases, measured):
+        shares = {part: f"{s / seconds:.0%}" for part, s in parts[name, n].items()} if len(parts[name, n]) > 1 else {}
+        rows.append({"": name, "batch": n, "NFE": steps, "s per NFE": against(seconds / steps, base / nfe), **shares,
+                     "samples/s": against(n / seconds, 1 / base), "peak MB above": round(memory)})
+    show(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,66 +224,61 @@ def noise(args, device, autocast):
     p, ids = logits.softmax(-1).topk(8)
     p_w, frequency = logits.softmax(-1).gather(1, tokens[:, None]), torch.full((V,), 1 / V, device=device)
 
-    def run(f):
-        with autocast:
-            f().sum().backward()
+    table = embedding.weight.detach().t().contiguous().requires_grad_()          # [V, D]: rows to gather
+
+    @autocast
+    def both(f):
+        f().sum().backward()
         embedding.weight.grad = table.grad = None
 
+    @autocast
+    @torch.no_grad()
     def forward(f):
-        with torch.no_grad(), autocast:
-            f()
-    table = embedding.weight.detach().t().contiguous().requires_grad_()          # [V, D]: rows to gather
+        f()
 
     def sparse(K):
         i, s, rest = sparse_prior(N, V, K, generator, device)
         # the others at their mean: that times the sum of all columns, which the K take part in
         return F.embedding_bag(i, table, per_sample_weights=(s - rest), mode="sum") + rest * table.sum(0)
-    cases = [("full tensors", lambda: reference_noise(logits, tokens, embedding.weight)),
-             ("here: posterior, teacher's logits", lambda: embedding.from_posterior(
-                 lambda a, b: logits[a:b], tokens, generator)),
-             ("here: posterior, teacher cache, k = 8", lambda: embedding.from_posterior(
-                 lambda a, b: (p[a:b], ids[a:b], p_w[a:b], frequency), tokens, generator)),
-             ("here: prior", lambda: embedding.from_prior(N, 1.0, generator))]
-    cases += [(f"sparse study: prior, K = {K}", lambda K=K: sparse(K)) for K in (64, 512, 4096) if 8 * K < V]
+    cases = {"full tensors": lambda: reference_noise(logits, tokens, embedding.weight),
+             "here: posterior, teacher's logits": lambda: embedding.from_posterior(
+                 lambda a, b: logits[a:b], tokens, generator),
+             "here: posterior, teacher cache, k = 8": lambda: embedding.from_posterior(
+                 lambda a, b: (p[a:b], ids[a:b], p_w[a:b], frequency), tokens, generator),
+             "here: prior": lambda: embedding.from_prior(N, 1.0, generator)}
+    cases |= {f"sparse study: prior, K = {K}": partial(sparse, K) for K in (64, 512, 4096) if 8 * K < V}
     s = noise_features(sample_exponential((256, V), generator, device)).sort(-1, descending=True).values
-    base, *_ = measured = list(zip(*(measure([partial(g, f) for _, f in cases], args.repeats, device)
-                                     for g in (forward, run))))
+    low, high = (measure([partial(f, case) for case in cases.values()], args.repeats) for f in (forward, both))
     rows = []
-    for (name, _), (low, both) in zip(cases, measured):
-        row = dict(what=name, forward=f"{low[0]:.3g}", ratio=f"{low[0] / base[0][0]:.2f}", memory=round(low[1]),
-                   part=f"{low[1] / base[0][1]:.2f}", both=f"{both[0]:.3g}", both_ratio=f"{both[0] / base[1][0]:.2f}",
-                   both_memory=round(both[1]), both_part=f"{both[1] / base[1][1]:.2f}")
+    for name, a, b in zip(cases, low, high):
+        rows.append({f"{N} rows": name, "forward, s": against(a[0], low[0][0]), "peak MB": against(a[1], low[0][1]),
+                     "with backward, s": against(b[0], high[0][0]), "its peak MB": against(b[1], high[0][1])})
         if "K = " in name:                                 # what the mean of the others loses of g, as energy
             rest = s[:, int(name.split()[-1]):]
-            row["error"] = f"{((rest - rest.mean(-1, keepdim=True)).square().sum() / s.square().sum()).sqrt():.1%}"
-        rows.append(row)
-    print_table(rows, dict(what=f"{N} rows", forward="forward, s", ratio="ratio", memory="peak MB above", part="ratio",
-                           both="with backward, s", both_ratio="ratio", both_memory="peak MB above",
-                           both_part="ratio", error="error of g"))
+            rows[-1]["error of g"] = (
+                f"{((rest - rest.mean(-1, keepdim=True)).square().sum() / s.square().sum()).sqrt():.1%}")
+    show(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a training step
 
 class RandomCache:
-    """In place of a TeacherCache: random ids, with probabilities as a teacher's fall off."""
+    """In place of a TeacherCache, k = 8: random ids, with probabilities as a teacher's fall off."""
 
-    def __init__(self, k, vocab_size):
-        self.k, self.vocab_size = k, vocab_size
+    def __init__(self, vocab_size):
+        self.V = vocab_size
 
     def posterior_logits(self, tokens, masked):
-        n = int(masked.sum())
-        p = (0.5 / torch.arange(2, self.k + 2, device=tokens.device) ** 1.5).expand(n, self.k)
-        ids = torch.randint(self.vocab_size, (n, self.k), device=tokens.device)
-        frequency = torch.full((self.vocab_size,), 1 / self.vocab_size, device=tokens.device)
+        n, V, device = int(masked.sum()), self.V, tokens.device
+        p = (0.5 / torch.arange(2, 10, device=device) ** 1.5).expand(n, 8)
+        ids, frequency = torch.randint(V, (n, 8), device=device), torch.full((V,), 1 / V, device=device)
         return lambda a, b: (p[a:b], ids[a:b], p[a:b, :1], frequency)
 
 
 def step(args, device, autocast):
-    V, L, (n_layer, n_embd, n_head) = args.vocab_size, args.length, SIZES[args.size]
-    net = dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head)
-    layers, width, heads = GPT2_SIZES[args.teacher]
-    teacher = GPT2(V, 1024, V - 1, layers, width, heads, 0.0, learned=1024).to(device).eval().requires_grad_(False)
+    V, L, B, net = args.vocab_size, args.length, args.micro_batch_size, dict(zip(SHAPE, SIZES[args.size]))
+    teacher = GPT2(V, 1024, V - 1, *GPT2_SIZES[args.teacher], 0.0, learned=1024).to(device).eval().requires_grad_(False)
     if autocast._enabled:
         body_to_bfloat16(teacher)
     plain, noisy, blocks, ar = (m.to(device) for m in (
@@ -300,95 +292,90 @@ def step(args, device, autocast):
         optimizer.zero_grad(set_to_none=True)
         if args.compile:
             model.transformer.compile()
-    rows, cache = [], RandomCache(8, V)
-    for B in args.micro_batch_size:
-        tokens = torch.randint(V - 1, (B, L), device=device)
-        tokens[:, 0] = V - 1
-        t = torch.full((B,), 0.5, device=device)           # as many masked as on average
-        masked = torch.rand(tokens.shape, device=device) < t[:, None]
-        masked[:, 0] = False
-        generator = torch.Generator(device).manual_seed(0)
+    generator, cache = torch.Generator(device).manual_seed(0), RandomCache(V)
+    tokens = torch.randint(V - 1, (B, L), device=device)
+    tokens[:, 0] = V - 1
+    t = torch.full((B,), 0.5, device=device)               # as many masked as on average
+    masked = torch.rand(tokens.shape, device=device) < t[:, None]
+    masked[:, 0] = False
+    z = tokens.masked_fill(masked, V)
 
-        def embed(source):
-            with autocast:
-                noisy.noise_embed.from_posterior(source.posterior_logits(tokens, masked), tokens[masked],
-                                                 generator).sum().backward()
-            noisy.zero_grad(set_to_none=True)
+    def run(model, loss):
+        with autocast:
+            value = loss()
+        value.backward()
+        optimizers[model].step()
+        optimizers[model].zero_grad(set_to_none=True)
 
-        def run(model, loss):
-            with autocast:
-                value = loss()
-            value.backward()
-            optimizers[model].step()
-            optimizers[model].zero_grad(set_to_none=True)
+    def diffuse(model, **kw):
+        run(model, lambda: model.loss(tokens, t[:, None].expand(B, model.n_blocks), z=z, generator=generator, **kw)[0])
 
-        def nanogpt():                                     # full logits, one cross-entropy
-            logits = ar.transformer.head(ar.hidden(tokens[:, :-1]))
-            return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    def nanogpt():                                         # full logits, one cross-entropy
+        logits = ar.transformer.head(ar.hidden(tokens[:, :-1]))
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
-        def diffuse(model, **kw):
-            run(model, lambda: model.loss(tokens, t[:, None].expand(B, model.n_blocks), z=z, generator=generator,
-                                          **kw)[0])
+    @autocast
+    def embed(source):
+        noisy.noise_embed.from_posterior(source.posterior_logits(tokens, masked), tokens[masked],
+                                         generator).sum().backward()
+        noisy.zero_grad(set_to_none=True)
 
-        def body():
-            with torch.no_grad(), autocast:
-                teacher.hidden(tokens[:, :-1])
-        z = tokens.masked_fill(masked, V)
-        cached = flops_per_row(noisy, None, L)
-        cases = (
-            ("MDLM", lambda: diffuse(plain), flops_per_row(plain, None, L)),
-            ("MDLM + Gumbel, teacher cache", lambda: diffuse(noisy, teacher=cache), cached),
-            ("&nbsp; of it: noise, embedding, backward", lambda: embed(cache), cached - flops_per_row(plain, None, L)),
-            ("MDLM + Gumbel, teacher", lambda: diffuse(noisy, teacher=teacher), flops_per_row(noisy, teacher, L)),
-            ("&nbsp; of it: teacher's body", body, None),
-            ("&nbsp; of it: teacher, noise, embedding, backward", lambda: embed(teacher), None),
-            ("MDLM + token KD", lambda: diffuse(plain, teacher=teacher, kd=1.0), None),
-            (f"BD3-LM, blocks of {args.block_size}", lambda: diffuse(blocks), flops_per_row(blocks, None, L)),
-            ("AR", lambda: run(ar, lambda: ar.loss(tokens)[0]), flops_per_row(ar, None, L)),
-            ("AR as nanoGPT, full logits", lambda: run(ar, nanogpt), flops_per_row(ar, None, L)))
-        measured = measure([f for _, f, _ in cases], args.repeats, device)
-        for (part, _, flops), (seconds, memory) in zip(cases, measured):
-            rows.append(dict(part=part, batch=B, masked=int(masked.sum()), seconds=f"{seconds:.3g}",
-                             ratio=f"{seconds / measured[0][0]:.2f}", tokens=round(B * L / seconds),
-                             memory=round(memory), gflop=round(B * flops / 1e9) if flops else None,
-                             rate=f"{B * flops / 1e9 / seconds:.0f}" if flops else None))
-    print_table(rows, dict(part="a step of", batch="micro-batch", masked="masked", seconds="seconds", ratio="/ MDLM",
-                           tokens="tokens/s", memory="peak MB above", gflop="GFLOP, half masked", rate="GFLOP/s"))
+    @autocast
+    @torch.no_grad()
+    def body():
+        teacher.hidden(tokens[:, :-1])
+    base, cached = flops_per_row(plain, None, L), flops_per_row(noisy, None, L)
+    cases = (
+        ("MDLM", lambda: diffuse(plain), base),
+        ("MDLM + Gumbel, teacher cache", lambda: diffuse(noisy, teacher=cache), cached),
+        ("&nbsp; of it: noise, embedding, backward", lambda: embed(cache), cached - base),
+        ("MDLM + Gumbel, teacher", lambda: diffuse(noisy, teacher=teacher), flops_per_row(noisy, teacher, L)),
+        ("&nbsp; of it: teacher's body", body, None),
+        ("&nbsp; of it: teacher, noise, embedding, backward", lambda: embed(teacher), None),
+        ("MDLM + token KD", lambda: diffuse(plain, teacher=teacher, kd=1.0), None),
+        (f"BD3-LM, blocks of {args.block_size}", lambda: diffuse(blocks), flops_per_row(blocks, None, L)),
+        ("AR", lambda: run(ar, lambda: ar.loss(tokens)[0]), flops_per_row(ar, None, L)),
+        ("AR as nanoGPT, full logits", lambda: run(ar, nanogpt), flops_per_row(ar, None, L)))
+    measured, rows = measure([f for _, f, _ in cases], args.repeats), []
+    for (part, _, flops), (seconds, memory) in zip(cases, measured):
+        rows.append({"a step of": part, "seconds": against(seconds, measured[0][0]), "tokens/s": round(B * L / seconds),
+                     "peak MB above": round(memory)})
+        if flops:
+            gflop = B * flops / 1e9
+            rows[-1] |= {"GFLOP, half masked": round(gflop), "GFLOP/s": round(gflop / seconds)}
+    show(rows)
+    print(f"\n{B} rows of {L}, {masked.sum()} positions masked")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # growth
 
 def scaling(args, device, autocast):
-    n_layer, n_embd, n_head = SIZES[args.size]
     base, rows = dict(L=256, V=50257, B=4, NFE=16), []
     grid = dict(L=(64, 128, 256, 512, 1024), V=(512, 4096, 50257), B=(1, 4, 16), NFE=(4, 16, 64))
-    for key, values in grid.items():
-        for value in values:
-            L, V, B, nfe = (base | {key: value}).values()
-            model = filled(MDLM(V, L, V - 1, n_layer, n_embd, n_head, noise="gumbel")).to(device)
-            generator, cache = torch.Generator(device).manual_seed(0), RandomCache(8, V)
-            tokens = torch.randint(V - 1, (B, L), device=device)
-            tokens[:, 0] = V - 1
-            z = tokens.masked_fill(torch.arange(L, device=device) % 2 > 0, V)
+    for key, value in ((key, value) for key, values in grid.items() for value in values):
+        L, V, B, nfe = (base | {key: value}).values()
+        model = filled(MDLM(V, L, V - 1, *SIZES[args.size], noise="gumbel")).to(device)
+        generator, cache = torch.Generator(device).manual_seed(0), RandomCache(V)
+        tokens, position = torch.randint(V - 1, (B, L), device=device), torch.arange(L, device=device)
+        tokens[:, 0] = V - 1
+        t = torch.full((B,), 0.5, device=device)
 
-            def sample():
-                with autocast:
-                    model.eval().generate(tokens.masked_fill(torch.arange(L, device=device) > 0, V), nfe, "fixed",
-                                          top_p=0.9, generator=generator)
+        @autocast
+        def sample():
+            model.eval().generate(tokens.masked_fill(position > 0, V), nfe, "fixed", top_p=0.9, generator=generator)
 
-            def train():
-                with autocast:
-                    loss, _ = model.train().loss(tokens, torch.full((B,), 0.5, device=device), cache, z,
-                                                 generator=generator)
-                loss.backward()
-                model.zero_grad(set_to_none=True)
-            (a, low), (b, high) = measure([sample, train], args.repeats, device)
-            rows.append(dict(vary=key, value=value, sample=f"{a:.3g}", each=f"{1e3 * a / B / nfe:.3g}", low=round(low),
-                             step=f"{b:.3g}", per=f"{1e6 * b / B / L:.3g}", high=round(high)))
-    print_table(rows, dict(vary="varied", value="=", sample="sampling, s", each="ms per sample and NFE",
-                           low="peak MB above", step="forward + backward, s", per="us per token",
-                           high="peak MB above"))
+        def train():
+            with autocast:
+                loss, _ = model.train().loss(tokens, t, cache, tokens.masked_fill(position % 2 > 0, V),
+                                             generator=generator)
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+        (a, low), (b, high) = measure([sample, train], args.repeats)
+        rows.append({"varied": f"{key} = {value}", "sampling, s": f"{a:.3g}", "peak MB above": round(low),
+                     "ms per sample and NFE": f"{1e3 * a / B / nfe:.3g}", "forward + backward, s": f"{b:.3g}",
+                     "us per token": f"{1e6 * b / B / L:.3g}", "its peak MB": round(high)})
+    show(rows)
     print("\nthe others: " + ", ".join(f"{k} = {v}" for k, v in base.items()))
 
 
@@ -401,59 +388,55 @@ def cache(args, device, _):
     order = np.random.default_rng(0).permutation(len(data))[:max(1, args.rows // (data.length - 1))]
     tokens = torch.from_numpy(data.rows(order)).to(device)
     generator = torch.Generator(device).manual_seed(0)
-    V, sums = teacher.vocab_size, defaultdict(lambda: np.zeros(4))
-    ks = sorted({min(k, V) for k in (1, 2, 4, 8, 32, 128)})
-    frequency = torch.from_numpy(data.frequency()).to(device)
-    with torch.no_grad():
-        h, x = teacher.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-        for h, x in zip(h.split(64), x.split(64)):
-            logits = teacher.logits(h)
-            e, probs, i = sample_exponential(logits.shape, generator, device), logits.softmax(-1), x[:, None]
-            exact = noise_features(_posterior_times(logits, x, e.clone()))
-            for k in ks:
-                p, ids = probs.topk(k)
-                s = noise_features(_truncated_posterior_times(p, ids, probs.gather(1, i), frequency, x, e.clone()))
-                others, f = (v.scatter(1, ids, 0).scatter(1, i, 0) for v in (probs, frequency.repeat(len(x), 1)))
-                rest = others.sum(1, keepdim=True)
-                d = (rest * f / f.sum(1, keepdim=True).clamp(min=1e-9) - others).clamp(min=0).sum(1)
-                sums[k] += [rest.sum().item(), (d / (1 + d)).sum().item(), 0.5 * (s - exact).abs().sum().item(),
-                            (s - exact).square().sum(1).div(exact.square().sum(1)).sqrt().sum().item()]
-    n = tokens[:, 1:].numel()
-    print_table([dict(k=k, bytes=4 * k + 2, owt=f"{9.04 * (4 * k + 2):.0f}", rest=f"{a / n:.4f}", tv=f"{b / n:.4f}",
-                      moved=f"{c / n:.5f}", norm=f"{d / n:.5f}") for k, (a, b, c, d) in sums.items()],
-                dict(k="k", bytes="bytes a token", owt="OpenWebText, GB", rest="mass left out",
-                     tv="noise off by (total variation)", moved="mass of softmax(noise) moved",
-                     norm="its change / norm"))
+    sums, frequency = defaultdict(lambda: np.zeros(4)), torch.from_numpy(data.frequency()).to(device)
+    h, x = teacher.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+    n = len(x)
+    for h, x in zip(h.split(64), x.split(64)):
+        logits = teacher.logits(h)
+        e, probs, i = sample_exponential(logits.shape, generator, device), logits.softmax(-1), x[:, None]
+        exact = noise_features(_posterior_times(logits, x, e.clone()))
+        for k in sorted({min(k, teacher.vocab_size) for k in (1, 2, 4, 8, 32, 128)}):
+            p, ids = probs.topk(k)
+            T = _truncated_posterior_times(p, ids, probs.gather(1, i), frequency, x, e.clone())
+            off = noise_features(T) - exact
+            others, f = (v.scatter(1, ids, 0).scatter(1, i, 0) for v in (probs, frequency.repeat(len(x), 1)))
+            rest = others.sum(1, keepdim=True)
+            d = (rest * f / f.sum(1, keepdim=True).clamp(min=1e-9) - others).clamp(min=0).sum(1)
+            sums[k] += [v.sum().item() for v in (rest, d / (1 + d), off.abs() / 2, off.norm(dim=1) / exact.norm(dim=1))]
+    show([{"k": k, "bytes a token": 4 * k + 2, "OpenWebText, GB": f"{9.04 * (4 * k + 2):.0f}",
+           "mass left out": f"{rest / n:.4f}", "noise off by (total variation)": f"{tv / n:.4f}",
+           "mass of softmax(noise) moved": f"{moved / n:.5f}", "its change / norm": f"{norm / n:.5f}"}
+          for k, (rest, tv, moved, norm) in sums.items()])
     print(f"\n{n} positions of {args.data}, teacher {args.teacher}; the last two with the same draws")
 
 
 def main():
     parser = Parser(description="Time and memory, by part.", epilog="Caveats: see the file's first lines.")
-    sub = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
-    commands = dict(sampling=sampling, noise=noise, step=step, scaling=scaling, cache=cache)
-    p = {name: sub.add_parser(name) for name in commands}
-    for name, q in p.items():
-        if name != "cache":
-            q.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-            q.add_argument("--repeats", type=number(int, 1), default=3, help="after one warm-up")
-            q.add_argument("--size", choices=SIZES, default="tiny" if name == "scaling" else "small")
-        if name in ("sampling", "noise", "step"):
-            q.add_argument("--vocab_size", type=number(int, 16), default=50257)
-        if name in ("sampling", "step", "cache"):
-            q.add_argument("--length", type=number(int, 16 if name == "sampling" else 2, 1024),
-                           default=dict(sampling=256, step=1024, cache=None)[name], help="tokens of a row")
-        if name in ("noise", "cache"):
-            q.add_argument("--rows", type=number(int, 1), default=2048, help="positions")
-    p["sampling"].add_argument("--nfe", type=number(int, 1), default=16)
-    p["sampling"].add_argument("--batch_size", type=number(int, 1), default=16)
-    p["sampling"].add_argument("--top_p", type=number(float, above=0, high=1), default=0.9)
-    p["step"].add_argument("--teacher", choices=GPT2_SIZES, default="gpt2", help="its shape; the weights are random")
-    p["step"].add_argument("--micro_batch_size", type=lambda s: [number(int, 1)(x) for x in s.split(",")], default=[8],
-                           help="rows per step, a comma list")
-    p["step"].add_argument("--block_size", type=number(int, 1), default=4, help="of BD3-LM")
-    p["step"].add_argument("--compile", action="store_true", help="torch.compile the student's transformer")
-    p["cache"].add_argument("--teacher", required=True, help="as in train.py")
-    p["cache"].add_argument("--data", required=True, help="folder of shards")
+    commands = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
+    whole = number(int, 1)
+
+    def command(f, **flags):
+        sub = commands.add_parser(f.__name__)
+        sub.set_defaults(f=f)
+        for name, kw in flags.items():
+            sub.add_argument(f"--{name}", **kw)
+    shared = dict(dtype=dict(choices=["auto", "float32", "bfloat16"], default="auto"),
+                  repeats=dict(type=whole, default=3, help="after one warm-up"))
+    size = dict(choices=SIZES, default="small")
+    vocab_size, rows = dict(type=number(int, 16), default=50257), dict(type=whole, default=2048, help="positions")
+    length = dict(type=number(int, 2, 1024), help="tokens of a row")
+    command(sampling, **shared, size=size, vocab_size=vocab_size, length=length | dict(default=256),
+            nfe=dict(type=whole, default=16), batch_size=dict(type=whole, default=16),
+            top_p=dict(type=number(float, above=0, high=1), default=0.9))
+    command(noise, **shared, size=size, vocab_size=vocab_size, rows=rows)
+    command(step, **shared, size=size, vocab_size=vocab_size, length=length | dict(default=1024),
+            teacher=dict(choices=GPT2_SIZES, default="gpt2", help="its shape; the weights are random"),
+            micro_batch_size=dict(type=whole, default=8, help="rows per step"),
+            block_size=dict(type=whole, default=4, help="of BD3-LM"),
+            compile=dict(action="store_true", help="torch.compile the student's transformer"))
+    command(scaling, **shared, size=size | dict(default="tiny"))
+    command(cache, teacher=dict(required=True, help="as in train.py"), length=length, rows=rows,
+            data=dict(required=True, help="folder of shards"))
     args = parser.parse_args()
     if args.what == "step" and args.length % args.block_size:
         parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: choose a divisor")
@@ -461,7 +444,7 @@ def main():
         parser.error(f"--length={args.length} must be a multiple of 16, BD3-LM's blocks")
     device, dtype, autocast = device_and_dtype(getattr(args, "dtype", "float32"))
     torch.manual_seed(0)
-    commands[args.what](args, device, autocast)
+    args.f(args, device, autocast)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{name}, {dtype}, torch {torch.__version__}, {getattr(args, 'size', 'no student')}")
 

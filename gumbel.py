@@ -40,7 +40,7 @@ def sample_exponential(shape, generator=None, device=None):
     float32 `exponential_` has the same grid near 0. From u the small values are -log1p(-u) ~ u, on a grid of 2^-53.
     """
     u = torch.rand(shape, dtype=torch.float64, generator=generator, device=device)
-    return u.neg_().log1p_().neg_().float().clamp_(min=TINY)
+    return u.neg_().log1p_().float().neg_().clamp_(min=TINY)
 
 
 def sample_gumbel(shape, generator=None, device=None):

@@ -30,6 +30,7 @@ import re
 import shutil
 import sys
 import tarfile
+import time
 import zlib
 from pathlib import Path
 
@@ -97,8 +98,9 @@ def run_main(main):
     try:
         main()
     except BadInput as e:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", 0)):           # if the first process fails too, it speaks for all:
+            time.sleep(5)                                  # torchrun ends the others meanwhile
+        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1786,7 +1786,7 @@ def test_hugging_face_teacher(tmp_path, cli, monkeypatch, text_file):
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.train_from_iterator([" ".join(DOCS)], tokenizers.trainers.BpeTrainer(
         vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"]))
-    n = bpe.get_vocab_size()
+    n = bpe.get_vocab_size() + 3                           # padded, as many models are
     lm.resize_token_embeddings(n)
     lm.save_pretrained(tmp_path / "lm")
     transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(

@@ -198,13 +198,17 @@ class Tokenizer:
             self.chars = "UDLR." if name == "maze" else name[6:]
             self.vocab_size, self.bos = len(self.chars) + 1, len(self.chars)
         elif name.startswith("hf:"):
-            load = optional("transformers", f"tokenizer {name}").AutoTokenizer.from_pretrained
-            folder, file = os.path.split(name[3:])
+            transformers = optional("transformers", f"tokenizer {name}")
+            folder, file = os.path.split(name[3:]) if name.endswith(".gguf") else (name[3:], None)
             try:
-                self.bpe = load(folder or ".", gguf_file=file) if file.endswith(".gguf") else load(name[3:])
+                self.bpe = transformers.AutoTokenizer.from_pretrained(folder or ".", gguf_file=file)
             except (OSError, ValueError, ImportError) as e:
                 raise BadInput(f"transformers cannot load the tokenizer {name}: {str(e).splitlines()[0]}") from None
-            self.vocab_size = len(self.bpe)
+            try:                                         # a model may have a few ids more than its tokenizer
+                known = transformers.AutoConfig.from_pretrained(folder or ".", gguf_file=file).vocab_size
+            except (OSError, ValueError, AttributeError):
+                known = 0                                # no model beside it
+            self.vocab_size = max(len(self.bpe), known)
             self.bos = self.bpe.eos_token_id if self.bpe.bos_token_id is None else self.bpe.bos_token_id
             if self.bos is None:
                 raise BadInput(f"tokenizer {name} has neither BOS nor EOS, and rows begin with one")

@@ -2093,6 +2093,7 @@ def test_bench(cli, tmp_path, text_runs, monkeypatch):
     for flags, words in ((f"sampling {net} --length=16 --nfe=4 --batch_size=2", ["as the authors' code", "AR, KV"]),
                          ("noise --rows=30 --size=tiny --vocab_size=6000 --repeats=1", ["full tensors", "K = 512"]),
                          (f"step {net} --length=16 --micro_batch_size=2", ["MDLM + Gumbel, teacher cache", "AR as"]),
+                         ("sparse --ckpt=out/gumbel --n=60", ["| 257 | 0.0% |", "| 2 | "]),
                          ("cache --teacher=out/ar --data=data/mine --length=24 --rows=100", ["| 8 | 34 | 307 |"])):
         code, out, err = cli(bench, flags)
         assert code == 0 and all(w in out for w in words) and "| nan" not in out, (flags, out, err)
@@ -2100,6 +2101,7 @@ def test_bench(cli, tmp_path, text_runs, monkeypatch):
     refused(cli(bench, f"step {net} --length=15"), "--block_size=4", "divide")
     refused(cli(bench, f"sampling {net} --length=24"), "--length=24", "multiple of 16")
     refused(cli(bench, "cache --teacher=out/ar --data=nowhere"), "nowhere", "not a folder")
+    refused(cli(bench, "sparse --ckpt=out/plain --n=60"), "reads no noise", "--gumbel")
     model, V = bench.filled(tiny("gumbel", V=30, L=8)).eval(), 30
     x = torch.cat([torch.full((4000, 1), 29), torch.full((4000, 7), V)], 1)
     noise = sample_gumbel((1, 8, V), gen()).expand(4000, 8, V)

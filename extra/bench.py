@@ -2,6 +2,7 @@
 
     python -m extra.bench sampling                          # against the authors' way of sampling, in one run
     python -m extra.bench noise                             # noise and its embedding: full tensors, chunks, sparse
+    python -m extra.bench sparse --ckpt=out/chars-gumbel-s0                  # a trained student, shown sparse noise
     python -m extra.bench step --length=128 --micro_batch_size=8                    # a training step, by part
     python -m extra.bench step --teacher=gpt2-large --length=1024 --compile         # the default job's shape, for a GPU
     python -m extra.bench scaling                           # in L, V, batch and NFE
@@ -18,17 +19,19 @@ import re
 import time
 from collections import defaultdict
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import evaluate
+import gumbel
 from bd3lm import BD3LM
-from data.prepare import Parser, Shards, number, run_main
-from evaluate import print_table
+from data.prepare import BadInput, Parser, Shards, number, run_main
 from gumbel import GumbelEmbedding, _posterior_times, _truncated_posterior_times, noise_features, sample_exponential
 from mdlm import MDLM
-from sample import device_and_dtype, load_ar
+from sample import device_and_dtype, load_ar, load_model
 from teacher import AR, GPT2, GPT2_SIZES, body_to_bfloat16
 from train import SIZES, flops_per_row
 
@@ -100,7 +103,7 @@ def against(value, base):
 
 def show(rows):
     """A table of dicts whose keys are the columns' titles."""
-    print_table(rows, {title: title for row in rows for title in row})
+    evaluate.print_table(rows, {title: title for row in rows for title in row})
 
 
 def filled(model, std=3.0):
@@ -258,6 +261,29 @@ def noise(args, device, autocast):
             rows[-1]["error of g"] = (
                 f"{((rest - rest.mean(-1, keepdim=True)).square().sum() / s.square().sum()).sqrt():.1%}")
     show(rows)
+
+
+def sparse(args, device, autocast):
+    args.length = None
+    model, rows, off = load_model(args.ckpt, device=device), [], []
+    V = model.config["vocab_size"]
+
+    def features(T, *kind, K):                             # the K largest, the others at their mean
+        s = noise_features(T, *kind)
+        top, ids = s.topk(K)
+        kept = ((1 - top.sum(-1, keepdim=True)) / max(1, V - K)).expand_as(s).scatter(-1, ids, top)
+        off.append(((kept - s).norm() / s.norm()).item())
+        return kept
+    for K in [V] + [K for K in (4096, 512, 64, 32, 16, 8, 4, 2) if K < V]:
+        off.clear()
+        with patch.object(gumbel, "noise_features", partial(features, K=K)), torch.no_grad(), autocast:
+            (row,), *_ = evaluate.ppl(args, [model], device)
+        if not off:
+            raise BadInput(f"--ckpt={args.ckpt} reads no noise of its text: give a student trained with --gumbel")
+        rows.append({"K": K, "error of softmax(noise)": f"{np.mean(off):.1%}", "loss given noise": f"{row['nll']:.4f}",
+                     "±": f"{row['nll_stderr']:.4f}"})
+    show(rows)
+    print(f"\n{args.n} rows at most, the same with the same draws; {model.name}, V = {V}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,6 +455,10 @@ def main():
             nfe=dict(type=whole, default=16), batch_size=dict(type=whole, default=16),
             top_p=dict(type=number(float, above=0, high=1), default=0.9))
     command(noise, **shared, size=size, vocab_size=vocab_size, rows=rows)
+    command(sparse, ckpt=dict(required=True, help="a student trained with --gumbel"),
+            data=dict(help="folder of shards; default: the student's"), teacher=dict(help="default: the student's"),
+            n=dict(type=number(int, 2), default=1000, help="validation rows"), batch_size=dict(type=whole, default=50),
+            seed=dict(type=number(int, 0), default=0))
     command(step, **shared, size=size, vocab_size=vocab_size, length=length | dict(default=1024),
             teacher=dict(choices=GPT2_SIZES, default="gpt2", help="its shape; the weights are random"),
             micro_batch_size=dict(type=whole, default=8, help="rows per step"),

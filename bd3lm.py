@@ -221,14 +221,14 @@ class BD3LM(MDLM):
             step = (reveal[alive, a:a + K] * masked if reveal is not None else
                     reveal_steps(masked, steps, sampler, order, generator))
 
-            def hidden(z, rows):
+            def hidden(z, rows, at):
                 if not cached:
-                    return self.call(self.new_cache(len(z), a + K), x[alive[rows], :a], z, g(rows))
+                    return self.call(self.new_cache(len(z), a + K), x[alive[rows], :a], z, g(rows))[at]
                 if cache.length < a:                           # the first call for this block: all rows
                     cache.rows = None
-                    return self.call(cache, x[alive, cache.length:a], block, g(slice(None)))[rows]
+                    return self.call(cache, x[alive, cache.length:a], block, g(slice(None)))[rows][at]
                 cache.rows = rows if len(rows) < len(alive) else None
-                return self.call(cache, x[alive[rows], :0], z, g(rows))
+                return self.call(cache, x[alive[rows], :0], z, g(rows))[at]
             new, calls = unmask(block, step, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
             x[alive, a:a + K] = new
             nfe[alive] += calls

@@ -112,20 +112,20 @@ def ratio_with_error(a, b):
 class ExactDenoiser:
     """The perfect plain MDLM of an enumerable language: true conditionals, from its rows [M, L] (repeats are weights).
 
-    Stands in for a network in `mdlm.unmask`: hidden(x) is the log-probability of every token at every position given
-    what is revealed. On a context that no row fits (a sampler that reveals several tokens gets there) it is uniform.
+    Stands in for a network in `mdlm.unmask`: hidden(x) is the log-probability of every token at every position, or at
+    those in `at`, given what is revealed; uniform on a context that no row fits (several tokens a step get there).
     """
 
     def __init__(self, rows, vocab_size):
         self.V = vocab_size                                # float64: exact counts, also under autocast
         self.one_hot = torch.nn.functional.one_hot(torch.as_tensor(rows).long(), vocab_size).double().flatten(1)
 
-    def hidden(self, x, rows=None):
+    def hidden(self, x, rows=None, at=slice(None)):
         given = torch.nn.functional.one_hot(x, self.V + 1)[..., :self.V].double().flatten(1)       # [MASK] -> zeros
         fits = (given @ self.one_hot.T == (x < self.V).sum(1, keepdim=True)).double()               # (B, M)
         count = (fits @ self.one_hot).view(*x.shape, self.V)
         count[fits.sum(1) == 0] = 1
-        return (count / count.sum(-1, keepdim=True)).log()
+        return (count / count.sum(-1, keepdim=True)).log()[at]
 
     def logits(self, h):
         return h

@@ -83,7 +83,7 @@ class Block(nn.Module):
         self.fc = nn.Linear(n_embd, 4 * n_embd)
         self.proj = nn.Linear(4 * n_embd, n_embd)
 
-    def forward(self, x, rope, mask, causal, cache=None, layer=0):
+    def forward(self, x, rope, mask, causal, cache=None, layer=0, at=None):
         B, L, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.n_head, -1)
         qk = apply_rope(qkv[:, :, :2], *rope) if rope else qkv[:, :, :2]
@@ -95,7 +95,10 @@ class Block(nn.Module):
             y = compiled_flex()(q, k, v, block_mask=mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        y = self.attn_out(y.transpose(1, 2).reshape(B, L, D))
+        y = y.transpose(1, 2).reshape(B, L, D)
+        if at is not None:
+            x, y = x[at], y[at]
+        y = self.attn_out(y)
         x = x + F.dropout(y, self.dropout, self.training)
         y = self.proj(F.gelu(self.fc(self.norm2(x)), approximate="tanh"))
         return x + F.dropout(y, self.dropout, self.training)
@@ -126,10 +129,11 @@ class Transformer(nn.Module):
         if learned:
             self.head.weight = self.embed.weight
 
-    def forward(self, h, cache=None, positions=None, mask=None):
+    def forward(self, h, cache=None, positions=None, mask=None, at=None):
         """Input embeddings h [B, L, D] -> hidden states [B, L, D]. With a cache, h continues what the cache holds.
 
         positions [L]: default, those that follow the cache. mask: who sees whom, boolean [L, keys] or a BlockMask.
+        at [B, L]: return those positions' states only, [N, D]; the last block's MLP is then not computed elsewhere.
         """
         L, start = h.shape[1], cache.length if cache else 0
         if positions is None:
@@ -141,7 +145,7 @@ class Transformer(nn.Module):
         if self.causal and start and L > 1:   # queries start .. start + L - 1 against keys 0 .. start + L - 1
             mask = torch.ones(L, start + L, dtype=torch.bool, device=h.device).tril(start)
         for i, block in enumerate(self.blocks):
-            h = block(h, rope, mask, self.causal and not start, cache, i)
+            h = block(h, rope, mask, self.causal and not start, cache, i, at if i == len(self.blocks) - 1 else None)
         if cache:
             cache.length += L
         return self.norm(h)
@@ -268,8 +272,9 @@ def draw_tokens(logits, top_p=1.0, greedy=False, noise=None, generator=None):
 def unmask(x, step, mask_id, hidden, logits, order="random", top_p=1.0, greedy=False, generator=None):
     """The sampler loop. x [B, L] with [MASK]s, step [B, L] from `reveal_steps` -> (x, nfe [B]).
 
-    hidden(x, rows) is one network call on x [b, L], those rows of the batch -> [b, L, D]; logits(h [N, D]) -> [N, V]
-    runs at the positions being revealed only, in chunks. Rows that have nothing left are not computed. nfe: calls.
+    hidden(x, rows, at) is one network call on x [b, L], those rows of the batch -> its states [N, D] at the positions
+    `at` [b, L]; logits(h [N, D]) -> [N, V] runs there only, in chunks. Rows that have nothing left are not computed.
+    nfe: calls.
     `order="confidence"` keeps only how many tokens a step reveals and takes those drawn with the highest probability.
     """
     x, step, confidence = x.clone(), own_pace(step), order == "confidence"
@@ -282,10 +287,10 @@ def unmask(x, step, mask_id, hidden, logits, order="random", top_p=1.0, greedy=F
     for k in range(1, int(nfe.max()) + 1):
         rows = (nfe >= k).nonzero().squeeze(1)
         now = step[rows] == k
-        h = hidden(x[rows], rows)
         if confidence:
             count, now = now.sum(-1, keepdim=True), x[rows] == mask_id
-        new, logp = map(torch.cat, zip(*map(draw, h[now].split(max(1, CHUNK // mask_id)))))
+        h = hidden(x[rows], rows, now)
+        new, logp = map(torch.cat, zip(*map(draw, h.split(max(1, CHUNK // mask_id)))))
         if confidence:
             score = torch.full(now.shape, -math.inf, device=x.device).masked_scatter(now, logp)
             keep = (score.argsort(-1, descending=True).argsort(-1) < count) & now
@@ -336,9 +341,11 @@ class MDLM(nn.Module):
             h = torch.where(masked, g.to(h.dtype), h) if self.inject == "replace" else h + masked * g
         return h
 
-    def hidden(self, z, g=None, clean=None):
-        """z, g as in `embed` -> [B, L, D]. `clean`, the row without noise, is for BD3-LM's blocks, not used here."""
-        h = self.transformer(self.embed(z, g))
+    def hidden(self, z, g=None, clean=None, at=None):
+        """z, g as in `embed` -> [B, L, D], or [N, D] at positions `at` [B, L]. `clean`: for BD3-LM, not used here."""
+        if self.shift and at is not None:
+            return self.transformer(self.embed(z, g), at=at.roll(-1, 1))
+        h = self.transformer(self.embed(z, g), at=at)
         return h.roll(1, 1) if self.shift else h              # row 0, the only one that wraps around, is BOS's
 
     def logits(self, h):
@@ -417,8 +424,8 @@ class MDLM(nn.Module):
         masked = tokens == self.mask_id
         g = self.noise_source(masked, tau, noise, resample_noise, generator)
         step = reveal_steps(masked, steps, sampler, order, generator) if reveal is None else reveal * masked
-        return unmask(tokens, step, self.mask_id, lambda x, rows: self.hidden(x, g(rows)), self.logits, order, top_p,
-                      greedy, generator)
+        return unmask(tokens, step, self.mask_id, lambda x, rows, at: self.hidden(x, g(rows), at=at), self.logits,
+                      order, top_p, greedy, generator)
 
     def check_sampling(self, tokens, tau, top_p, noise, resample_noise):
         """ValueError for what a sampler cannot be given."""
@@ -465,7 +472,7 @@ class MDLM(nn.Module):
             masked = x[rows] == self.mask_id
             first = masked.int().argmax(1, keepdim=True)                                           # (b, 1)
             draft = masked & (position < first + max_lookahead)                                    # (b, L)
-            logits = self.logits(self.hidden(x[rows], g(rows))[draft]).double()       # (N, V), N <= b * max_lookahead
+            logits = self.logits(self.hidden(x[rows], g(rows), at=draft)).double()    # (N, V), N <= b * max_lookahead
             if top_p < 1:
                 logits = nucleus(logits, top_p)
             zeta = 0 if greedy else sample_gumbel(logits.shape, generator, x.device)

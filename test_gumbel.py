@@ -762,7 +762,7 @@ def test_sampler_contract(noise, sampler, order):
     start = rows_of(40).masked_fill((torch.rand(40, 6, generator=gen(5)) < 0.6) & (torch.arange(6) > 0), 7)
     start[3] = rows_of(1)[0]                               # a row with nothing to do
     calls = []
-    model.transformer.register_forward_hook(lambda m, i, o: calls.append(len(o)))
+    model.transformer.register_forward_hook(lambda m, i, o: calls.append(len(i[0])))
     for steps in (1, 3, 50):
         calls.clear()
         x, nfe = model.generate(start, steps, sampler, order, generator=gen(9))
@@ -780,13 +780,22 @@ def test_sampler_contract(noise, sampler, order):
         model.generate(start, 3, sampler, order, resample_noise=True, tau=0.5, top_p=0.9, generator=gen())
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_states_where_they_are_wanted_are_those_of_the_full_pass(shift):
+    model, z = tiny(shift=shift), rows_of(8).masked_fill(torch.arange(6) % 3 > 0, 7)
+    at = torch.rand(8, 6, generator=gen()) < 0.4
+    at[:, 0] = False
+    want = model.hidden(z)[at]
+    assert want.std() > 0.1 and (model.hidden(z, at=at) - want).abs().max() < 1e-5
+
+
 def test_confidence_reveals_the_most_probable_first():
     z = torch.tensor([[[4.0, 0], [9.0, 0], [1.0, 0], [6.0, 0]]])
     seen = []
 
-    def hidden(x, rows):
+    def hidden(x, rows, at):
         seen.append(x.clone())
-        return z[rows]
+        return z[rows][at]
     x = torch.full((1, 4), 2)
     unmask(x, reveal_steps(x == 2, 4, "fixed", generator=gen()), 2, hidden, lambda h: h, "confidence", greedy=True)
     assert [(s != 2).nonzero()[:, 1].tolist() for s in seen] == [[], [1], [1, 3], [0, 1, 3]]

@@ -158,9 +158,9 @@ def sampling(args, device, autocast):
         BD3LM(V, L, V - 1, 16, noise="gumbel", **net)))
     generator, clock, parts = torch.Generator(device).manual_seed(0), Clock(), {}
     for method, part in dict(embed_noise="noise", hidden="network", logits="output layer").items():
-        def timed(*a, f=getattr(model, method), part=part):
+        def timed(*a, f=getattr(model, method), part=part, **kw):
             clock("softmax, nucleus, draw")
-            result = f(*a)
+            result = f(*a, **kw)
             clock(part)
             return result
         setattr(model, method, timed)

@@ -128,8 +128,9 @@ class BD3LM(MDLM):
         self.config |= dict(block_size=block_size)
         self.block_size, self.n_blocks = block_size, length // block_size
 
-    def hidden(self, z, g=None, clean=None):
-        """Noised rows z [B, L], noise embeddings g [B, L, D], clean rows [B, L] -> hidden states of z [B, L, D]."""
+    def hidden(self, z, g=None, clean=None, at=None):
+        """Noised rows z [B, L], noise embeddings g [B, L, D], clean rows [B, L] -> hidden states of z [B, L, D], or
+        [N, D] at positions `at` [B, L]."""
         L, device = z.shape[1], z.device
         if clean is None or L % self.block_size:
             raise ValueError(f"BD3-LM takes noised and clean rows, of a multiple of {self.block_size} tokens")
@@ -142,7 +143,7 @@ class BD3LM(MDLM):
         if self.shift:
             first = torch.arange(L, device=device)[:, None] % self.block_size == 0
             h = torch.where(first, clean.roll(1, 1), h.roll(1, 1))
-        return h
+        return h if at is None else h[at]
 
     def log_probs(self, noised, clean, noise=None):
         """The training pass after SUBS: noised and clean rows [B, L], noise [B, L, V] -> [B, L, V + 1]."""
@@ -223,12 +224,14 @@ class BD3LM(MDLM):
 
             def hidden(z, rows, at):
                 if not cached:
-                    return self.call(self.new_cache(len(z), a + K), x[alive[rows], :a], z, g(rows))[at]
-                if cache.length < a:                           # the first call for this block: all rows
+                    h = self.call(self.new_cache(len(z), a + K), x[alive[rows], :a], z, g(rows))
+                elif cache.length < a:                         # the first call for this block: all rows
                     cache.rows = None
-                    return self.call(cache, x[alive, cache.length:a], block, g(slice(None)))[rows][at]
-                cache.rows = rows if len(rows) < len(alive) else None
-                return self.call(cache, x[alive[rows], :0], z, g(rows))[at]
+                    h = self.call(cache, x[alive, cache.length:a], block, g(slice(None)))[rows]
+                else:
+                    cache.rows = rows if len(rows) < len(alive) else None
+                    h = self.call(cache, x[alive[rows], :0], z, g(rows))
+                return h[at]
             new, calls = unmask(block, step, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
             x[alive, a:a + K] = new
             nfe[alive] += calls

@@ -344,9 +344,9 @@ class MDLM(nn.Module):
     def hidden(self, z, g=None, clean=None, at=None):
         """z, g as in `embed` -> [B, L, D], or [N, D] at positions `at` [B, L]. `clean`: for BD3-LM, not used here."""
         if self.shift and at is not None:
-            return self.transformer(self.embed(z, g), at=at.roll(-1, 1))
+            at = at.roll(-1, 1)
         h = self.transformer(self.embed(z, g), at=at)
-        return h.roll(1, 1) if self.shift else h              # row 0, the only one that wraps around, is BOS's
+        return h.roll(1, 1) if self.shift and at is None else h          # only column 0 wraps around: BOS, never read
 
     def logits(self, h):
         """h [N, D] -> float32 [N, V]. [MASK] has no entry (SUBS: logit -inf); BOS is -inf where it never occurs."""

@@ -787,6 +787,8 @@ def test_states_where_they_are_wanted_are_those_of_the_full_pass(shift):
     at[:, 0] = False
     want = model.hidden(z)[at]
     assert want.std() > 0.1 and (model.hidden(z, at=at) - want).abs().max() < 1e-5
+    blocks, at = tiny_blocks(shift=shift, L=6), at.roll(1, 0)
+    assert torch.equal(blocks.hidden(z, None, rows_of(8), at), blocks.hidden(z, None, rows_of(8))[at])
 
 
 def test_confidence_reveals_the_most_probable_first():

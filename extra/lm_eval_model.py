@@ -54,7 +54,7 @@ def score(model, tokens, scored, teacher=None, given_noise=False, generator=None
                     model.noise_embed.from_prior(len(x), generator=generator))                       # unpaired noise
             g[scored] = rows.to(g.dtype)                   # (of another dtype under autocast)
             g[rest] = model.noise_embed.from_prior(int(rest.sum()), generator=generator).to(g.dtype)
-        logits = model.logits(model.hidden(tokens.masked_fill(after, model.mask_id), g, tokens)[scored])
+        logits = model.logits(model.hidden(tokens.masked_fill(after, model.mask_id), g, tokens, scored))
     nats = log_p(logits)
     if teacher is not None and not given_noise:
         nats = nats + log_p(ar(0, len(x)))

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 
@@ -25,8 +24,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.prepare import (PAD, BadInput, Parser, Shards, Tokenizer, check_output, maze_dataset, maze_keys, maze_paths,
-                          maze_valid, number, optional, run_main)
+from data.cli import BadInput, Parser, check_output, git_commit, number, optional, run_main
+from data.maze import PAD, ExactDenoiser, maze_dataset, maze_keys, maze_paths, maze_valid
+from data.shards import Shards
+from data.vocab import Tokenizer
+from extra.scores import gen_ppl, last_hidden, mauve_scores, ratio_with_error
 from gumbel import sample_gumbel
 from mdlm import reveal_steps, stratified_t, unmask
 from medusa import Medusa
@@ -44,14 +46,6 @@ CODE = hashlib.sha256(b"".join(open(os.path.join(FOLDER, name + ".py"), "rb").re
 
 # ---------------------------------------------------------------------------------------------------------------------
 # results
-
-def git_commit():
-    """The commit of this code, with + when it was changed since, or "" outside a checkout."""
-    describe = ["git", "-C", FOLDER, "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
 
 
 # every table's columns: the key in a row, and its title
@@ -97,38 +91,8 @@ def report(args, rows, note, columns=COLUMNS, digits={}, table=None, began=0.0, 
             json.dump(dict(meta=meta, rows=rows), f, indent=1)
 
 
-def ratio_with_error(a, b):
-    """sum a / sum b over independent samples, with its standard error (linearised: samples differ in both)."""
-    n, total = len(a), b.sum()
-    if not total:
-        return None, None
-    r = a.sum() / total
-    return float(r), float(np.sqrt(n / max(1, n - 1) * ((a - r * b) ** 2).sum()) / total)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the maze
-
-class ExactDenoiser:
-    """The perfect plain MDLM of an enumerable language: true conditionals, from its rows [M, L] (repeats are weights).
-
-    Stands in for a network in `mdlm.unmask`: hidden(x) is the log-probability of every token at every position, or at
-    those in `at`, given what is revealed; uniform on a context that no row fits (several tokens a step get there).
-    """
-
-    def __init__(self, rows, vocab_size):
-        self.V = vocab_size                                # float64: exact counts, also under autocast
-        self.one_hot = torch.nn.functional.one_hot(torch.as_tensor(rows).long(), vocab_size).double().flatten(1)
-
-    def hidden(self, x, rows=None, at=slice(None)):
-        given = torch.nn.functional.one_hot(x, self.V + 1)[..., :self.V].double().flatten(1)       # [MASK] -> zeros
-        fits = (given @ self.one_hot.T == (x < self.V).sum(1, keepdim=True)).double()               # (B, M)
-        count = (fits @ self.one_hot).view(*x.shape, self.V)
-        count[fits.sum(1) == 0] = 1
-        return (count / count.sum(-1, keepdim=True)).log()[at]
-
-    def logits(self, h):
-        return h
 
 
 def maze_statistics(rows):
@@ -284,42 +248,6 @@ def maze(args, models, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # text
 
-def by_length(samples, batch, pad):
-    """Samples (id arrays) in batches of similar lengths: yields (their indices [b], LongTensor [b, T])."""
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
-    for a in range(0, len(order), batch):
-        ids = [torch.as_tensor(np.asarray(samples[i], dtype=np.int64)) for i in order[a:a + batch]]
-        yield order[a:a + batch], torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
-
-
-@torch.no_grad()
-def judge_nll(judge, samples, device, batch=32, scored=None):
-    """-log p of each sample (id arrays, without BOS) under an AR judge -> (nats [n], counted tokens [n]).
-
-    EOS targets (the judge's BOS id) are left out, and those where `scored` [n, T] is False. Samples longer than the
-    judge's rows: windows, stride half of one.
-    """
-    if (top := max(np.max(sample) for sample in samples)) >= judge.vocab_size:
-        raise BadInput(f"the judge knows {judge.vocab_size} ids, but a sample holds id {top}: a [MASK], or another "
-                       "vocabulary")
-    nll, count = np.zeros(len(samples)), np.zeros(len(samples), dtype=int)
-    for some, ids in by_length(samples, batch, judge.bos):
-        x = torch.nn.functional.pad(ids, (1, 0), value=judge.bos).to(device)
-        start = done = 0                                   # row entries before `done + 1` are scored
-        while done < x.shape[1] - 1:
-            part = x[:, start:start + judge.length]
-            h, target = judge.hidden(part[:, :-1])[:, done - start:], part[:, 1 + done - start:]
-            logp = torch.stack([judge.logits(r).log_softmax(-1).gather(-1, t[:, None]).squeeze(1)
-                                for r, t in zip(h, target)])                 # row by row: [L, V] at a time
-            keep = target != judge.bos                     # EOS, and the padding after a shorter sample
-            if scored is not None:
-                keep &= torch.as_tensor(scored[some][:, done:done + keep.shape[1]], device=device)
-            nll[some] -= logp.double().masked_fill(~keep, 0).sum(1).cpu().numpy()
-            count[some] += keep.sum(1).cpu().numpy()
-            done = start + part.shape[1] - 1
-            start += judge.length // 2
-    return nll, count
-
 
 def text_setting(args, models, device):
     """What the metrics of generated text share, checked: -> (judge, to_judge, validation data or None, row length).
@@ -383,12 +311,6 @@ def validation_rows(data, n, seed):
     return data.rows(np.random.default_rng(seed).permutation(len(data))[:n])
 
 
-def gen_ppl(judge, samples, device, scored=None):
-    """exp of the judge's mean nats over all tokens of all samples, with its standard error over samples."""
-    nats, error = ratio_with_error(*judge_nll(judge, samples, device, scored=scored))
-    return {} if nats is None else dict(gen_ppl=math.exp(nats), gen_ppl_stderr=math.exp(nats) * error)
-
-
 def genppl(args, models, device):
     """Generative perplexity of samples under an AR judge, always with their entropy (lower entropy lowers GenPPL)."""
     judge, to_judge, data, length = text_setting(args, models, device)
@@ -420,54 +342,6 @@ def infill(args, models, device):
                     | dict(recovered=float((filled == real)[masked].mean())))
     return rows, (f"{args.masked} of {length - 1} tokens masked at random; GenPPL of these alone; recovered: of these, "
                   f"those of the data.\n{text_note(args, models, judge, length)}")
-
-
-@torch.no_grad()
-def last_hidden(judge, samples, device, batch=32):
-    """MAUVE's features: an AR model's hidden state at the last token of each sample (id arrays) -> [n, D] float32."""
-    samples, out = [sample[:judge.length] for sample in samples], [None] * len(samples)
-    for some, ids in by_length(samples, batch, judge.bos):
-        for i, h in zip(some, judge.hidden(ids.to(device))):
-            out[i] = h[len(samples[i]) - 1].float().cpu()
-    return torch.stack(out)
-
-
-def kmeans(x, k, generator, redo=5, iterations=500):
-    """Lloyd's algorithm from k random points, the best of `redo` runs: x [N, d] -> labels [N]."""
-    best = (math.inf, None)
-    for _ in range(redo):
-        centre, labels = x[torch.randperm(len(x), generator=generator)[:k]], None
-        for _ in range(iterations):
-            nearest, new = torch.cdist(x, centre).min(1)
-            if labels is not None and torch.equal(new, labels):
-                break
-            labels = new
-            count = torch.bincount(labels, minlength=k)
-            centre = torch.zeros_like(centre).index_add_(0, labels, x) / count.clamp(min=1)[:, None]
-            centre[count == 0] = x[nearest.topk(int((count == 0).sum())).indices]      # an empty one: the worst point
-        best = min(best, (float(nearest.square().sum()), labels), key=lambda run: run[0])
-    return best[1]
-
-
-def mauve_scores(p, q, seeds=5):
-    """MAUVE (Pillutla et al. 2021) of features p, q [n, D], for several seeds of k-means -> [seeds]. As mauve-text:
-    unit rows, joint PCA to 90 % of the variance, n / 10 clusters, the area under exp(-5 KL), no smoothing.
-    """
-    x = torch.nn.functional.normalize(torch.cat([p, q]).double())
-    x = x - x.mean(0)
-    _, s, v = torch.linalg.svd(x, full_matrices=False)
-    kept = 1 + int(((s ** 2).cumsum(0) / (s ** 2).sum() >= 0.9).nonzero()[0])
-    x, k, scores = x @ v[:kept].T, max(2, round(min(len(p), len(q)) / 10)), []
-    w = torch.linspace(1e-6, 1 - 1e-6, 25).double()[:, None]
-    for seed in range(seeds):
-        labels = kmeans(x.float(), k, torch.Generator().manual_seed(seed))
-        a, b = (torch.bincount(part, minlength=k).double() / len(part) for part in labels.split([len(p), len(q)]))
-        mix = w * a + (1 - w) * b                                                                            # (25, k)
-        curve = [torch.exp(-5 * (torch.xlogy(d, d) - torch.xlogy(d, mix)).sum(1)) for d in (b, a)]
-        curve = torch.cat([torch.eye(2).double(), torch.stack(curve, 1)])           # with its ends, (1, 0) and (0, 1)
-        scores.append(sum(float(torch.trapezoid(c[o, 1], c[o, 0])) / 2
-                          for c in (curve, curve.flip(1)) for o in [c[:, 0].argsort()]))
-    return np.array(scores)
 
 
 def mauve(args, models, device):
@@ -522,31 +396,11 @@ def nfe(args, models, device):
         table.append(dict(model=label, decode=decode, n=runs[0]["n"]) | row)
     steps = sorted({row["nfe"] for row in rows if row.get("nfe")})
     if args.plot:
+        from extra.plot import plot_nfe
         plot_nfe(args.plot, lines, steps, title)
     columns = dict(model=title, decode="decode") | {k: f"NFE {k}" for k in steps} | dict(entropy="entropy")
     return rows, ("±: over samples (MAUVE: over seeds of k-means), or, where there are runs of several seeds, their "
                   "standard deviation.\n" + note), columns, {}, table
-
-
-def plot_nfe(path, lines, steps, title):
-    """lines: label -> {nfe: (value, error)}, {None: ...} for what has no NFE; drawn into a .png or .svg."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
-    for label, line in lines.items():
-        if None in line:
-            axes.axhline(line[None][0], label=label, linestyle="--", color="gray")
-        else:
-            axes.errorbar(list(line), *zip(*line.values()), label=label, marker="o", capsize=2,
-                          linestyle="-:"["theory" in label])
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(steps, steps)
-    axes.set(xlabel="NFE", ylabel=title, yscale="log" if title == "GenPPL" else "linear")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13))             # below the axes
-    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def load_teacher(args, model, meta, length, device):

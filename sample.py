@@ -21,7 +21,11 @@ import bd3lm
 import mdlm
 import teacher
 from bd3lm import BD3LM
-from data.prepare import BadInput, Parser, Tokenizer, Writer, check_output, draw_maze, number, run_main
+from data.cli import BadInput, Parser, check_output, number, run_main
+from data.maze import draw_maze
+from data.shards import Writer
+from data.vocab import Tokenizer
+from extra.published import read_weights
 from mdlm import MDLM, ORDERS, SAMPLERS
 from medusa import ACCEPT, Medusa
 from teacher import AR, GPT2, GPT2_SIZES, HF, CausalLM, model_hash
@@ -109,7 +113,7 @@ def load_foreign(path, weights):
         elif path in GPT2_SIZES:
             model = GPT2.from_pretrained(path)
         else:
-            state, settings = mdlm.read_weights(path, weights)
+            state, settings = read_weights(path, weights)
             if any(k.endswith("wte.weight") for k in state):
                 model = GPT2.from_state(state, settings)
             else:
@@ -155,7 +159,8 @@ def generate(model, tokens, steps, tau, top_p, greedy, sampler="ancestral", orde
         return model.generate(tokens, length, greedy=greedy, **kw)
     kw |= dict(greedy=greedy, resample_noise=resample_noise)
     if sampler == "apd":
-        return model.generate_apd(tokens, **apd, **kw)
+        from extra.verified import generate_apd
+        return generate_apd(model, tokens, **apd, **kw)
     return model.generate(tokens, steps, sampler, order, **kw)
 
 

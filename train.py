@@ -27,13 +27,16 @@ from tqdm import tqdm
 
 import evaluate
 from bd3lm import windows
-from data.prepare import BadInput, Parser, Shards, make_maze, number, optional, run_main
+from data.cli import BadInput, Parser, git_commit, number, optional, run_main
+from data.prepare import make_maze
+from data.shards import Shards
+from data.teacher_cache import LogitsTable, TeacherCache
 from gumbel import KINDS
 from mdlm import T_MIN, stratified_t
 from medusa import Medusa
 from sample import (MODELS, build, default_teacher, device_and_dtype, load_ar, load_checkpoint, load_model,
                     torch_seed)
-from teacher import CausalLM, LogitsTable, TeacherCache, body_to_bfloat16, model_hash
+from teacher import CausalLM, body_to_bfloat16, model_hash
 
 SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))      # n_layer, n_embd, n_head
 
@@ -476,7 +479,7 @@ def train(args, world):
     if args.teacher_cache:
         first = os.environ.get("LOCAL_RANK", "0") == "0"   # of this machine, whose disk may be its own: makes the files
         with world.in_turn(first):
-            table = TeacherCache(teacher, data, args.teacher_cache, first, world.dtype)
+            table = TeacherCache(teacher, model_hash(teacher), data, args.teacher_cache, first, world.dtype)
     elif teacher and not medusa and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
         table = LogitsTable(teacher, data)                                     # small dataset: one teacher pass for all
     if teacher and not isinstance(table, LogitsTable) and world.dtype == "bfloat16":
@@ -501,7 +504,7 @@ def train(args, world):
     if step == 0:
         record(args=vars(args), config=model.config, device=world.device, dtype=world.dtype, processes=world.size,
                micro_batch_size=micro, parameters=parameters, threads=torch.get_num_threads(), torch=torch.__version__,
-               git=evaluate.git_commit(), rows=len(data), meta=meta)
+               git=git_commit(), rows=len(data), meta=meta)
     world.say(f"{args.out}: {args.n_layer} layers x {model.config['n_embd']}, {parameters / 1e6:.1f}M parameters, "
               f"{len(data)} rows of {data.length}, {world.size} x {world.device}, {world.dtype}, "
               f"micro-batch {micro} of {args.batch_size}")
@@ -596,7 +599,7 @@ def train(args, world):
                 save(os.path.join(args.out, "ckpt.pt"), dict(
                     model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(), step=step,
                     tokens_seen=step * per_step, rng=torch.get_rng_state(), args=vars(args), config=model.config,
-                    meta=meta, git=evaluate.git_commit(), clip=clip))
+                    meta=meta, git=git_commit(), clip=clip))
             if stopping:
                 world.say(f"{args.out}: stopped at step {step}, saved; the same command continues")
                 world.barrier()                            # the others wait for the checkpoint

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 import evaluate
 import gumbel
 from bd3lm import BD3LM
-from data.prepare import BadInput, Parser, Shards, number, run_main
+from data.cli import BadInput, Parser, number, run_main
+from data.shards import Shards
 from gumbel import GumbelEmbedding, _posterior_times, _truncated_posterior_times, noise_features, sample_exponential
 from mdlm import MDLM
 from sample import device_and_dtype, load_ar, load_model

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-from data.prepare import BadInput, Parser, check_output, number, run_main
+from data.cli import BadInput, Parser, check_output, number, run_main
 from evaluate import report
 
 CRITERIA = dict(

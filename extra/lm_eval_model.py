@@ -19,7 +19,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from data.prepare import BadInput, Parser, Tokenizer, check_output, number, optional, run_main
+from data.cli import BadInput, Parser, check_output, number, optional, run_main
+from data.vocab import Tokenizer
 from evaluate import load_teacher, report
 from medusa import Medusa
 from sample import device_and_dtype, load_model, loading_flags, torch_seed

@@ -7,9 +7,13 @@ Blocks of K tokens: autoregressive over blocks, masked diffusion inside one,
 K = L is MDLM, K = 1 an AR model. What blocks add: text of any length, a KV cache of the clean blocks, a noise level for
 each block. What they cost: a training row is seen twice, noised and clean, in one pass over [z ; x].
 
+In this order: who attends to whom in training; the model with its loss and sampler; the sampler's KV cache; clipped
+noise levels and the search for them.
+
 Shapes: B batch, L length of a row, K block size, n_blocks = L / K, T length of a sample, V vocabulary, D width.
 """
 import math
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
@@ -18,7 +22,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import mdlm
 from gumbel import sample_gumbel
-from mdlm import MDLM, T_MIN, KVCache, reveal_steps, unmask
+from mdlm import MDLM, T_MIN, Denoiser, MDLMConfig
+from teacher import KVCache
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,71 +52,14 @@ def training_mask(length, block_size, device, sparse=False):
     return rule(None, None, i[:, None], i)
 
 
-class BlockCache(KVCache):
-    """Keys and values of the clean tokens that a block sees, the last `reach` before it: for any sample length.
-
-    `length` positions have gone in, the buffer holds those from `start` on. `rows`: the rows of the batch that the
-    network is being called for, None for all. `last`: hidden states of the last clean token, for `shift`.
-    """
-
-    def __init__(self, model, batch, size, reach):
-        super().__init__(model, batch, size)
-        self.reach, self.start, self.rows, self.last = reach, 0, None, None
-
-    def make_room(self, n):
-        """Before n more positions go in: forget what no block to come sees, if the buffer is full."""
-        self.seen_from = max(self.start, self.length - self.reach)
-        if self.length + n - self.start > self.kv.shape[4]:
-            kept = self.kv[:, :, :, :, self.seen_from - self.start:self.length - self.start].clone()
-            self.kv[:, :, :, :, :kept.shape[4]] = kept
-            self.start = self.seen_from
-
-    def update(self, layer, k, v):
-        a, held = self.seen_from - self.start, self.length - self.seen_from
-        kv = self.kv[layer, :, :, :, a:a + held + k.shape[2]]  # (2, B, H, keys, D/H)
-        if self.rows is not None:
-            kv = kv[:, self.rows]                              # a copy: only a call for all rows leaves anything behind
-        kv[0, :, :, held:], kv[1, :, :, held:] = k, v
-        return kv[0], kv[1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# clipped noise schedules
-
-def windows(block_size):
-    """The windows of noise levels that `--clip_search` compares: all levels, and widths 0.5 to 0.9 in steps of 0.05."""
-    if block_size == 1:
-        return [(T_MIN, 1.0), (1.0, 1.0)]
-    return [(T_MIN, 1.0)] + [(max(T_MIN, low / 100), (low + width) / 100)
-                             for width in range(50, 95, 5) for low in range(0, 105 - width, 5)]
-
-
-def clipped_mask(t, length, clip, generator=None):
-    """Masks [B, L] at noise levels t [B, n_blocks], given that the masked fraction of each block lies in `clip`.
-
-    The ancestors redraw a block until it does. The same law in one draw: the number of masked tokens m is binomial
-    (n, t) restricted to the window, which ones is uniform. BOS is never masked and does not count. A block in which no
-    m / n lies in the window, and a bound at the end of [T_MIN, 1], are not restricted.
-    """
-    B, n_blocks = t.shape
-    K = length // n_blocks
-    n = torch.full((n_blocks, 1), K, dtype=torch.float64, device=t.device)
-    n[0] -= 1                                                                                    # (n_blocks, 1): BOS
-    m = torch.arange(K + 1, device=t.device).double()                                            # (K + 1)
-    p = t.double()[:, :, None]
-    rest, share, possible = (n - m).clamp(min=0), m / n.clamp(min=1), m <= n                     # (n_blocks, K + 1)
-    choose = torch.lgamma(n + 1) - torch.lgamma(m + 1) - torch.lgamma(rest + 1)
-    logp = choose + torch.special.xlogy(m, p) + torch.special.xlog1py(rest, -p)                  # (B, n_blocks, K + 1)
-    fits = possible & (share >= clip[0] * (clip[0] > T_MIN) - 1e-9) & (share <= clip[1] + 1e-9)
-    logp = logp.masked_fill(~torch.where(fits.any(-1, keepdim=True), fits, possible), -math.inf)
-    count = (logp + sample_gumbel(logp.shape, generator, t.device)).argmax(-1, keepdim=True)     # (B, n_blocks, 1)
-    u = torch.rand(B, length, generator=generator, device=t.device, dtype=torch.float64)
-    u[:, 0] = 2
-    return (u.view(B, n_blocks, K).argsort(-1).argsort(-1) < count).view(B, length)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the model
+
+@dataclass
+class BD3LMConfig(MDLMConfig):
+    """What describes a BD3LM: an MDLM, and the size of its blocks."""
+    block_size: int = 4  # tokens of a block; BOS is the first of the first block
+
 
 class BD3LM(MDLM):
     """Block diffusion language model: an MDLM whose rows are made of blocks of `block_size` tokens (BOS in the first).
@@ -120,129 +68,326 @@ class BD3LM(MDLM):
     noised half read it, as in MDLM; clean blocks have none. `shift` (see MDLM): at the start of a block, position i - 1
     is the clean token before it; so with K = 1 and an AR model's weights this is that AR model.
     """
+    Config = BD3LMConfig
+    any_length = True
+    loss_reads = MDLM.loss_reads + ("clip",)
+    generate_reads = MDLM.generate_reads + ("stop_at_eos", "cached")
+    samplers = ("ancestral", "fixed", "first_hitting", "remdm")
 
-    def __init__(self, vocab_size, length, bos, block_size=4, **kw):
-        if length % block_size:
-            raise ValueError(f"block_size {block_size} does not divide the row length {length}")
-        super().__init__(vocab_size, length, bos, **kw)
-        self.config |= dict(block_size=block_size)
-        self.block_size, self.n_blocks = block_size, length // block_size
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        self.block_size = self.config.block_size
+        if self.length % self.block_size:
+            raise ValueError(f"block_size {self.block_size} does not divide the row length {self.length}")
+        self.n_blocks = self.length // self.block_size
 
-    def hidden(self, z, g=None, clean=None, at=None):
-        """Noised rows z [B, L], noise embeddings g [B, L, D], clean rows [B, L] -> hidden states of z [B, L, D], or
-        [N, D] at positions `at` [B, L]."""
-        L, device = z.shape[1], z.device
+    def hidden(self, z, g=None, clean=None, wanted=None):
+        """The training pass over [z ; x]: noised rows z [B, L], noise embeddings g [B, L, D], clean rows [B, L] ->
+        hidden states of z [B, L, D], or [N, D]: those at the positions `wanted` [B, L] only.
+        """
+        L = z.shape[1]
         if clean is None or L % self.block_size:
             raise ValueError(f"BD3-LM takes noised and clean rows, of a multiple of {self.block_size} tokens")
-        h = torch.cat([self.embed(z, g), self.transformer.embed(clean)], 1)                               # (B, 2L, D)
+        h = torch.cat([self.embed(z, g), self.transformer.embed(clean)], 1)  # (B, 2L, D)
         # flex_attention has no backward on a CPU, wants heads of 16, and skips tiles of 128
-        sparse = device.type == "cuda" and h.shape[2] >= 16 * self.transformer.n_head and L >= 128
-        h = self.transformer(h, positions=torch.arange(L, device=device).repeat(2),
-                             mask=training_mask(L, self.block_size, device, sparse))
-        h, clean = h.split(L, 1)
-        if self.shift:
-            first = torch.arange(L, device=device)[:, None] % self.block_size == 0
-            h = torch.where(first, clean.roll(1, 1), h.roll(1, 1))
-        return h if at is None else h[at]
+        sparse = z.is_cuda and h.shape[2] >= 16 * self.transformer.n_head and L >= 128
+        mask = training_mask(L, self.block_size, z.device, sparse)
+        position_ids = torch.arange(L, device=z.device).repeat(2)  # the same for a token's two copies
+        h = self.transformer(h, position_ids=position_ids, mask=mask)
+        h, h_clean = h.split(L, 1)
+        if self.config.shift:
+            starts_block = torch.arange(L, device=z.device)[:, None] % self.block_size == 0
+            h = torch.where(starts_block, h_clean.roll(1, 1), h.roll(1, 1))
+        if wanted is None:
+            return h
+        return h[wanted]
 
     def log_probs(self, noised, clean, noise=None):
         """The training pass after SUBS: noised and clean rows [B, L], noise [B, L, V] -> [B, L, V + 1]."""
         return super().log_probs(noised, noise, clean)
 
-    def losses(self, tokens, t, teacher=None, z=None, clip=None, generator=None, **kw):
-        """As MDLM's, with a noise level per block, t [B, n_blocks]. `clip` (low, high): t was drawn in this window, the
-        masks are kept in it, and with low > 0.5 the weight is 1 in place of 1/t, as the ancestors have it: no NELBO.
+    # training
+
+    def losses(self, tokens, t, teacher=None, z=None, noise=None, kd=0.0, generator=None, clip=None):
+        """As MDLM's, with a noise level per block, t [B, n_blocks]. `clip` (low, high): t was drawn in this window; the
+        masks are kept in it.
         """
+        if clip is None:
+            return super().losses(tokens, t, teacher, z, noise, kd, generator)
+        if z is None:
+            z = tokens.masked_fill(clipped_mask(t, tokens.shape[1], clip, generator), self.mask_id)
         weight = None
-        if clip is not None:
-            if z is None:
-                z = tokens.masked_fill(clipped_mask(t, tokens.shape[1], clip, generator), self.mask_id)
-            weight = torch.ones_like(t) if clip[0] > 0.5 else None
-        return super().losses(tokens, t, teacher, z, weight=weight, generator=generator, **kw)
+        if clip[0] > 0.5:
+            weight = torch.ones_like(t)  # as the authors of BD3-LM have it, in place of 1/t: this is no NELBO
+        return super().losses(tokens, t, teacher, z, noise, kd, generator, weight)
 
     # sampling
 
-    def call(self, cache, before, z, g=None):
-        """One network call of the sampler: clean tokens `before` [b, n] that follow what the cache holds, and the
-        noised block after them, z [b, K], g [b, K, D] -> its hidden states [b, K, D]. The clean ones stay in the cache.
-        """
-        n, K = before.shape[1], self.block_size
-        h = torch.cat([self.transformer.embed(before), self.embed(z, g)], 1)                           # (b, n + K, D)
-        cache.make_room(n + K)
-        block = torch.arange(cache.seen_from, cache.length + n + K, device=z.device) // K              # of the keys
-        query = block[-(n + K):, None]                        # sees its own block and those before it, L positions
-        h = self.transformer(h, cache, mask=(block <= query) & (block > query - self.n_blocks) if n else None)
-        cache.length -= K                                     # the noised block leaves the cache again
-        if self.shift:
-            if n:
-                cache.last = h[:, n - 1:n]                    # (b, 1, D): the clean token before the block
-            last = h[:, :1] if cache.last is None else cache.last if cache.rows is None else cache.last[cache.rows]
-            h = torch.cat([last, h[:, n:-1]], 1)
-        return h[:, -K:]
-
-    def new_cache(self, batch, size):
-        return BlockCache(self.transformer, batch, size, self.length - self.block_size)
-
     @torch.no_grad()
-    def generate(self, tokens, steps, sampler="ancestral", order="random", tau=1.0, top_p=1.0, greedy=False,
-                 noise=None, resample_noise=False, reveal=None, stop_at_eos=False, cached=True, generator=None):
+    def generate(self, tokens, steps, sampler="ancestral", order="random", remask=0.0, tau=1.0, top_p=1.0,
+                 greedy=False, noise=None, resample_noise=False, stop_at_eos=False, cached=True, generator=None):
         """Fill in the [MASK]s of tokens [B, T] (BOS first), block by block -> (tokens [B, T], nfe [B]). T is free.
 
-        As MDLM's `generate`, with `steps` per block; `noise` [B, T, V], `reveal` [B, T]. A block sees the last L - K
-        tokens before it; a prompt, or given text between [MASK]s, has at most L. A clean block enters the KV cache in
-        the first call for the next one, so the cache costs no call of its own; `cached=False` computes all of it anew
-        each time. `stop_at_eos`: a row ends with the first EOS (= BOS) that it draws, what is masked after it becomes
-        EOS too, and is not computed.
+        As MDLM's `generate`, with `steps` per block; `noise` [B, T, V]. A block sees the last L - K tokens before it; a
+        prompt, or given text between [MASK]s, has at most L. A clean block enters the KV cache in the first call for
+        the next one, so the cache costs no call of its own; `cached=False` computes all of it anew each time.
+        `stop_at_eos`: a row ends with the first EOS (= BOS) that it draws, what is masked after it becomes EOS too, and
+        is not computed.
         """
         self.check_sampling(tokens, tau, top_p, noise, resample_noise)
-        T, K, device = tokens.shape[1], self.block_size, tokens.device
-        masked, position = tokens == self.mask_id, torch.arange(T, device=device)
-        before = F.pad(torch.where(masked, position, -1).cummax(1)[0][:, :-1], (1, 0), value=-1)
-        if ((position - before - 1) * masked > self.length).any():
-            raise ValueError(f"a given text must fit into the window of {self.length} tokens")
-        end = int((masked * (position + 1)).max())             # nothing is drawn beyond
-        end += -end % K
-        extra = max(0, end - T)                                # whole blocks; what is drawn beyond T is cut off
-        last = masked[:, end - K:].any(1, keepdim=True)
-        x = torch.cat([tokens, torch.where(last, self.mask_id, self.bos).expand(-1, extra)], 1)
-        if noise is not None:
-            noise = torch.cat([noise, sample_gumbel((len(x), extra, self.mask_id), generator, device)], 1)
-        if reveal is not None:
-            reveal = torch.cat([reveal, reveal[:, end - K:].amax(1, keepdim=True).expand(-1, extra)], 1)
-        nfe = torch.zeros(len(x), dtype=torch.long, device=device)
-        alive = torch.arange(len(x), device=device)            # rows that have not ended
-        cache = self.new_cache(len(x), min(end, 2 * self.length + K)) if cached else None
+        self.check_given_text(tokens)
+        B, T = tokens.shape
+        K = self.block_size
+        x, noise, end = self.whole_blocks(tokens, noise, generator)
+        nfe = torch.zeros(B, dtype=torch.long, device=x.device)
+        alive = torch.arange(B, device=x.device)               # rows that have not ended
+        cache = None
+        if cached:
+            cache = self.new_cache(B, min(end, 2 * self.length + K))
         for a in range(0, end, K):
-            block = x[alive, a:a + K]                                                                         # (b, K)
+            block = x[alive, a:a + K]  # (b, K)
             masked = block == self.mask_id
             if not masked.any():
                 continue
-            noise_now = None if noise is None else noise[alive, a:a + K]
-            g = self.noise_source(masked, tau, noise_now, resample_noise, generator)
-            step = (reveal[alive, a:a + K] * masked if reveal is not None else
-                    reveal_steps(masked, steps, sampler, order, generator))
-
-            def hidden(z, rows, at):
-                if not cached:
-                    h = self.call(self.new_cache(len(z), a + K), x[alive[rows], :a], z, g(rows))
-                elif cache.length < a:                         # the first call for this block: all rows
-                    cache.rows = None
-                    h = self.call(cache, x[alive, cache.length:a], block, g(slice(None)))[rows]
-                else:
-                    cache.rows = rows if len(rows) < len(alive) else None
-                    h = self.call(cache, x[alive[rows], :0], z, g(rows))
-                return h[at]
-            new, calls = unmask(block, step, self.mask_id, hidden, self.logits, order, top_p, greedy, generator)
-            x[alive, a:a + K] = new
+            noise_of_block = None
+            if noise is not None:
+                noise_of_block = noise[alive, a:a + K]
+            denoiser = BlockDenoiser(self, x[alive, :a], block, cache, tau, noise_of_block, resample_noise, generator)
+            block, calls = self.fill(block, denoiser, steps, sampler, order, remask, top_p, greedy, generator)
+            x[alive, a:a + K] = block
             nfe[alive] += calls
-            after = (masked & (new == self.bos)).cumsum(1).bool()                        # from the first drawn EOS on
-            if stop_at_eos and (ended := after[:, -1]).any():
-                x[alive, a:a + K] = torch.where(masked & after, self.bos, new)
-                gone, alive = alive[ended], alive[~ended]
+            if not stop_at_eos:
+                continue
+            after_eos = (masked & (block == self.bos)).cumsum(1).bool()  # from the first drawn EOS on
+            ended = after_eos[:, -1]
+            if ended.any():
+                x[alive, a:a + K] = torch.where(masked & after_eos, self.bos, block)
+                gone = alive[ended]
                 x[gone] = x[gone].masked_fill(x[gone] == self.mask_id, self.bos)
+                alive = alive[~ended]
                 if cached:
                     cache.batch_select_indices(~ended)
         return x[:, :T], nfe
+
+    def check_given_text(self, tokens):
+        """ValueError where more text is given in a row than a block can see, before a [MASK] that is to be drawn."""
+        masked = tokens == self.mask_id
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        last_masked = torch.where(masked, position, -1).cummax(1)[0]  # at or before each position
+        last_masked = F.pad(last_masked[:, :-1], (1, 0), value=-1)  # before it
+        given = (position - last_masked - 1) * masked
+        if (given > self.length).any():
+            raise ValueError(f"a given text must fit into the window of {self.length} tokens")
+
+    def whole_blocks(self, tokens, noise, generator):
+        """The last block that has a [MASK], made whole -> (tokens, noise, the end of that block).
+
+        Where it reaches beyond T, [MASK]s (BOS in rows that draw nothing there) and fresh noise fill it; what is drawn
+        there is cut off in the end.
+        """
+        T = tokens.shape[1]
+        K = self.block_size
+        masked = tokens == self.mask_id
+        position = torch.arange(T, device=tokens.device)
+        end = int((masked * (position + 1)).max())
+        end += -end % K
+        extra = max(0, end - T)
+        draws_there = masked[:, end - K:].any(1, keepdim=True)  # (B, 1)
+        filling = torch.where(draws_there, self.mask_id, self.bos).expand(-1, extra)
+        x = torch.cat([tokens, filling], 1)
+        if noise is not None:
+            fresh = sample_gumbel((len(x), extra, self.mask_id), generator, tokens.device)
+            noise = torch.cat([noise, fresh], 1)
+        return x, noise, end
+
+    def new_cache(self, batch, size):
+        return BlockCache(self.transformer, batch, size, reach=self.length - self.block_size)
+
+    def block_hidden(self, cache, clean, z, g=None):
+        """One network call of the sampler: clean tokens [b, n] that follow what the cache holds, and the noised block
+        after them, z [b, K], g [b, K, D] -> hidden states [b, K, D]. The clean tokens stay in the cache, z does not.
+        """
+        n = clean.shape[1]
+        K = self.block_size
+        h = torch.cat([self.transformer.embed(clean), self.embed(z, g)], 1)  # (b, n + K, D)
+        cache.make_room(n + K)
+        mask = None  # z alone sees all that the cache holds and itself
+        if n:
+            block_of_key = torch.arange(cache.seen_from, cache.length + n + K, device=z.device) // K
+            block_of_query = block_of_key[-(n + K):, None]
+            # its own block and those before it, L positions in all
+            mask = (block_of_key <= block_of_query) & (block_of_key > block_of_query - self.n_blocks)
+        h = self.transformer(h, cache, mask=mask)
+        cache.length -= K  # the noised block leaves the cache again
+        if not self.config.shift:
+            return h[:, -K:]
+        # a block's first state is that of the clean token before it, from the call in which that token came
+        if n:
+            cache.before_block = h[:, n - 1:n]
+        before_block = cache.state_before_block()
+        if before_block is None:
+            before_block = h[:, :1]  # the first block: its first token is BOS, never read
+        return torch.cat([before_block, h[:, n:-1]], 1)
+
+    # what commands ask
+
+    def block_count(self, length):
+        return -(-length // self.block_size)
+
+    def default_steps(self, length):
+        return self.block_size
+
+    def flops_per_row(self, length):
+        """As MDLM's; a row is seen twice, noised and clean."""
+        return super().flops_per_row(length, passes=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the sampler's network calls, with a KV cache of the clean blocks
+
+class BlockCache(KVCache):
+    """Keys and values of the clean tokens that a block sees, the last `reach` before it: for any length of a sample.
+
+        position in the text    0 .... start ......... seen_from ......... length
+        in the buffer           (gone) | kept, unread  | what a block sees | free, the noised block's for a call
+                                       ^ 0             ^ seen_from - start ^ length - start
+
+    Clean tokens are appended until the buffer is full; then what no block to come sees is dropped, and the rest moves
+    to the buffer's beginning.
+    """
+
+    def __init__(self, model, batch, size, reach):
+        super().__init__(model, batch, size)
+        self.reach = reach
+        self.start = 0  # the position of the first that the buffer holds
+        self.seen_from = 0
+        self.rows = None  # the rows that the network is called for; None: all
+        self.before_block = None  # hidden states of the last clean token [B, 1, D]
+
+    def make_room(self, n):
+        """Before a call that brings n more positions."""
+        self.seen_from = max(self.start, self.length - self.reach)
+        capacity = self.kv.shape[4]
+        if self.length + n - self.start > capacity:
+            kept = self.kv[:, :, :, :, self.seen_from - self.start:self.length - self.start].clone()
+            self.kv[:, :, :, :, :kept.shape[4]] = kept
+            self.start = self.seen_from
+
+    def update(self, layer, k, v):
+        """k, v [b, H, n, head_dim] of a call, after what the rows see already -> all keys, all values."""
+        first = self.seen_from - self.start
+        seen = self.length - self.seen_from
+        kv = self.kv[layer, :, :, :, first:first + seen + k.shape[2]]  # (2, B, H, keys, head_dim)
+        if self.rows is not None:
+            kv = kv[:, self.rows]  # a copy: only a call for all rows leaves anything behind
+        kv[0, :, :, seen:] = k
+        kv[1, :, :, seen:] = v
+        return kv[0], kv[1]
+
+    def state_before_block(self):
+        """Hidden states of the last clean token, of the rows that the network is called for [b, 1, D], or None."""
+        if self.before_block is None or self.rows is None:
+            return self.before_block
+        return self.before_block[self.rows]
+
+
+class BlockDenoiser(Denoiser):
+    """The network as the sampler loop calls it for one block: clean tokens [b, a], the block [b, K] after them."""
+
+    def __init__(self, model, clean, block, cache, tau, noise, resample, generator):
+        super().__init__(model, block == model.mask_id, tau, noise, resample, generator)
+        self.clean = clean
+        self.block = block
+        self.cache = cache  # of all rows; None: everything is computed anew
+
+    def hidden(self, z, rows, wanted):
+        """One network call: the block z [b, K] of these rows -> its states [N, D] at the positions `wanted` [b, K]."""
+        model, cache = self.model, self.cache
+        if cache is None:
+            empty = model.new_cache(len(z), self.clean.shape[1] + z.shape[1])
+            h = model.block_hidden(empty, self.clean[rows], z, self.noise_of(rows))
+        elif cache.length < self.clean.shape[1]:
+            # the first call for this block is for all rows: the clean tokens since the last one enter the cache
+            new = self.clean[:, cache.length:]
+            cache.rows = None
+            everything = slice(None)
+            h = model.block_hidden(cache, new, self.block, self.noise_of(everything))[rows]
+        else:
+            cache.rows = None if len(rows) == len(self.block) else rows
+            h = model.block_hidden(cache, self.clean[rows, :0], z, self.noise_of(rows))
+        return h[wanted]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clipped noise levels
+
+def clipped_mask(t, length, clip, generator=None):
+    """Masks [B, L] at noise levels t [B, n_blocks], given that the masked fraction of each block lies in `clip`.
+
+    The original code redraws a block until its masked fraction lies in the window. The same law in one draw, of bounded
+    work: the number of masked tokens m is binomial (n, t), restricted to the window; which tokens is uniform. BOS is
+    never masked and does not count. A block in which no m / n lies in the window, and a bound at the end of [T_MIN, 1],
+    are not restricted.
+    """
+    B, n_blocks = t.shape
+    K = length // n_blocks
+    low, high = clip
+    if low <= T_MIN:
+        low = 0.0
+    # n: tokens of a block that can be masked; m: how many are
+    n = torch.full((n_blocks, 1), K, dtype=torch.float64, device=t.device)
+    n[0] -= 1  # (n_blocks, 1): BOS
+    m = torch.arange(K + 1, device=t.device).double()  # (K + 1)
+    rest = (n - m).clamp(min=0)  # (n_blocks, K + 1)
+    share = m / n.clamp(min=1)
+    possible = m <= n
+    fits = possible & (share >= low - 1e-9) & (share <= high + 1e-9)
+    allowed = torch.where(fits.any(-1, keepdim=True), fits, possible)
+    # log binomial probability of each m, up to a constant, and a draw by Gumbel-max
+    p = t.double()[:, :, None]
+    log_choose = torch.lgamma(n + 1) - torch.lgamma(m + 1) - torch.lgamma(rest + 1)
+    logp = log_choose + torch.special.xlogy(m, p) + torch.special.xlog1py(rest, -p)  # (B, n_blocks, K + 1)
+    logp = logp.masked_fill(~allowed, -math.inf)
+    count = (logp + sample_gumbel(logp.shape, generator, t.device)).argmax(-1, keepdim=True)  # (B, n_blocks, 1)
+    # the `count` tokens of a block with the smallest u are masked
+    u = torch.rand(B, length, generator=generator, device=t.device, dtype=torch.float64)
+    u[:, 0] = 2                                                # BOS comes last
+    rank = u.view(B, n_blocks, K).argsort(-1).argsort(-1)
+    return (rank < count).view(B, length)
+
+
+def clip_windows(block_size):
+    """The windows of noise levels that `search_clip` compares: all levels, and widths 0.5 to 0.9 in steps of 0.05."""
+    windows = [(T_MIN, 1.0)]
+    if block_size == 1:
+        return windows + [(1.0, 1.0)]
+    for width in range(50, 95, 5):
+        for low in range(0, 105 - width, 5):
+            windows.append((max(T_MIN, low / 100), (low + width) / 100))
+    return windows
+
+
+@torch.no_grad()
+def search_clip(model, batches, sum_over_processes):
+    """The window of noise levels in which a block's loss varies least (BD3-LM, Section 5).
+
+    batches(window) yields (tokens [B, L], what `loss` reads besides), the same rows and draws for every window;
+    sum_over_processes(*floats) -> their sums. -> (the best window, {window: variance over blocks, (nats per token)^2}).
+    """
+    variance = {}
+    for window in clip_windows(model.block_size):
+        count = total = squares = 0.0
+        for tokens, kw in batches(window):
+            losses, masked, _ = model.losses(tokens, clip=window, **kw)
+            per_token = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+            per_token = per_token.masked_scatter(masked, losses.double())
+            per_block = per_token.view(-1, model.block_size).mean(1)
+            count += len(per_block)
+            total += per_block.sum().item()
+            squares += per_block.square().sum().item()
+        count, total, squares = sum_over_processes(count, total, squares)
+        variance[window] = squares / count - (total / count) ** 2
+    return min(variance, key=variance.get), variance
 
 
 def load_published(src, block_size, n_heads=None, **kw):

@@ -8,9 +8,11 @@
     python evaluate.py ppl --ckpt out/mine-mdlm-gumbel out/mine-mdlm out/mine-ar # bounds on the likelihood of data
     python evaluate.py acceptance --ckpt out/mine-medusa-gumbel out/mine-medusa  # what a backbone takes of its drafts
 
-Samples are kept in out/samples and used again where weights, settings, code and machine kind are the same.
+The samples behind a row are written to out/samples; --samples=FILE.jsonl reads one such file in place of drawing.
+
+A new table is a function (args, models, device) -> (rows, note [, columns, digits, table]), as `report` takes them, and
+a line of COMMANDS; a new column is a key in its rows and a line of COLUMNS.
 """
-import functools
 import hashlib
 import itertools
 import json
@@ -25,65 +27,91 @@ import torch
 from tqdm import tqdm
 
 from data.cli import BadInput, Parser, check_output, git_commit, number, optional, run_main
-from data.maze import PAD, ExactDenoiser, maze_dataset, maze_keys, maze_paths, maze_valid
+from data.maze import (MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset, maze_keys, maze_paths,
+                       maze_valid)
 from data.shards import Shards
-from data.vocab import Tokenizer
-from extra.scores import gen_ppl, last_hidden, mauve_scores, ratio_with_error
+from data.vocab import Tokenizer, same_tokenizer
 from gumbel import sample_gumbel
-from mdlm import reveal_steps, stratified_t, unmask
-from medusa import Medusa
-from sample import (PROMPTED, check_vocabulary, default_teacher, device_and_dtype, entropy, generate, load_ar,
-                    load_model, load_verifier, loading_flags, medusa_flags, own_flags, resolve_sampling,
-                    sampling_flags, torch_seed)
-from teacher import CausalLM, extract_sequential, model_hash
-
-
-FOLDER = os.path.dirname(os.path.abspath(__file__))
-# the files that draw samples: kept ones are used again as long as this is the same
-CODE = hashlib.sha256(b"".join(open(os.path.join(FOLDER, name + ".py"), "rb").read() for name in (
-    "gumbel", "mdlm", "teacher", "bd3lm", "medusa", "sample"))).hexdigest()[:16]
+from mdlm import reveal_steps, revealing_path, stratified_t, unmask
+from medusa import ACCEPT
+from sample import (check_sampler, check_sampling_flags, check_vocabulary, default_teacher,
+                    device_and_dtype, entropy, generate, load_ar, load_model, load_verifier,
+                    loading_flags, medusa_flags, options_read, resolve_sampling, sampling_flags,
+                    sampling_options, torch_seed, typical_flags)
+from teacher import extract_sequential
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # results
 
-
 # every table's columns: the key in a row, and its title
-COLUMNS = dict(model="model", decode="decode", kind="what", nfe="NFE", nfe_counted="calls", verifier_calls="verifier",
-               success="success %", stderr="±", distinct="distinct", effective="effective",
-               validity_mass="validity mass %", agree="map agreement, paths %", agree_position="positions %",
-               tau="τ", top_p="top_p", gen_ppl="GenPPL", gen_ppl_stderr="±", mauve="MAUVE", mauve_std="±",
-               recovered="recovered %", entropy="entropy", entropy_set="entropy of the set", distinct_1="distinct-1",
-               distinct_2="distinct-2", distinct_3="distinct-3", nll="nats per token", nll_stderr="±",
-               teacher_nll="teacher's nats", ppl="perplexity (bound)")
-RUN_COLUMNS = dict(n="n", seconds="seconds", precision="precision", device="device", seed="seed", git="commit")
-PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position", "recovered", "acc", "acc_norm"}
-DIGITS = dict(tau=2, top_p=2, gen_ppl=2, gen_ppl_stderr=2, entropy=2, entropy_set=2, distinct_1=3, distinct_2=3,
-              distinct_3=3, nll=3, nll_stderr=3, teacher_nll=3, ppl=2, mauve=3, mauve_std=3, calls_per_token=3,
-              agreement=3, speedup=2, tokens_per_s=0, alone_tokens_per_s=0)
+COLUMNS = dict(
+    # nfe: the steps asked for; nfe_counted: the network calls that they took
+    model="model", decode="decode", kind="what", nfe="NFE", nfe_counted="calls",
+    verifier_calls="verifier",
+    # the maze
+    success="success %", stderr="±", distinct="distinct", effective="effective",
+    validity_mass="validity mass %", agree="map agreement, paths %", agree_position="positions %",
+    # text
+    tau="τ", top_p="top_p", gen_ppl="GenPPL", gen_ppl_stderr="±", mauve="MAUVE", mauve_std="±",
+    recovered="recovered %", entropy="entropy", entropy_set="entropy of the set",
+    distinct_1="distinct-1", distinct_2="distinct-2", distinct_3="distinct-3",
+    # likelihood
+    nll="nats per token", nll_stderr="±", teacher_nll="teacher's nats", ppl="perplexity (bound)")
+RUN_COLUMNS = dict(n="n", seconds="seconds", precision="precision", device="device", seed="seed",
+                   git="commit")
+PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position", "recovered", "acc",
+           "acc_norm"}
+# behind the point, where it is not 1
+DIGITS = dict(tau=2, top_p=2, gen_ppl=2, gen_ppl_stderr=2, entropy=2, entropy_set=2, distinct_1=3,
+              distinct_2=3, distinct_3=3, nll=3, nll_stderr=3, teacher_nll=3, ppl=2, mauve=3,
+              mauve_std=3, calls_per_token=3, agreement=3, speedup=2, tokens_per_s=0,
+              alone_tokens_per_s=0)
 
 
 def print_table(rows, columns, digits=DIGITS):
-    """Flat dicts as a Markdown table, `columns` {key: title}; a column no row has is left out. Fractions become %. A
-    standard error (key + "_stderr") stands behind its value, unless it has a column of its own."""
-    def cell(key, value, error):
-        if not isinstance(value, float):
-            return "" if value is None else str(value)
-        values = [value] if error is None or f"{key}_stderr" in columns else [value, error]
-        return " ± ".join(f"{100 * v if key in PERCENT else v:.{digits.get(key, 1)}f}" for v in values)
-    columns = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in rows)}
-    print("| " + " | ".join(columns.values()) + " |\n|" + "---|" * len(columns))
+    """Flat dicts as a Markdown table, `columns` {key: title}; a column that no row has is left out. Fractions become %.
+    A standard error (key + "_stderr") stands behind its value, unless it has a column of its own.
+    """
+    shown = {}                              # most tables have few of all the columns
+    for key, title in columns.items():
+        if any(row.get(key) is not None for row in rows):
+            shown[key] = title
+    print("| " + " | ".join(shown.values()) + " |")
+    print("|" + "---|" * len(shown))
     for row in rows:
-        cells = [cell(key, row.get(key), row.get(f"{key}_stderr")) for key in columns]
+        cells = []
+        for key in shown:
+            error = None                    # that stands in this cell
+            if f"{key}_stderr" not in columns:
+                error = row.get(f"{key}_stderr")
+            cells.append(format_cell(key, row.get(key), error, digits.get(key, 1)))
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def report(args, rows, note, columns=COLUMNS, digits={}, table=None, began=0.0, device="cpu", dtype="float32"):
+def format_cell(key, value, error, digits):
+    """A value as text; with its standard error, if there is one."""
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    numbers = [value]
+    if error is not None:
+        numbers.append(error)
+    if key in PERCENT:
+        numbers = [100 * number for number in numbers]
+    return " ± ".join(f"{number:.{digits}f}" for number in numbers)
+
+
+def report(args, rows, note, columns=COLUMNS, digits={}, table=None, began=0.0, device="cpu",
+           dtype="float32"):
     """Print the rows, or a `table` made of them, with what they were measured on, and write them to args.json."""
-    facts = dict(precision=dtype, device=torch.cuda.get_device_name() if device == "cuda" else device,
-                 seed=args.seed, git=git_commit())
+    facts = dict(precision=dtype, device=device_name(device), seed=args.seed, git=git_commit())
     rows = [row | facts for row in rows]
-    print_table(rows if table is None else [row | facts for row in table], columns | RUN_COLUMNS, DIGITS | digits)
+    printed = rows                          # the file has every row, a table may show their means
+    if table is not None:
+        printed = [row | facts for row in table]
+    print_table(printed, columns | RUN_COLUMNS, DIGITS | digits)
     print("\n" + note)
     if args.json:
         meta = dict(n=args.n, seconds=round(time.time() - began, 1), **facts, args=vars(args))
@@ -91,327 +119,539 @@ def report(args, rows, note, columns=COLUMNS, digits={}, table=None, began=0.0, 
             json.dump(dict(meta=meta, rows=rows), f, indent=1)
 
 
+def device_name(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the samples behind a row of a table
+
+def drawn_rows(args, models, device, batch, length=None, start=None):
+    """For each model, decoding and number of steps: yields (the model, a row of the table, samples [n, L - 1]).
+
+    length: of a sample, default: of each model's rows. `batch`, `start`: as in `sample_rows`.
+    """
+    jobs = []
+    for model in models:
+        decodes = args.decode
+        if is_maze_teacher(model):          # the reference is no student: it is only drawn from
+            decodes = ["sample"]
+        for decode in decodes:
+            for steps in steps_of(model, length or model.length, args):
+                jobs.append((model, decode, steps))
+    if reads_samples(args) and len(jobs) != 1:
+        raise BadInput(f"--samples={args.samples} holds the samples of one row, these flags ask for "
+                       f"{len(jobs)}: give one --ckpt, one --decode and one --nfe, or a folder")
+    verifier = load_verifier(args, models, device)
+    for model, decode, steps in tqdm(jobs, unit="row", disable=None):
+        sampled, facts = sample_rows(model, decode, steps, args, device, verifier,
+                                     length or model.length, batch, start)
+        yield model, dict(model=model.name, decode=decode, nfe=steps, **facts), sampled
+
+
+def is_maze_teacher(model):
+    """An AR model on the maze is the reference there: whatever the flags, it is drawn from as it was trained."""
+    return model.can_teach and model.meta["tokenizer"] == "maze"
+
+
+def steps_of(model, length, args):
+    """The numbers of steps for a sample, ascending: --nfe, at least one per block; its tokens, if left to right."""
+    if not model.fills_masks or args.sampler == "apd":
+        return [length - 1]
+    n_blocks = model.block_count(length)
+    # a block gets its share of the steps; a set, since small numbers become the same one
+    return sorted({max(1, k // n_blocks) * n_blocks for k in args.nfe})
+
+
+def sample_rows(model, decode, steps, args, device, verifier, length, batch, start=None):
+    """n samples -> (rows [n, L - 1] without BOS, facts: their mean network calls, verifier calls, seconds of drawing).
+
+    `start` [n, L]: what to fill in, default nothing but BOS. `steps` are those of a whole row: BD3-LM spreads them over
+    its blocks. The samples are written to a file in the folder `args.samples`, or read from it, if it is such a file.
+    """
+    if start is None:
+        start = model.start(args.n, length)
+    steps_per_block = steps // model.block_count(length)
+    options = sampling_options(args, model, length, steps_per_block, greedy=decode == "greedy")
+    if is_maze_teacher(model):
+        options |= dict(tau=1.0, top_p=1.0)
+    settings = dict(model=model.name, decode=decode, steps=steps, n=args.n, seed=args.seed,
+                    batch=batch)
+    settings |= settings_of(model, options, args, device, start)
+    if reads_samples(args):
+        samples = read_samples(args.samples, settings)
+    else:
+        drawn = draw_samples(model, options, args, device, verifier, batch, start)
+        samples = write_samples(args.samples, settings, drawn)
+    facts = dict(nfe_counted=float(np.mean([sample["nfe"] for sample in samples])),
+                 seconds=sum(sample["seconds"] for sample in samples), verifier_calls=None)
+    if "verifier_calls" in samples[0]:
+        facts["verifier_calls"] = float(np.mean([sample["verifier_calls"] for sample in samples]))
+    return np.array([sample["tokens"] for sample in samples]), facts
+
+
+def settings_of(model, options, args, device, start):
+    """What else the samples depend on, for the first line of their file."""
+    settings = options_read(model, options)
+    # the row's decoding and its number of steps say the same
+    settings.pop("greedy", None)
+    settings.pop("steps", None)
+    settings |= dict(path=model.path, step=model.step, weights=args.weights,
+                     config=vars(model.config), length=options["length"], dtype=args.dtype,
+                     device=device_name(device))
+    # what was given: real text, if it is to be filled in
+    settings["start"] = hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16]
+    if options["sampler"] == "apd":
+        settings |= dict(verifier=args.verifier, ratio=args.apd_ratio,
+                         max_lookahead=args.max_lookahead)
+    return settings
+
+
+def draw_samples(model, options, args, device, verifier, batch, start):
+    """Yields each sample as a dict: text, tokens (without BOS), seconds, nfe, with a verifier also verifier_calls."""
+    tokenizer = Tokenizer(model.meta["tokenizer"], model.vocab_size)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    for part in start.split(batch):
+        began = time.perf_counter()
+        tokens, *counts = generate(model, part.to(device), options, generator, verifier)
+        rows = tokens[:, 1:].tolist()       # (waits for the device)
+        # of a sample: its share of its batch's
+        seconds = (time.perf_counter() - began) / len(rows)
+        if tokens.max() >= model.vocab_size:
+            raise RuntimeError(f"{model.name} left a [MASK] in a sample: a bug in its sampler")
+        for i, row in enumerate(rows):
+            sample = dict(text=tokenizer.decode(row), tokens=row, seconds=seconds)
+            for name, calls in zip(("nfe", "verifier_calls"), counts):
+                sample[name] = int(calls[i])
+            yield sample
+
+
+def write_samples(folder, settings, samples):
+    """Write the settings and the samples, as they come, to a .jsonl file of the folder -> a list of the samples.
+
+    Other settings have another file; it appears when it is complete. BadInput where the folder cannot be written.
+    """
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    model = os.path.basename(settings["model"])
+    name = f"{model}-{settings['decode']}-{settings['steps']}-{key}.jsonl"
+    path = os.path.join(folder, name)
+    part = f"{path}.{os.getpid()}.tmp"      # another process may be drawing the same
+    try:
+        os.makedirs(folder, exist_ok=True)
+        f = open(part, "w")
+    except OSError as e:
+        raise BadInput(f"--samples={folder} cannot be written ({e.strerror}): "
+                       "choose another folder") from None
+    written = []
+    with f:
+        f.write(json.dumps(dict(settings=settings)) + "\n")
+        for sample in samples:
+            f.write(json.dumps(sample) + "\n")
+            written.append(sample)
+    os.replace(part, path)                  # complete, or not there at all
+    return written
+
+
+def reads_samples(args):
+    """Whether --samples names a file to read; else it is a folder to write to."""
+    return args.samples.endswith(".jsonl")
+
+
+# settings that say where and when samples were drawn, not how: they may differ from those of the flags
+MAY_DIFFER = {"path", "batch", "dtype", "device"}
+
+
+def read_samples(path, settings):
+    """The samples of a file that `write_samples` wrote, for a row with these settings; BadInput if it has others."""
+    try:
+        with open(path) as f:
+            first, *samples = [json.loads(line) for line in f]
+        found = first["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"--samples={path} is no file of samples ({type(e).__name__}): "
+                       "name one that evaluate.py wrote, or a folder to write to") from None
+    wanted = json.loads(json.dumps(settings))   # as they come back from a file
+    for name, value in wanted.items():
+        if name not in MAY_DIFFER and name in found and found[name] != value:
+            raise BadInput(f"--samples={path} was drawn with {name} {found[name]}, these flags ask "
+                           f"for {value}: make them the same, or draw anew into a folder")
+    if len(samples) != settings["n"]:
+        raise BadInput(f"--samples={path} holds {len(samples)} of its {settings['n']} samples: "
+                       "draw anew into a folder")
+    return samples
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the maze
+
+def maze(args, models, device):
+    """Success ± standard error per NFE, with diversity (so that success bought by collapse shows). Appendix E.1."""
+    rows = maze_rows(models, args, device)
+    tau, top_p = resolve_sampling(args, models[-1])
+    note = (f"n = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM). "
+            "effective: number of equally likely paths that would repeat as often.\n"
+            f"Students: tau {tau}, top_p {top_p}, {sampler_note(args)}")
+    return rows, note
+
+
+def maze_rows(models, args, device):
+    """Every row of the maze table for these models; an AR model among them is `teacher`, and the map's reference."""
+    refuse_heads(models)
+    names = {model.meta["name"] for model in models}
+    if len(names) > 1 or not names <= {"maze", "maze_skewed"}:
+        raise BadInput(f"--ckpt: these were trained on {', '.join(sorted(names))}: "
+                       "give checkpoints of one maze")
+    teacher = next((model for model in models if model.can_teach), None)
+    rows = []
+    for model, row, sampled in drawn_rows(args, models, device, batch=1000):
+        row |= maze_statistics(sampled)
+        if model is teacher:
+            row["model"] = "teacher"
+        if model.can_teach:
+            row["validity_mass"] = validity_mass(model, device)
+        # one call that turns all of the noise into a sample, as the teacher does in many
+        is_map = model.noise_embed is not None and model.n_blocks == 1
+        if teacher and is_map and (row["decode"], row["nfe"]) == ("greedy", 1):
+            row |= map_agreement(model, teacher, args.n, args.seed, device)
+        rows.append(row)
+    # ten times the samples of a row: the error of the theory does not count beside a row's
+    (name,) = names
+    for steps in args.nfe:
+        sampled, calls = maze_theory(name, 10 * args.n, steps, args.seed)
+        rows.append(dict(model="theory", decode="sample", nfe=steps, nfe_counted=calls,
+                         **maze_statistics(sampled)))
+    return rows
 
 
 def maze_statistics(rows):
     """Samples [n, 10] -> success, its standard error, distinct valid paths, effective number n(n-1) / sum c(c-1)."""
     valid = maze_valid(rows)
-    p, (_, c) = valid.mean(), np.unique(maze_keys(rows[valid]), return_counts=True)
-    pairs, n = (c * (c - 1)).sum(), valid.sum()
-    return dict(n=len(rows), success=float(p), stderr=math.sqrt(p * (1 - p) / len(rows)), distinct=len(c),
-                effective=float(n * (n - 1) / pairs) if pairs else None)
-
-
-def blocks(model, length):
-    """Over how many blocks a sample's steps are spread: 1, or those of BD3-LM."""
-    return -(-length // getattr(model, "block_size", length))
-
-
-def steps_of(model, length, args):
-    """The numbers of steps for a sample, ascending: --nfe, at least one per block; its tokens, if left to right."""
-    if isinstance(model, PROMPTED) or args.sampler == "apd":
-        return [length - 1]
-    n = blocks(model, length)
-    return sorted({max(1, k // n) * n for k in args.nfe})
-
-
-weights_hash = functools.lru_cache(maxsize=8)(model_hash)          # seconds for a large model, and every row asks
-
-
-def sample_rows(model, decode, steps, args, device, apd, length, batch, start=None):
-    """n samples -> (rows [n, L - 1] without BOS, facts: their mean network calls, verifier calls, seconds of drawing).
-
-    `start` [n, L]: what to fill in, default nothing but BOS. `steps` are those of a whole row: BD3-LM spreads them over
-    its blocks. The samples come from the file in `args.samples` that such a call has written before, or go there.
-    """
-    reference = isinstance(model, CausalLM) and model.meta["tokenizer"] == "maze"             # the teacher, as it is
-    tau, top_p = (1.0, 1.0) if reference else resolve_sampling(args, model)
-    own = own_flags(model, args)
-    if start is None:
-        start = torch.full((args.n, 1 if isinstance(model, PROMPTED) else length),
-                           getattr(model, "mask_id", model.bos))
-        start[:, 0] = model.bos
-    settings = dict(decode=decode, steps=steps, n=args.n, length=length, tau=tau, top_p=top_p,
-                    sampler=args.sampler, order=args.order, seed=args.seed, batch=batch, **own, dtype=args.dtype,
-                    device=torch.cuda.get_device_name() if device == "cuda" else device,
-                    weights=weights_hash(model), config=model.config, code=CODE,
-                    start=hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16],
-                    apd=apd and dict(apd, verifier=weights_hash(apd["verifier"])))
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-    path = os.path.join(args.samples, f"{os.path.basename(model.name)}-{decode}-{steps}-{key}.jsonl")
-    if not os.path.exists(path):
-        tokenizer = Tokenizer(model.meta["tokenizer"], model.config["vocab_size"])
-        generator = torch.Generator(device).manual_seed(args.seed)
-        part = f"{path}.{os.getpid()}.tmp"                 # another process may be drawing the same
-        try:
-            os.makedirs(args.samples, exist_ok=True)
-            f = open(part, "w")
-        except OSError as e:
-            raise BadInput(f"--samples={args.samples} cannot be written ({e.strerror}): choose another folder"
-                           ) from None
-        with f:
-            f.write(json.dumps(dict(settings=dict(model=model.name, **settings))) + "\n")
-            for given in start.split(batch):
-                began = time.perf_counter()
-                tokens, *calls = generate(
-                    model, given.to(device), steps // blocks(model, length), tau, top_p, decode == "greedy",
-                    args.sampler, args.order, length=length, generator=generator, apd=apd, **own)
-                rows = tokens[:, 1:].tolist()              # (waits for the device)
-                seconds = (time.perf_counter() - began) / len(rows)
-                if tokens.max() >= model.config["vocab_size"]:
-                    raise RuntimeError(f"{model.name} left a [MASK] in a sample: a bug in its sampler")
-                for row, *counts in zip(rows, *(c.tolist() for c in calls)):
-                    f.write(json.dumps(dict(text=tokenizer.decode(row), tokens=row, seconds=seconds)
-                                       | dict(zip(("nfe", "verifier_calls"), counts))) + "\n")
-        os.replace(part, path)
-    with open(path) as f:
-        kept = [json.loads(line) for line in f][1:]
-    return np.array([s["tokens"] for s in kept]), dict(
-        nfe_counted=float(np.mean([s["nfe"] for s in kept])), seconds=sum(s["seconds"] for s in kept),
-        verifier_calls=float(np.mean([s["verifier_calls"] for s in kept])) if "verifier_calls" in kept[0] else None)
+    p = valid.mean()
+    n = valid.sum()
+    _, c = np.unique(maze_keys(rows[valid]), return_counts=True)    # how often each path occurs
+    pairs = (c * (c - 1)).sum()             # of samples that are the same path
+    effective = None                        # where no two are the same
+    if pairs:
+        effective = float(n * (n - 1) / pairs)
+    error = math.sqrt(p * (1 - p) / len(rows))
+    return dict(n=len(rows), success=float(p), stderr=error, distinct=len(c), effective=effective)
 
 
 def maze_theory(name, n, steps, seed):
-    """What a perfect noise-blind MDLM reaches at `steps` ancestral steps: the sampler with the true conditionals."""
-    exact, generator = ExactDenoiser(maze_dataset(name).astype(np.int64), 5), torch.Generator().manual_seed(seed)
-    parts = []
-    for x in torch.full((n, 10), 5).split(1000):
-        parts.append(unmask(x, reveal_steps(x == 5, steps, generator=generator), 5, exact.hidden, exact.logits,
-                            generator=generator))
-    rows, calls = (torch.cat(part) for part in zip(*parts))
-    return rows.numpy(), int(calls.sum()) / n
+    """What a perfect noise-blind MDLM reaches at `steps` ancestral steps: the sampler with the true conditionals.
+
+    -> (samples [n, 10], mean network calls).
+    """
+    mask_id = PAD + 1                       # rows without BOS
+    exact = ExactDenoiser(maze_dataset(name).astype(np.int64), mask_id)
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    calls = 0
+    for x in torch.full((n, MAZE_LENGTH), mask_id).split(1000):
+        path = revealing_path(reveal_steps(x == mask_id, steps, generator=generator))
+        x, nfe = unmask(x, path, mask_id, exact, generator=generator)
+        samples.append(x)
+        calls += int(nfe.sum())
+    return torch.cat(samples).numpy(), calls / n
 
 
 def validity_mass(model, device):
     """The exact probability that an AR model writes a valid path: a sum over all 2000, in one pass."""
     rows = torch.from_numpy(maze_paths().astype(np.int64)).to(device)
-    rows = torch.cat([torch.full_like(rows[:, :1], model.bos), rows], 1)
-    logp = model.log_probs(rows[:, :-1]).gather(-1, rows[:, 1:, None]).squeeze(-1)
+    rows = torch.nn.functional.pad(rows, (1, 0), value=model.bos)
+    logp = model.log_probs(rows[:, :-1]).gather(-1, rows[:, 1:, None]).squeeze(-1)     # (2000, 10)
     return float(logp.double().sum(-1).exp().sum())
 
 
 def map_agreement(student, teacher, n, seed, device):
     """With fresh noise and everything masked: how often the student's argmax is what the teacher writes from it.
 
-    -> (fraction of sequences, fraction of positions).
+    -> {agree: fraction of sequences, agree_position: fraction of positions}.
     """
     generator = torch.Generator(device).manual_seed(seed)
     tokens, noise = extract_sequential(teacher, n, generator=generator)
-    start = torch.full_like(tokens, student.mask_id)
-    start[:, 0] = student.bos
-    same = (student.generate(start, 1, greedy=True, noise=noise)[0] == tokens)[:, 1:]
-    return float(same.all(1).float().mean()), float(same.float().mean())
+    start = student.start(n, tokens.shape[1]).to(device)
+    written, _ = student.generate(start, 1, greedy=True, noise=noise)
+    same = (written == tokens)[:, 1:]       # BOS is given
+    return dict(agree=float(same.all(1).float().mean()), agree_position=float(same.float().mean()))
 
 
-def maze_rows(models, args, device):
-    """Every row of the maze table for these models; an AR model among them is `teacher`, and the map's reference."""
-    names = {model.meta["name"] for model in models}
-    if len(names) > 1 or not names <= {"maze", "maze_skewed"}:
-        raise BadInput(f"--ckpt: these were trained on {', '.join(sorted(names))}: give checkpoints of one maze")
-    teacher = next((m for m in models if isinstance(m, CausalLM)), None)
-    apd = load_verifier(args, models, device)
-    jobs = [(m, d, k) for m in models for d in (["sample"] if isinstance(m, CausalLM) else args.decode)
-            for k in steps_of(m, m.length, args)]
-    rows = []
-    for model, decode, k in tqdm(jobs, unit="row", disable=None):
-        sampled, facts = sample_rows(model, decode, k, args, device, apd, model.length, batch=1000)
-        row = dict(model="teacher" if model is teacher else model.name, decode=decode, nfe=k, **facts,
-                   **maze_statistics(sampled))
-        if isinstance(model, CausalLM):
-            row["validity_mass"] = validity_mass(model, device)
-        elif teacher and model.noise_embed is not None and (decode, k) == ("greedy", 1) and model.n_blocks == 1:
-            row["agree"], row["agree_position"] = map_agreement(model, teacher, args.n, args.seed, device)
-        rows.append(row)
-    for k in args.nfe:
-        sampled, calls = maze_theory(*names, 10 * args.n, k, args.seed)
-        rows.append(dict(model="theory", decode="sample", nfe=k, nfe_counted=calls, **maze_statistics(sampled)))
-    return rows
+def refuse_heads(models):
+    """Refuse Medusa heads, in tables that have nothing to say of them."""
+    for model in models:
+        if model.drafts:
+            raise BadInput(f"--ckpt: {model.name} holds Medusa heads: "
+                           "evaluate.py acceptance and genppl measure these")
 
 
 def sampler_note(args):
-    apd = args.sampler == "apd"
-    how = f"R {args.apd_ratio}, up to {args.max_lookahead} ahead" if apd else f"{args.order} order"
+    how = f"{args.order} order"
+    if args.sampler == "apd":
+        how = f"R {args.apd_ratio}, up to {args.max_lookahead} ahead"
+    if args.sampler == "remdm":
+        how = f"remask {args.remask}"
     return f"{args.sampler} sampler, {how}, {args.weights or 'EMA'} weights."
-
-
-def maze(args, models, device):
-    """Success ± standard error per NFE, with diversity (so that success bought by collapse shows). Appendix E.1."""
-    tau, top_p = resolve_sampling(args, models[-1])
-    return maze_rows(models, args, device), (
-        f"n = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM). effective: "
-        "number of equally likely paths that would repeat as often.\n"
-        f"Students: tau {tau}, top_p {top_p}, {sampler_note(args)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text
 
+class TextSetting:
+    """What the metrics of generated text share, checked: `judge`, `data` (validation text, or None), `length` of a row.
 
-def text_setting(args, models, device):
-    """What the metrics of generated text share, checked: -> (judge, to_judge, validation data or None, row length).
-
-    to_judge(rows of the models' ids) -> the judge's ids, through text where the tokenizers differ.
+    longest: of rows where no flag says. Raises BadInput.
     """
-    judge = load_model(args.judge, device=device)
-    if not isinstance(judge, CausalLM):
-        raise BadInput(f"--judge={args.judge} is a {judge.args['model']} checkpoint: it must be an AR model")
-    name, vocab_size = models[0].meta["tokenizer"], models[0].config["vocab_size"]
-    length = args.length or min(128 if args.what == "infill" else 1024, *(m.length for m in models))
-    for m in models:
-        if (m.meta["tokenizer"], m.config["vocab_size"]) != (name, vocab_size):
-            raise BadInput(f"--ckpt: {m.name} and {models[0].name} have different vocabularies: compare those of one")
-        if length > m.length and not hasattr(m, "block_size"):                   # (BD3-LM writes texts of any length)
-            raise BadInput(f"--length={length} is more than the {m.length} tokens that {m.name} was trained on")
-    data = Shards(args.data, "val", length) if args.data else None
-    if data:
-        check_vocabulary(f"--data={args.data}: {models[0].name}", models[0], data.meta)
-    if judge.meta["tokenizer"] == name:
-        return judge, lambda rows: rows, data, length
-    if "ids" in (judge.meta["tokenizer"], name):
-        raise BadInput(f"--judge={args.judge}: it or {models[0].name} names no tokenizer, so neither can read the "
-                       "other's text: use a judge of the same vocabulary")
-    tokenizer, other = Tokenizer(name, vocab_size), Tokenizer(judge.meta["tokenizer"])
 
-    def to_judge(rows):                                    # (a sample of nothing but EOS is no text: EOS again)
-        return [ids if len(ids) else [judge.bos] for ids in other.encode([tokenizer.decode(row) for row in rows])]
-    return judge, to_judge, data, length
+    def __init__(self, args, models, device, longest=1024, needs_data=False):
+        first = models[0]
+        if needs_data and not args.data:
+            args.data = first.args.get("data")
+            if not args.data:
+                raise BadInput(f"--data is needed for {first.name}: "
+                               "validation text to compare with")
+        # a student gives no p(x_i | x_<i)
+        self.judge = load_model(args.judge, device=device)
+        if not self.judge.can_teach:
+            raise BadInput(f"--judge={args.judge} is a {self.judge.args['model']} checkpoint: "
+                           "it must be an AR model")
+        self.length = args.length or min(longest, *(model.length for model in models))
+        for model in models:
+            if not same_ids(model, first) or model.vocab_size != first.vocab_size:
+                raise BadInput(f"--ckpt: {model.name} and {first.name} have different "
+                               "vocabularies: compare those of one")
+            if not model.any_length:        # block diffusion writes on beyond its rows
+                check_length(self.length, model)
+        self.data = None
+        if args.data:
+            self.data = Shards(args.data, "val", self.length)
+            check_vocabulary(f"--data={args.data}: {first.name}", first, self.data.meta)
+        # the tokenizers of models and judge, where text must go through both
+        self.tokenizer = None
+        self.judges_tokenizer = None
+        if not same_ids(self.judge, first):
+            names = (first.meta["tokenizer"], self.judge.meta["tokenizer"])
+            if "ids" in names:
+                raise BadInput(f"--judge={args.judge}: it or {first.name} names no tokenizer, so "
+                               "neither can read the other's text: use a judge of the same vocabulary")
+            self.tokenizer = Tokenizer(names[0], first.vocab_size)
+            self.judges_tokenizer = Tokenizer(names[1])
+
+    def for_judge(self, rows):
+        """Rows of the models' ids -> the judge's ids, through text where the tokenizers differ."""
+        if self.tokenizer is None:
+            return rows
+        texts = [self.tokenizer.decode(row) for row in rows]
+        rows = self.judges_tokenizer.encode(texts)
+        # a sample of nothing but EOS is no text, and would be no row: EOS again
+        return [ids if len(ids) else [self.judge.bos] for ids in rows]
+
+    def note(self, args, models):
+        text = (f"{self.length - 1} tokens a sample, judge {self.judge.name}; entropy: of the tokens of a "
+                "sample (mean), and of the whole set, in nats; distinct-k: of all k-grams.\n"
+                f"{sampler_note(args)}")
+        if any(model.drafts for model in models):
+            text += f" Medusa: {args.accept} acceptance, epsilon {args.epsilon}, delta {args.delta}."
+        return text
+
+
+def same_ids(a, b):
+    """Whether the ids of two models mean the same, by all that is known: fingerprints, else the tokenizers' names."""
+    same = same_tokenizer(a.meta, b.meta)
+    if same is None:
+        same = a.meta["tokenizer"] == b.meta["tokenizer"]
+    return same
+
+
+def check_length(length, model):
+    if length > model.length:
+        raise BadInput(f"--length={length} is more than the {model.length} tokens "
+                       f"that {model.name} was trained on")
 
 
 def text_rows(args, models, device, length, start=None):
-    """For each model, decoding and number of steps: yields (facts of a table row, samples [n, length - 1])."""
-    apd = load_verifier(args, models, device)
-    jobs = [(m, d, k) for m in models for d in args.decode for k in steps_of(m, length, args)]
-    for model, decode, k in tqdm(jobs, unit="row", disable=None):
+    """As `drawn_rows`: yields (a row of the table, with the temperature and nucleus, samples [n, length - 1])."""
+    for model, row, sampled in drawn_rows(args, models, device, args.batch_size, length, start):
         tau, top_p = resolve_sampling(args, model)
-        sampled, facts = sample_rows(model, decode, k, args, device, apd, length, args.batch_size, start)
-        yield dict(model=model.name, decode=decode, nfe=k, tau=tau, top_p=top_p, **facts), sampled
+        yield row | dict(tau=tau, top_p=top_p), sampled
 
 
 def text_facts(sampled):
     """How varied samples [n, T] are: unigram entropy in nats, and the share of their n-grams that are distinct."""
-    facts = dict(n=len(sampled), entropy=float(np.mean([entropy(r) for r in sampled])), entropy_set=entropy(sampled))
+    of_samples = [entropy(row) for row in sampled]
+    facts = dict(n=len(sampled), entropy=float(np.mean(of_samples)), entropy_set=entropy(sampled))
+    # a k-gram is one number: three ids below 2^20 fit into 63 bits
     grams = sampled.astype(np.int64)
     for k in range(1, 1 + min(3, sampled.shape[1])):
         facts[f"distinct_{k}"] = len(np.unique(grams)) / grams.size
-        grams = grams[:, :-1] * 2 ** 20 + sampled[:, k:]   # (three ids below 2^20 fit into 63 bits)
+        grams = grams[:, :-1] * 2**20 + sampled[:, k:]
     return facts
-
-
-def text_note(args, models, judge, length):
-    medusa = any(isinstance(m, Medusa) for m in models)
-    return (f"{length - 1} tokens a sample, judge {judge.name}; entropy: of the tokens of a sample (mean), and of the "
-            f"whole set, in nats; distinct-k: of all k-grams.\n{sampler_note(args)}"
-            + f" Medusa: {args.accept} acceptance, epsilon {args.epsilon}, delta {args.delta}." * medusa)
 
 
 def validation_rows(data, n, seed):
     """n rows of a dataset, the same for a seed, with BOS."""
-    return data.rows(np.random.default_rng(seed).permutation(len(data))[:n])
+    order = np.random.default_rng(seed).permutation(len(data))
+    return data.rows(order[:n])
 
 
 def genppl(args, models, device):
     """Generative perplexity of samples under an AR judge, always with their entropy (lower entropy lowers GenPPL)."""
-    judge, to_judge, data, length = text_setting(args, models, device)
-    real = [(dict(model="data"), validation_rows(data, args.n, args.seed)[:, 1:])] if data else []
-    rows = [row | gen_ppl(judge, to_judge(sampled), device) | text_facts(sampled)
-            for row, sampled in itertools.chain(real, text_rows(args, models, device, length))]
-    return rows, text_note(args, models, judge, length)
+    from extra.scores import gen_ppl
+    setting = TextSetting(args, models, device)
+    drawn = text_rows(args, models, device, setting.length)
+    if setting.data:                        # what the data themselves have, to compare with
+        real = validation_rows(setting.data, args.n, args.seed)[:, 1:]
+        drawn = itertools.chain([(dict(model="data"), real)], drawn)
+    rows = []
+    for row, sampled in drawn:
+        row |= gen_ppl(setting.judge, setting.for_judge(sampled), device)
+        rows.append(row | text_facts(sampled))
+    return rows, setting.note(args, models)
 
 
 def infill(args, models, device):
     """GenPPL of the tokens alone that a masked model fills into validation rows: 32 of 128 (Section E.3)."""
-    judge, _, data, length = text_setting(args, models, device)
-    for m in models:
-        if isinstance(m, PROMPTED):
-            raise BadInput(f"--ckpt: {m.name} is a {m.args['model']} checkpoint: only masked models fill in")
-    if judge.meta["tokenizer"] != models[0].meta["tokenizer"]:
-        raise BadInput(f"--judge={args.judge} has another tokenizer than {models[0].name}: it cannot tell which tokens "
-                       "were filled in")
-    if args.masked >= length:
-        raise BadInput(f"--masked={args.masked} of rows of {length} tokens, BOS included: mask fewer, or set --length")
-    tokens = torch.from_numpy(validation_rows(data, args.n, args.seed))
+    from extra.scores import gen_ppl
+    setting = TextSetting(args, models, device, longest=128, needs_data=True)
+    for model in models:
+        if not model.fills_masks:
+            raise BadInput(f"--ckpt: {model.name} is a {model.args['model']} checkpoint: "
+                           "only masked models fill in")
+    if setting.tokenizer is not None:
+        raise BadInput(f"--judge={args.judge} has another tokenizer than {models[0].name}: "
+                       "it cannot tell which tokens were filled in")
+    if args.masked >= setting.length:
+        raise BadInput(f"--masked={args.masked} of rows of {setting.length} tokens, BOS included: "
+                       "mask fewer, or set --length")
+    tokens = torch.from_numpy(validation_rows(setting.data, args.n, args.seed))
     args.n = len(tokens)
-    u = torch.rand(tokens[:, 1:].shape, generator=torch.Generator().manual_seed(torch_seed(args.seed, 1)))
-    masked = torch.nn.functional.pad(u.argsort(1).argsort(1) < args.masked, (1, 0))      # exactly so many of each row
-    blank = torch.where(masked, models[0].mask_id, tokens)
-    real, masked, rows = tokens[:, 1:].numpy(), masked[:, 1:].numpy(), []
-    for row, filled in itertools.chain([(dict(model="data"), real)], text_rows(args, models, device, length, blank)):
-        rows.append(row | gen_ppl(judge, filled, device, masked) | text_facts(filled)
-                    | dict(recovered=float((filled == real)[masked].mean())))
-    return rows, (f"{args.masked} of {length - 1} tokens masked at random; GenPPL of these alone; recovered: of these, "
-                  f"those of the data.\n{text_note(args, models, judge, length)}")
+    # exactly so many of each row are masked, BOS never; the same ones for every model
+    generator = torch.Generator().manual_seed(torch_seed(args.seed, 1))
+    u = torch.rand(tokens[:, 1:].shape, generator=generator)
+    masked = u.argsort(1).argsort(1) < args.masked                                # (n, L - 1)
+    blank = tokens.clone()
+    blank[:, 1:][masked] = models[0].mask_id
+    real = tokens[:, 1:].numpy()
+    masked = masked.numpy()
+
+    # the judge reads whole rows, and scores what was filled in
+    data_row = (dict(model="data"), real)
+    drawn = text_rows(args, models, device, setting.length, blank)
+    rows = []
+    for row, filled in itertools.chain([data_row], drawn):
+        row |= gen_ppl(setting.judge, filled, device, masked) | text_facts(filled)
+        row["recovered"] = float((filled == real)[masked].mean())
+        rows.append(row)
+    return rows, (f"{args.masked} of {setting.length - 1} tokens masked at random; GenPPL of these "
+                  f"alone; recovered: of these, those of the data.\n{setting.note(args, models)}")
 
 
 def mauve(args, models, device):
     """MAUVE of samples against validation text: mean and standard deviation over 5 runs of k-means (Section D.1)."""
-    judge, to_judge, data, length = text_setting(args, models, device)
-    real = last_hidden(judge, to_judge(validation_rows(data, args.n, args.seed)[:, 1:]), device)
+    from extra.scores import last_hidden, mauve_scores
+    setting = TextSetting(args, models, device, needs_data=True)
+    text = validation_rows(setting.data, args.n, args.seed)[:, 1:]
+    real = last_hidden(setting.judge, setting.for_judge(text), device)
     if min(args.n, len(real)) < 1000:
-        print(f"{args.n} samples against {len(real)} rows: below 1000 MAUVE is too high, and rough", file=sys.stderr)
+        print(f"{args.n} samples against {len(real)} rows: below 1000 MAUVE is too high, and rough",
+              file=sys.stderr)
     rows = []
-    for row, sampled in text_rows(args, models, device, length):
-        scores = mauve_scores(last_hidden(judge, to_judge(sampled), device), real)
-        rows.append(row | dict(mauve=float(scores.mean()), mauve_std=float(scores.std(ddof=1)), references=len(real))
-                    | text_facts(sampled))
-    return rows, (f"{text_note(args, models, judge, length)}\nMAUVE against {len(real)} validation rows of {args.data};"
-                  " ±: standard deviation over 5 seeds of k-means.")
+    for row, sampled in text_rows(args, models, device, setting.length):
+        features = last_hidden(setting.judge, setting.for_judge(sampled), device)
+        scores = mauve_scores(features, real)
+        row |= dict(mauve=float(scores.mean()), mauve_std=float(scores.std(ddof=1)))
+        rows.append(row | dict(references=len(real)) | text_facts(sampled))
+    return rows, (f"{setting.note(args, models)}\nMAUVE against {len(real)} validation rows of "
+                  f"{args.data}; ±: standard deviation over 5 seeds of k-means.")
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one of these against the number of network calls
 
 # a metric -> the function that measures it, its error's key, what to print: factor, digits, title
-METRICS = dict(success=(maze, "stderr", 100, 1, "success %"), gen_ppl=(genppl, "gen_ppl_stderr", 1, 1, "GenPPL"),
-               mauve=(mauve, "mauve_std", 1, 3, "MAUVE"))
+METRICS = {
+    "success": (maze, "stderr", 100, 1, "success %"),
+    "gen_ppl": (genppl, "gen_ppl_stderr", 1, 1, "GenPPL"),
+    "mauve": (mauve, "mauve_std", 1, 3, "MAUVE"),
+}
 
 
 def nfe(args, models, device):
     """A metric against NFE (Figure 3), one line per model and decoding; runs that differ in their seed are averaged."""
-    if args.plot:
+    if args.plot:                           # find out before the work, not after it
         optional("matplotlib", "--plot")
-    metric = args.metric or ("success" if models[0].meta["tokenizer"] == "maze" else "gen_ppl")
+    metric = args.metric
+    if metric is None:
+        metric = "success" if models[0].meta["tokenizer"] == "maze" else "gen_ppl"
     function, error, scale, digits, title = METRICS[metric]
     rows, note = function(args, models, device)
-    recipe = {m.name: re.sub(rf"s{m.args.get('seed')}\b", "s*", json.dumps(         # init_from: of that seed as well
-        {k: v for k, v in m.args.items() if v is not None and k not in ("seed", "out")})) for m in models}
-    first = {name: next(other for other in recipe if recipe[other] == recipe[name]) for name in recipe}
-    if len({(first[m.name], m.args.get("seed")) for m in models}) < len(models):
-        first = {}                                         # the same run twice is no second seed
-    groups = {}                                            # (model, decode) -> {nfe: [row of each seed]}
-    for row in rows:
-        line = groups.setdefault((first.get(row["model"], row["model"]), row.get("decode")), {})
-        line.setdefault(row.get("nfe"), []).append(row)
-    table, lines = [], {}                                  # lines: label -> {nfe: (value, error)}
-    for (model, decode), line in groups.items():
-        runs = next(iter(line.values()))                   # a row of each seed
-        label = model + f" and {len(runs) - 1} other seed{'s' * (len(runs) > 2)}" * (len(runs) > 1)
-        points = lines[f"{label}, {decode}" if decode else label] = {
-            k: (scale * np.mean([r[metric] for r in rs]),
-                scale * (np.std([r[metric] for r in rs], ddof=1) if len(rs) > 1 else rs[0][error]))
-            for k, rs in line.items()}
-        row = {k: f"{value:.{digits}f} ± {spread:.{digits}f}" for k, (value, spread) in points.items()}
-        if entropies := [r["entropy"] for rs in line.values() for r in rs if "entropy" in r]:
-            row["entropy"] = f"{min(entropies):.2f} to {max(entropies):.2f}"
-        if None in row:                                    # the data, which have no NFE
-            label += ": " + row[None]
-        table.append(dict(model=label, decode=decode, n=runs[0]["n"]) | row)
     steps = sorted({row["nfe"] for row in rows if row.get("nfe")})
+    table = []
+    lines = {}                              # for the plot: label -> {nfe: (value, error)}
+    for (label, decode), line in lines_of(rows).items():
+        points = {}
+        for k, runs in line.items():
+            value, spread = mean_and_error(runs, metric, error)
+            points[k] = (scale * value, scale * spread)
+        runs = next(iter(line.values()))
+        row = dict(model=label, decode=decode, n=runs[0]["n"])
+        for k, (value, spread) in points.items():
+            text = f"{value:.{digits}f} ± {spread:.{digits}f}"
+            if k is None:                   # the data, which have no NFE and so no column
+                row["model"] += ": " + text
+            row[k] = text
+        entropies = [run["entropy"] for runs in line.values() for run in runs if "entropy" in run]
+        if entropies:
+            row["entropy"] = f"{min(entropies):.2f} to {max(entropies):.2f}"
+        table.append(row)
+        lines[f"{label}, {decode}" if decode else label] = points
     if args.plot:
         from extra.plot import plot_nfe
         plot_nfe(args.plot, lines, steps, title)
-    columns = dict(model=title, decode="decode") | {k: f"NFE {k}" for k in steps} | dict(entropy="entropy")
-    return rows, ("±: over samples (MAUVE: over seeds of k-means), or, where there are runs of several seeds, their "
-                  "standard deviation.\n" + note), columns, {}, table
+    columns = dict(model=title, decode="decode")
+    columns |= {k: f"NFE {k}" for k in steps} | dict(entropy="entropy")
+    note = ("±: over samples (MAUVE: over seeds of k-means), or, where there are runs of several "
+            "seeds, their standard deviation.\n" + note)
+    return rows, note, columns, {}, table
 
 
-def load_teacher(args, model, meta, length, device):
-    """The teacher whose noise a student reads, for rows of `length` tokens; None for the other models."""
-    if model.config.get("noise") in (None, "unpaired"):
-        return None
-    path = args.teacher or model.args.get("teacher") or default_teacher(meta, length)
-    if path is None:
-        raise BadInput(f"--teacher is needed for {model.name}: an AR checkpoint of its vocabulary")
-    return load_ar("--teacher", path, meta, length, device)
+def recipe_of(name):
+    """A run's name without its seed: those of one recipe are called NAME-s0, NAME-s1, .."""
+    return re.sub(r"-s\d+$", "", name)
 
+
+def lines_of(rows):
+    """A table's rows by line: {(label, decoding): {nfe: [the row of each seed]}}."""
+    groups = {}
+    names = {}                              # recipe -> its runs, in their order
+    for row in rows:
+        recipe = recipe_of(row["model"])
+        names.setdefault(recipe, {})[row["model"]] = True
+        line = groups.setdefault((recipe, row.get("decode")), {})
+        line.setdefault(row.get("nfe"), []).append(row)
+    lines = {}
+    for (recipe, decode), line in groups.items():
+        first, *others = names[recipe]
+        label = first
+        if len(others) == 1:
+            label += " and 1 other seed"
+        elif others:
+            label += f" and {len(others)} other seeds"
+        lines[label, decode] = line
+    return lines
+
+
+def mean_and_error(runs, metric, error):
+    """The mean over the runs of a recipe, with their standard deviation; of one run, its own standard error."""
+    values = [run[metric] for run in runs]
+    if len(values) == 1:
+        return values[0], runs[0][error]
+    return np.mean(values), np.std(values, ddof=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# likelihood
 
 def ppl(args, models, device):
     """Bounds on the data's likelihood: nll of an AR model, NELBO of a plain student, for a Gumbel student ppl_bound.
@@ -419,55 +659,193 @@ def ppl(args, models, device):
     -log p(x) <= E_q[-log p(x | noise)] - log p_teacher(x), q the posterior of the noise: its KL to the prior is the
     teacher's nll exactly. The first term alone (nll_given_noise) is no likelihood.
     """
-    rows, length = [], args.length or min(1024, *(m.length for m in models))
+    refuse_heads(models)
+    length = args.length or min(1024, *(model.length for model in models))
+    rows = []
     for model in models:
-        if not (args.data or model.args.get("data")):
-            raise BadInput(f"--data is needed for {model.name}: it does not say what it was trained on")
-        data = Shards(args.data or model.args["data"], "val", length)
-        check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
-        if length > model.length:
-            raise BadInput(f"--length={length} is more than the {model.length} tokens that {model.name} was trained on")
-        if length % getattr(model, "block_size", 1):
-            raise BadInput(f"--length={length} is no multiple of {model.name}'s block size, {model.block_size}")
-        teacher = load_teacher(args, model, data.meta, length, device)
-        n, began = min(args.n, len(data)), time.perf_counter()
-        draws = np.random.default_rng(args.seed)
-        order, n_blocks = draws.permutation(len(data))[:n], blocks(model, length)
-        levels = stratified_t(n * n_blocks, draws).view(n, n_blocks)
-        if exact := n_blocks == length:
-            levels = torch.ones_like(levels)               # blocks of one token: at t = 1 the chain rule, no bound
-        batches = []                                       # (its share of the rows, its nats, its teacher's)
-        for i, a in enumerate(tqdm(range(0, n, args.batch_size), desc=model.name, disable=None)):
-            tokens = torch.from_numpy(data.rows(order[a:a + args.batch_size])).to(device)
-            kw = {} if isinstance(model, CausalLM) else dict(
-                t=levels[a:a + args.batch_size].to(device), teacher=teacher,
-                generator=torch.Generator(device).manual_seed(args.seed + i))
-            batches.append((len(tokens) / n, model.loss(tokens, **kw)[0].item(),
-                            teacher.loss(tokens)[0].item() if teacher else 0.0))
-        w, losses, references = np.array(batches).T
-        nll, error = ratio_with_error(w * losses, w)
-        reference = float(w @ references)
-        row = dict(model=model.name, kind="nll" if isinstance(model, CausalLM) or exact else "nelbo", nll=nll,
-                   nll_stderr=error if len(w) > 1 else None, n=n, ppl=math.exp(nll + reference),
-                   seconds=time.perf_counter() - began)
+        rows.append(ppl_row(args, model, length, device))
+    return rows, ("perplexity: exp(nats + teacher's nats), an upper bound; exact for AR models and "
+                  "blocks of one token.\n"
+                  "nll_given_noise is no likelihood: its noise is drawn given the text.")
+
+
+def ppl_row(args, model, length, device):
+    """The row of one model, on rows of `length` tokens."""
+    from extra.scores import ratio_with_error
+    path = args.data or model.args.get("data")
+    if not path:
+        raise BadInput(f"--data is needed for {model.name}: it does not say what it was trained on")
+    data = Shards(path, "val", length)
+    check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
+    check_length(length, model)
+    # one step per token of a block: without blocks, the whole row
+    block_size = model.default_steps(length)
+    if length % block_size:
+        raise BadInput(f"--length={length} is no multiple of {model.name}'s block size, "
+                       f"{block_size}")
+    teacher = load_teacher(args, model, data.meta, length, device)
+
+    # rows, levels and masks are functions of the seed alone: all models are asked the same
+    began = time.perf_counter()
+    n = min(args.n, len(data))
+    n_blocks = model.block_count(length)
+    draws = np.random.default_rng(args.seed)
+    order = draws.permutation(len(data))[:n]
+    levels = stratified_t(n * n_blocks, draws).view(n, n_blocks)
+    of_single_tokens = n_blocks == length
+    if of_single_tokens:                    # at t = 1 these are the chain rule: no bound
+        levels = torch.ones_like(levels)
+    batches = []                            # (share of the rows, nats per token, teacher's)
+    for i, a in enumerate(tqdm(range(0, n, args.batch_size), desc=model.name, disable=None)):
+        tokens = torch.from_numpy(data.rows(order[a:a + args.batch_size])).to(device)
+        known = dict(t=levels[a:a + args.batch_size].to(device), teacher=teacher,
+                     generator=torch.Generator(device).manual_seed(args.seed + i))
+        read = {name: known[name] for name in model.loss_reads if name in known}
+        nats = model.loss(tokens, **read)[0].item()
+        teacher_nats = 0.0
         if teacher:
-            row |= dict(kind="nll_given_noise", teacher_nll=reference, ppl_bound=row["ppl"])
-        rows.append(row)
-    return rows, ("perplexity: exp(nats + teacher's nats), an upper bound; exact for AR models and blocks of one token."
-                  "\nnll_given_noise is no likelihood: its noise is drawn given the text.")
+            teacher_nats = teacher.loss(tokens)[0].item()
+        batches.append((len(tokens) / n, nats, teacher_nats))
+    share, nats, teacher_nats = np.array(batches).T
+    nll, error = ratio_with_error(share * nats, share)
+    if len(batches) == 1:                   # the error is estimated from how batches differ
+        error = None
+    reference = float(share @ teacher_nats)
+    row = dict(model=model.name, kind=model.loss_name, nll=nll, nll_stderr=error, n=n,
+               ppl=math.exp(nll + reference), seconds=time.perf_counter() - began)
+    if of_single_tokens:
+        row["kind"] = "nll"
+    if teacher:
+        row |= dict(kind="nll_given_noise", teacher_nll=reference, ppl_bound=row["ppl"])
+    return row
+
+
+def load_teacher(args, model, meta, length, device):
+    """The teacher whose noise a student reads, for rows of `length` tokens; None for the other models."""
+    if model.noise_embed is None or not model.noise_embed.needs_teacher:
+        return None
+    path = args.teacher or model.args.get("teacher") or default_teacher(meta, length)
+    if path is None:
+        raise BadInput(f"--teacher is needed for {model.name}: an AR checkpoint of its vocabulary")
+    return load_ar("--teacher", path, meta, length, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Medusa
 
+def acceptance(args, models, device):
+    """Medusa's drafts: acceptance per head, accepted length, speed against the backbone alone (Table 3, C.2)."""
+    for model in models:
+        if not model.drafts:
+            raise BadInput(f"--ckpt: {model.name} is a {model.args['model']} checkpoint, "
+                           "acceptance is of Medusa heads")
+    length = args.length or min(128, *(model.length for model in models))
+    data = Shards(args.data or models[0].args["data"], "val", length)
+    is_maze = data.meta["name"] in ("maze", "maze_skewed")
+    prompt_length = args.prompt_length
+    if prompt_length is None:
+        prompt_length = 1 if is_maze else max(1, length // 4)
+    for model in models:
+        check_acceptance(model, data, length, prompt_length)
+    order = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
+    if prompt_length == 1:
+        order = np.resize(order, args.n)    # BOS alone: any number of samples
+    prompts = torch.from_numpy(data.rows(order)[:, :prompt_length])
+    rows = []
+    bar = tqdm(total=len(prompts) * len(models) * len(args.accept), unit="prompt", disable=None)
+    for model, accept in itertools.product(models, args.accept):
+        rows.append(measure_acceptance(model, accept, args, prompts, length, device, bar))
+    bar.close()
+    # perfect heads are counted for the backbone's own distribution, and exact acceptance
+    if is_maze and args.tau == args.top_p == 1 and "exact" in args.accept:
+        for n_heads in sorted({len(model.heads) for model in models}):
+            rows.append(acceptance_theory(data.meta["name"], n_heads, length, prompt_length))
+
+    most_heads = max(len(model.heads) for model in models)
+    heads = {f"head{k}": f"head {k}" for k in range(1, 1 + most_heads)}
+    columns = dict(model="model", accept="acceptance") | heads | dict(
+        accepted_length="accepted length", calls_per_token="calls per token", agreement="same text",
+        tokens_per_s="tokens/s", alone_tokens_per_s="backbone alone", speedup="speed-up")
+    note = (f"prompts of {prompt_length} tokens (BOS included) continued to {length}, "
+            f"{args.batch_size} at once, tau {args.tau}, top_p {args.top_p}, epsilon {args.epsilon}, "
+            f"delta {args.delta}, {args.weights or 'EMA'} weights, {torch.get_num_threads()} threads.\n"
+            "head k: of its candidates with accepted predecessors, the accepted ones; "
+            "accepted length: tokens per backbone call, in whole drafts;\nsame text: of up to 8 "
+            "samples, the tokens that the backbone alone writes from the same noise.")
+    if is_maze:
+        note += "\ntheory: heads without noise that know the true marginals."
+    return rows, note, columns, dict.fromkeys(["accepted_length", *heads], 3)
+
+
+def check_acceptance(model, data, length, prompt_length):
+    check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
+    if length > model.backbone.length:
+        raise BadInput(f"--length={length} is more than the {model.backbone.length} tokens "
+                       f"of {model.name}'s backbone")
+    if prompt_length + len(model.heads) >= length:
+        raise BadInput(f"rows of {length} tokens have no room for a prompt of {prompt_length} and a "
+                       f"draft of {model.name}: set --length or --prompt_length")
+
+
+def measure_acceptance(model, accept, args, prompts, length, device, bar):
+    """A row of the table: prompts [n, P] continued to `length` by the model, and by its backbone alone."""
+    sampling = dict(length=length, tau=args.tau, top_p=args.top_p)
+    rule = dict(accept=accept, epsilon=args.epsilon, delta=args.delta)
+    greedy = accept == "greedy"
+    counts = []                             # calls [b], verified [b, K], accepted [b, K]
+    seconds = 0.0
+    alone = 0.0
+    for i, start in enumerate(prompts.split(args.batch_size)):
+        start = start.to(device)
+        generator = torch.Generator(device).manual_seed(torch_seed(args.seed, i * args.batch_size))
+        if i == 0:                          # the warm-up, and the same noise for both
+            some = start[:8]
+            xi = sample_gumbel((len(some), length, model.vocab_size), generator, device)
+            drafted, *_ = model.decode(some, **sampling, **rule, noise=xi)
+            written, _ = model.backbone.generate(some, **sampling, noise=xi, greedy=greedy)
+            same = (drafted == written)[:, start.shape[1]:].cpu()
+        began = time.perf_counter()
+        _, *drafts = model.decode(start, **sampling, **rule, generator=generator)
+        counts.append([count.cpu().numpy() for count in drafts])      # (waits for the device)
+        # the backbone alone, at once after it: a busy spell slows both
+        middle = time.perf_counter()
+        model.backbone.generate(start, **sampling, greedy=greedy, generator=generator)[0].cpu()
+        seconds += middle - began
+        alone += time.perf_counter() - middle
+        bar.update(len(start))
+    calls, verified, accepted = (np.concatenate(count) for count in zip(*counts))
+    n_new = len(prompts) * (length - prompts.shape[1])
+    row = dict(model=model.name, accept=accept, nfe_counted=float(calls.mean()), n=len(prompts))
+    row |= acceptance_row(verified, accepted)
+    row |= dict(calls_per_token=float(calls.sum() / n_new), tokens_per_s=n_new / seconds,
+                alone_tokens_per_s=n_new / alone, speedup=alone / seconds, seconds=seconds)
+    return row | dict(agreement=float(same.double().mean()))
+
+
 def acceptance_row(verified, accepted):
     """Counts per prompt [n, K] -> each head's conditional acceptance, and the accepted length: tokens per backbone call
-    (head 0's and the accepted ones) over whole drafts. With standard errors over prompts."""
+    (head 0's and the accepted ones) over whole drafts. With standard errors over prompts.
+    """
+    from extra.scores import ratio_with_error
     row = {}
     for k in range(verified.shape[1]):
-        row[f"head{k + 1}"], row[f"head{k + 1}_stderr"] = ratio_with_error(accepted[:, k], verified[:, k])
-    row["accepted_length"], row["accepted_length_stderr"] = ratio_with_error(
-        verified[:, 0] + accepted.sum(1), verified[:, 0])
+        ratio, error = ratio_with_error(accepted[:, k], verified[:, k])
+        row |= {f"head{k + 1}": ratio, f"head{k + 1}_stderr": error}
+    drafts = verified[:, 0]                 # head 1's candidate is looked at in each of them
+    ratio, error = ratio_with_error(drafts + accepted.sum(1), drafts)
+    return row | dict(accepted_length=ratio, accepted_length_stderr=error)
+
+
+def acceptance_theory(name, n_heads, length, prompt_length):
+    """The row of perfect heads without noise on the maze."""
+    paths = maze_dataset(name).astype(np.int64)
+    more = length - 1 - paths.shape[1]      # the PADs of longer rows
+    paths = np.pad(paths, ((0, 0), (0, more)), constant_values=PAD)
+    verified, accepted = perfect_heads(paths, n_heads, prompt_length - 1)
+    row = dict(model="theory", accept="exact")
+    for key, value in acceptance_row(verified, accepted).items():
+        if not key.endswith("_stderr"):     # all paths, not a sample of them
+            row[key] = value
     return row
 
 
@@ -478,82 +856,24 @@ def perfect_heads(rows, heads, start=0, weights=None):
     Head k proposes the mode of its marginal: the most frequent token k places after the next one, given the prefix
     (head 1 can do no better; later ones could, by building on those before). The row decides what is accepted.
     """
-    verified, accepted = np.zeros((2, len(rows), heads), dtype=int)
+    verified = np.zeros((len(rows), heads), dtype=int)
+    accepted = np.zeros((len(rows), heads), dtype=int)
     for r, row in enumerate(rows):
-        p = start
+        p = start                           # the place of the next token
         while p + heads < len(row):
-            like = (rows[:, :p] == row[:p]).all(1)
-            ok = np.cumprod([np.bincount(rows[like, p + k], None if weights is None else weights[like]).argmax()
-                             == row[p + k] for k in range(1, heads + 1)])
-            verified[r] += np.append(1, ok[:-1])
-            accepted[r] += ok
-            p += 1 + ok.sum()
+            like = (rows[:, :p] == row[:p]).all(1)         # the rows with this prefix
+            weights_of_like = None
+            if weights is not None:
+                weights_of_like = weights[like]
+            fits = []
+            for k in range(1, heads + 1):
+                mode = np.bincount(rows[like, p + k], weights_of_like).argmax()
+                fits.append(mode == row[p + k])
+            taken = np.cumprod(fits)        # a candidate falls with those before it
+            verified[r] += np.append(1, taken[:-1])
+            accepted[r] += taken
+            p += 1 + taken.sum()
     return verified, accepted
-
-
-def acceptance(args, models, device):
-    """Medusa's drafts: acceptance per head, accepted length, speed against the backbone alone (Table 3, C.2)."""
-    for model in models:
-        if not isinstance(model, Medusa):
-            raise BadInput(f"--ckpt: {model.name} is a {model.args['model']} checkpoint, acceptance is of Medusa heads")
-    length = args.length or min(128, *(m.length for m in models))
-    data = Shards(args.data or models[0].args["data"], "val", length)
-    maze = data.meta["name"] in ("maze", "maze_skewed")
-    prompt = args.prompt_length or (1 if maze else max(1, length // 4))
-    for model in models:
-        check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
-        if length > model.backbone.length:
-            raise BadInput(f"--length={length} is more than the {model.backbone.length} tokens of {model.name}'s "
-                           "backbone")
-        if prompt + len(model.heads) >= length:
-            raise BadInput(f"rows of {length} tokens have no room for a prompt of {prompt} and a draft of {model.name}:"
-                           " set --length or --prompt_length")
-    order = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
-    if prompt == 1:
-        order = np.resize(order, args.n)                   # BOS alone: any number of samples
-    rows, new, kw = [], len(order) * (length - prompt), dict(length=length, tau=args.tau, top_p=args.top_p)
-    bar = tqdm(total=len(order) * len(models) * len(args.accept), unit="prompt", disable=None)
-    for model, accept in itertools.product(models, args.accept):
-        counts, seconds, alone = [], 0.0, 0.0
-        how, greedy = dict(accept=accept, epsilon=args.epsilon, delta=args.delta), accept == "greedy"
-        for a in range(0, len(order), args.batch_size):
-            start = torch.from_numpy(data.rows(order[a:a + args.batch_size])[:, :prompt]).to(device)
-            generator = torch.Generator(device).manual_seed(torch_seed(args.seed, a))
-            if a == 0:                                     # warm-up, and the same noise for both
-                xi = sample_gumbel((len(start[:8]), length, model.vocab_size), generator, device)
-                drafted = model.decode(start[:8], **kw, **how, noise=xi)[0]
-                same = (drafted == model.backbone.generate(start[:8], **kw, noise=xi, greedy=greedy)[0]).cpu()
-            began = time.perf_counter()
-            _, *drafts = model.decode(start, **kw, **how, generator=generator)
-            counts.append([c.cpu().numpy() for c in drafts])                   # (waits for the device)
-            middle = time.perf_counter()
-            model.backbone.generate(start, **kw, greedy=greedy, generator=generator)[0].cpu()
-            seconds += middle - began
-            alone += time.perf_counter() - middle
-            bar.update(len(start))
-        calls, *drafts = (np.concatenate(c) for c in zip(*counts))
-        rows.append(dict(model=model.name, accept=accept, nfe_counted=float(calls.mean()), n=len(order),
-                         **acceptance_row(*drafts), calls_per_token=float(calls.sum() / new),
-                         tokens_per_s=new / seconds, alone_tokens_per_s=new / alone, speedup=alone / seconds,
-                         seconds=seconds, agreement=float(same[:, prompt:].double().mean())))
-    bar.close()
-    if maze and args.tau == args.top_p == 1 and "exact" in args.accept:
-        paths = maze_dataset(data.meta["name"]).astype(np.int64)
-        paths = np.pad(paths, ((0, 0), (0, length - 11)), constant_values=PAD)
-        for heads in sorted({len(m.heads) for m in models}):
-            row = acceptance_row(*perfect_heads(paths, heads, prompt - 1))
-            rows.append(dict(model="theory", accept="exact") | {k: v for k, v in row.items() if "stderr" not in k})
-    heads = {f"head{k}": f"head {k}" for k in range(1, 1 + max(len(m.heads) for m in models))}
-    columns = dict(model="model", accept="acceptance") | heads | dict(
-        accepted_length="accepted length", calls_per_token="calls per token", agreement="same text",
-        tokens_per_s="tokens/s", alone_tokens_per_s="backbone alone", speedup="speed-up")
-    note = (f"prompts of {prompt} tokens (BOS included) continued to {length}, {args.batch_size} at once, "
-            f"tau {args.tau}, top_p {args.top_p}, epsilon {args.epsilon}, delta {args.delta}, "
-            f"{args.weights or 'EMA'} weights, {torch.get_num_threads()} threads.\nhead k: of its candidates with "
-            "accepted predecessors, the accepted ones; accepted length: tokens per backbone call, in whole drafts;\n"
-            "same text: of up to 8 samples, the tokens that the backbone alone writes from the same noise."
-            + "\ntheory: heads without noise that know the true marginals." * maze)
-    return rows, note, columns, dict.fromkeys(["accepted_length", *heads], 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -564,77 +884,136 @@ def steps_list(text):
 
 
 def decodes(text):
+    return listed("--decode", text, ("sample", "greedy"))
+
+
+def accepts(text):
+    return listed("--accept", text, ACCEPT)
+
+
+def listed(flag, text, choices):
+    """The values of a comma list; BadInput where one is not among the choices."""
     values = text.split(",")
-    if not set(values) <= {"sample", "greedy"}:
-        raise BadInput(f"--decode={text}: a comma list of sample, greedy")
+    if not set(values) <= set(choices):
+        raise BadInput(f"{flag}={text}: a comma list of {', '.join(choices)}")
     return values
 
 
-def main(argv=None):
+def data_flags(parser):
+    add = parser.add_argument
+    add("--data",
+        help="shards: validation text; default: the run's (genppl: none; it adds a row for the text)")
+    add("--batch_size", type=number(int, 1), default=32, help="rows at once")
+    add("--length", type=number(int, 2),
+        help="tokens of a row, BOS included; default: the shortest of the models', at most 1024 "
+        "(acceptance, infill: 128)")
+
+
+def drawing_flags(parser):
+    add = parser.add_argument
+    add("--nfe", type=steps_list,
+        help="numbers of steps; BD3-LM makes the same number, at least one, in each block")
+    add("--decode", type=decodes, help="sample, greedy (argmax), or both")
+    add("--samples", default=os.path.join("out", "samples"),
+        help="folder to write the samples to; or a .jsonl file from there, to read in place of drawing")
+
+
+def judge_flags(parser):
+    parser.add_argument("--judge", default="gpt2-large",
+                        help="AR checkpoint, gpt2[-medium|-large|-xl], hf:NAME")
+
+
+def infill_flags(parser):
+    parser.add_argument("--masked", type=number(int, 1), default=32, help="tokens of a row to fill in")
+
+
+def nfe_flags(parser):
+    add = parser.add_argument
+    add("--metric", choices=METRICS, help="default: success for the maze, else gen_ppl")
+    add("--plot", help="also draw it into this .png or .svg (needs matplotlib)")
+
+
+def ppl_flags(parser):
+    parser.add_argument("--teacher",
+                        help="of students with noise; default: the one that they were trained with")
+
+
+def acceptance_flags(parser):
+    add = parser.add_argument
+    add("--prompt_length", type=number(int, 1),
+        help="tokens of a prompt, BOS included; default: a quarter of a row (maze: BOS)")
+    add("--tau", type=number(float, above=0), default=1.0, help="sampling temperature")
+    add("--top_p", type=number(float, above=0, high=1), default=1.0, help="nucleus")
+    add("--accept", type=accepts, default=["typical", "exact"],
+        help="typical: drafts that are not unlikely; exact: that the backbone would draw; "
+        "greedy: its argmax; a comma list")
+
+
+# a command -> what measures it, its defaults, the groups of its flags beside --ckpt, --n, --json
+DRAWING = [drawing_flags, sampling_flags]
+TEXT = [data_flags, *DRAWING, judge_flags, medusa_flags]
+COMMANDS = {
+    "maze": (maze, dict(n=1000, nfe="1,2,4,8,16", decode="sample,greedy"), DRAWING),
+    "genppl": (genppl, dict(n=300, nfe="8,64", decode="sample"), TEXT),
+    "mauve": (mauve, dict(n=5000, nfe="8,64", decode="sample"), TEXT),
+    "infill": (infill, dict(n=300, nfe="8,32", decode="sample"), [*TEXT, infill_flags]),
+    "nfe": (nfe, dict(n=1000, nfe="1,2,4,8,16", decode="sample,greedy"), [*TEXT, nfe_flags]),
+    "ppl": (ppl, dict(n=2000), [data_flags, loading_flags, ppl_flags]),
+    "acceptance": (acceptance, dict(n=500),
+                   [data_flags, loading_flags, acceptance_flags, typical_flags]),
+}
+
+
+def parse(argv=None):
     parser = Parser(description="Evaluate checkpoints.")
-    functions = dict(maze=maze, genppl=genppl, mauve=mauve, infill=infill, nfe=nfe, ppl=ppl, acceptance=acceptance)
-    sub = parser.add_subparsers(dest="what", required=True, metavar="|".join(functions), parser_class=Parser)
-    for name, function in functions.items():
-        p = sub.add_parser(name, help=function.__doc__.splitlines()[0])
-        p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints or run directories")
-        n = dict(genppl=300, infill=300, mauve=5000, ppl=2000, acceptance=500).get(name, 1000)
-        what = dict(ppl="validation rows", acceptance="prompts", infill="validation rows").get(name, "samples per row")
-        p.add_argument("--n", type=number(int, 2), default=n, help=what)
-        p.add_argument("--json", help="also write the rows to this file")
-        if name != "maze":
-            p.add_argument("--data", help="shards: " + (
-                "adds a row for their validation text" if name == "genppl" else "validation text; default: the run's"))
-            p.add_argument("--batch_size", type=number(int, 1), default=32, help="rows at once")
-            p.add_argument("--length", type=number(int, 2), help="tokens of a row, BOS included; default: the shortest "
-                           f"of the models', at most {128 if name in ('acceptance', 'infill') else 1024}")
-        if name == "ppl":
-            p.add_argument("--teacher", help="of students with noise; default: the one that they were trained with")
-        if name == "acceptance":
-            p.add_argument("--prompt_length", type=number(int, 1),
-                           help="tokens of a prompt, BOS included; default: a quarter of a row (maze: BOS)")
-            p.add_argument("--tau", type=number(float, above=0), default=1.0, help="sampling temperature")
-            p.add_argument("--top_p", type=number(float, above=0, high=1), default=1.0, help="nucleus")
-        if name in ("ppl", "acceptance"):
-            loading_flags(p)
-        else:
-            steps = dict(maze="1,2,4,8,16", nfe="1,2,4,8,16", infill="8,32").get(name, "8,64")
-            p.add_argument("--nfe", type=steps_list, default=steps,
-                           help="numbers of steps; BD3-LM makes the same number, at least one, in each block")
-            p.add_argument("--decode", type=decodes, default="sample,greedy" if name in ("maze", "nfe") else "sample",
-                           help="sample, greedy (argmax), or both")
-            p.add_argument("--samples", default=os.path.join("out", "samples"),
-                           help="folder of samples, to be used again with the same weights, settings and code")
-            sampling_flags(p)
-            if name != "maze":
-                p.add_argument("--judge", default="gpt2-large", help="AR checkpoint, gpt2[-medium|-large|-xl], hf:NAME")
-        if name not in ("maze", "ppl"):
-            medusa_flags(p, several=name == "acceptance")
-        if name == "nfe":
-            p.add_argument("--metric", choices=METRICS, help="default: success for the maze, else gen_ppl")
-            p.add_argument("--plot", help="also draw it into this .png or .svg (needs matplotlib)")
-        if name == "infill":
-            p.add_argument("--masked", type=number(int, 1), default=32, help="tokens of a row to fill in")
-    args, began = parser.parse_args(argv), time.time()
-    for flag in ("json", "plot"):
-        if getattr(args, flag, None):
-            check_output("--" + flag, getattr(args, flag))
-    if getattr(args, "plot", None) and not args.plot.endswith((".png", ".svg")):
-        raise BadInput(f"--plot={args.plot} must end in .png or .svg")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(COMMANDS),
+                                     parser_class=Parser)
+    for name, (function, defaults, groups) in COMMANDS.items():
+        sub = commands.add_parser(name, help=function.__doc__.splitlines()[0])
+        sub.add_argument("--ckpt", nargs="+", required=True, help="checkpoints or run directories")
+        sub.add_argument("--n", type=number(int, 2),
+                         help="samples per row; acceptance: prompts; infill, ppl: validation rows")
+        sub.add_argument("--json", help="also write the rows to this file")
+        for add_flags in groups:
+            add_flags(sub)
+        sub.set_defaults(**defaults)
+    return parser.parse_args(argv)
+
+
+def check_flags(args):
+    """Refuse what does not go together, before a model is loaded."""
+    if args.json:
+        check_output("--json", args.json)
+    if args.what == "nfe" and args.plot:
+        check_output("--plot", args.plot)
+        if not args.plot.endswith((".png", ".svg")):
+            raise BadInput(f"--plot={args.plot} must end in .png or .svg")
+    if draws_samples(args):
+        check_sampling_flags(args)
+
+
+def draws_samples(args):
+    _, _, groups = COMMANDS[args.what]
+    return drawing_flags in groups
+
+
+def main(argv=None):
+    args = parse(argv)
+    began = time.time()
+    check_flags(args)
     device, dtype, autocast = device_and_dtype(args.dtype)
     models = [load_model(path, args.weights, device) for path in args.ckpt]
-    if len({m.name for m in models}) < len(models):
-        for path, m in zip(args.ckpt, models):
-            m.name = path                                  # run directories of the same name
-    for m in models:
-        if isinstance(m, Medusa) and (
-                args.what in ("maze", "ppl") or args.what == "nfe" and m.meta["tokenizer"] == "maze"):
-            raise BadInput(f"--ckpt: {m.name} holds Medusa heads: evaluate.py acceptance and genppl measure these")
-    if (args.what in ("infill", "mauve") or getattr(args, "metric", None) == "mauve") and not args.data:
-        args.data = models[0].args.get("data")
-        if not args.data:
-            raise BadInput(f"--data is needed for {models[0].name}: validation text to compare with")
+    if len({model.name for model in models}) < len(models):
+        for path, model in zip(args.ckpt, models):
+            model.name = path               # run directories of the same name
+    if draws_samples(args):
+        for model in models:
+            if not model.can_teach:         # AR models may stand beside the others: they have none
+                check_sampler(args, model)
+    function, _, _ = COMMANDS[args.what]
+    # TextSetting may fill in args.data, infill lowers args.n to the rows there are: --json has both
     with autocast, torch.no_grad():
-        rows, note, *table = functions[args.what](args, models, device)
+        rows, note, *table = function(args, models, device)
     report(args, rows, note, *table, began=began, device=device, dtype=dtype)
 
 

@@ -15,19 +15,29 @@ winner w and p, the posterior is (E_0, E_1 .. E_V iid Exp(1))
 
 which is Algorithm 1 with noise = -log T. Race and reciprocals need no exp and no log of a large number.
 
+`python gumbel.py` runs the method on two tokens that must agree: the end of this file.
+
 Shapes: N rows (positions), V vocabulary, D width. The noise of a position is one V-vector. Nothing here holds more
 than `CHUNK` noise values at a time, except the functions whose result is itself the full noise.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 # noise values held at once: 83 rows of a GPT-2 vocabulary on a CPU (64 MB with all temporaries), 667 where a GPU is
-CHUNK = 1 << (25 if torch.cuda.is_available() else 22)
+CHUNK = 1 << 22
+if torch.cuda.is_available():
+    CHUNK = 1 << 25
 TINY = 1e-37           # arrival times are clamped here: below it float32's reciprocal overflows
-KINDS = ("gumbel", "gaussian", "uniform", "unpaired")    # Table 5's noises, and the control that carries no information
+KINDS = ("gumbel", "gaussian", "uniform", "unpaired")  # Table 5's noises, and the control that carries no information
+
+
+def needs_teacher(kind):
+    """Whether a student that reads this kind of noise (None: no noise) is trained with a teacher's posterior."""
+    return kind in KINDS and kind != "unpaired"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,61 +66,68 @@ def gumbel_max(logits, noise):
 # ---------------------------------------------------------------------------------------------------------------------
 # the posterior
 
-def _posterior_times(logits, tokens, e):
-    """Arrival times of the posterior race. logits [N, V], tokens [N], e [N, V] iid Exp(1) (overwritten) -> T [N, V].
+def posterior_times(logits, tokens, e):
+    """Algorithm 1 in exponential time: the arrival times of a race that `tokens` won.
 
-    e_w, not needed by the posterior, serves as E_0. A p_k of 0 gives T_k = E_k. p_w may underflow (T_w is clamped),
-    but a token with logit -inf cannot have been drawn: its T is nan, which shows in whatever is computed from it.
+    logits [N, V], tokens [N], e [N, V] iid Exp(1) -> T [N, V]. This is what training calls. A p_k of 0 gives T_k = e_k.
+    p_w may underflow (T_w is then clamped at `TINY`). A token whose logit is -inf cannot have been drawn: its T is nan,
+    which shows in whatever is computed from it.
     """
-    w = tokens.unsqueeze(-1)
+    w = tokens.unsqueeze(-1)  # (N, 1), the winners
     p = logits.float().softmax(-1)
-    e0 = e.gather(-1, w)
-    t_w = torch.where(logits.gather(-1, w) == -math.inf, math.nan, p.gather(-1, w) * e0)
-    return e.addcmul_(p, e0).scatter_(-1, w, t_w).clamp_(min=TINY)
+    e0 = e.gather(-1, w)  # e_w is not read otherwise, so it can serve as E_0
+    T_w = p.gather(-1, w) * e0                             # the winner
+    impossible = logits.gather(-1, w) == -math.inf
+    # losers: T = e + p e0, e_k after the winner in their own clock. In place, since fresh memory costs more than this
+    T = p.mul_(e0).add_(e)
+    T.scatter_(-1, w, T_w.masked_fill(impossible, math.nan))
+    return T.clamp_(min=TINY)
 
 
-def _truncated_posterior_times(p, ids, p_w, frequency, tokens, e):
-    """The same where only the k largest p [N, k], of ids [N, k], and p_w [N, 1] are known: what is left of the mass is
-    spread over the other tokens by their frequency [V]. See `teacher.TeacherCache`.
+def raise_above_runner_up(logits, tokens, noise):
+    """Make argmax(logits + noise) return `tokens` after rounding too: noise_w is raised, where needed, to just above
+    the runner-up. float32 breaks a few rows in 10^6. logits [N, V], tokens [N], noise [N, V] -> noise [N, V].
     """
-    w = tokens.unsqueeze(-1)
-    missing = (ids != w).all(-1, keepdim=True)                                                              # [N, 1]
-    rest = (1 - p.sum(-1, keepdim=True) - p_w * missing).clamp_(min=0)
-    others = (1 - frequency[ids].sum(-1, keepdim=True) - frequency[w] * missing).clamp_(min=1e-9)
-    e0 = e.gather(-1, w)
-    known = e.gather(-1, ids).addcmul_(p, e0)
-    return e.addcmul_(rest / others * e0, frequency).scatter_(-1, ids, known).scatter_(-1, w, p_w * e0).clamp_(min=TINY)
+    w = tokens.unsqueeze(-1)  # (N, 1)
+    score = logits.double() + noise.double()
+    runner_up = score.scatter(-1, w, -math.inf).amax(-1, keepdim=True)
+    needed = (runner_up - logits.gather(-1, w).double()).float()
+    just_above = needed.nextafter(torch.tensor(math.inf, device=noise.device))
+    wins = score.gather(-1, w) > runner_up
+    return noise.scatter(-1, w, torch.where(wins, noise.gather(-1, w), just_above))
 
 
 def posterior_gumbel(logits, tokens, generator=None):
     """Algorithm 1: noise that makes Gumbel-max over `logits` return `tokens`, drawn from its exact posterior.
 
     logits [..., V], tokens [...] -> noise [..., V], float32; `logits` is not modified. If tokens ~ softmax(logits), the
-    noise is iid standard Gumbel. argmax(logits + noise) in float64 is `tokens` in every row: float32 rounding, which
-    breaks a few rows in 10^6, is repaired by raising noise_w to just above the runner-up.
+    noise is iid standard Gumbel. argmax(logits + noise) in float64 is `tokens` in every row.
     Raises ValueError for a token out of range, or whose logit is not finite.
     """
     V = logits.shape[-1]
-    shape, logits, w = logits.shape, logits.reshape(-1, V), tokens.reshape(-1, 1)
-    if w.shape[0] != logits.shape[0]:
-        raise ValueError(f"tokens {tuple(tokens.shape)} do not match logits {tuple(shape)}")
-    if w.numel() and not (0 <= w.min() and w.max() < V):
+    rows = logits.reshape(-1, V)  # (N, V)
+    w = tokens.reshape(-1)  # (N)
+    if len(w) != len(rows):
+        raise ValueError(f"tokens {tuple(tokens.shape)} do not match logits {tuple(logits.shape)}")
+    if len(w) and not (0 <= w.min() and w.max() < V):
         raise ValueError(f"token id out of range: {w.min().item()}..{w.max().item()}, the logits have {V} entries")
-    noise = torch.empty_like(logits, dtype=torch.float32)
-    rows = max(1, CHUNK // V)
-    for l, w, out in zip(logits.split(rows), w.split(rows), noise.split(rows)):      # noqa: E741
-        logp_w = l.float().log_softmax(-1).gather(-1, w)
-        if not logp_w.isfinite().all():
-            raise ValueError("a token whose logit is -inf (or a row of logits that holds inf or nan) has no posterior")
-        e = sample_exponential(l.shape, generator, l.device)
-        # exact where p_w underflows: noise_w = -log E_0 - log p_w, not -log T_w
-        noise_w = -e.gather(-1, w).log() - logp_w
-        torch.neg(_posterior_times(l, w.squeeze(-1), e).log_(), out=out)
-        best = (l.double() + out.double()).scatter_(-1, w, -math.inf).amax(-1, keepdim=True)
-        l_w = l.gather(-1, w).double()
-        just_above = (best - l_w).float().nextafter(torch.tensor(math.inf, device=l.device))
-        out.scatter_(-1, w, torch.where(l_w + noise_w.double() > best, noise_w, just_above))
-    return noise.reshape(shape)
+    noise = torch.empty_like(rows, dtype=torch.float32)
+    chunk = max(1, CHUNK // V)
+    for a in range(0, len(w), chunk):
+        noise[a:a + chunk] = _posterior_of_chunk(rows[a:a + chunk], w[a:a + chunk], generator)
+    return noise.reshape(logits.shape)
+
+
+def _posterior_of_chunk(logits, tokens, generator):
+    w = tokens.unsqueeze(-1)  # (N, 1)
+    logp_w = logits.float().log_softmax(-1).gather(-1, w)
+    if not logp_w.isfinite().all():
+        raise ValueError("a token whose logit is -inf (or a row of logits that holds inf or nan) has no posterior")
+    e = sample_exponential(logits.shape, generator, logits.device)
+    noise = -posterior_times(logits, tokens, e).log()
+    # T_w = p_w E_0 is clamped where p_w underflows; the sum of logarithms is exact there too
+    noise_w = -e.gather(-1, w).log() - logp_w
+    return raise_above_runner_up(logits, tokens, noise.scatter(-1, w, noise_w))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,38 +145,56 @@ def to_gaussian(T):
     noise), Phi^-1(exp(-T)) for large T, where 1 - u would round to 1.
     """
     T = T.double().clamp(TINY, 700)
-    return torch.where(T < math.log(2), -torch.special.ndtri(-torch.expm1(-T)), torch.special.ndtri(torch.exp(-T)))
+    upper = -torch.special.ndtri(-torch.expm1(-T))
+    lower = torch.special.ndtri(torch.exp(-T))
+    return torch.where(T < math.log(2), upper, lower)
+
+
+TRANSFORMS = {"uniform": to_uniform, "gaussian": to_gaussian}
 
 
 def noise_features(T, kind="gumbel", tau=1.0):
     """Arrival times T [N, V] -> what W reads, [N, V] float32: softmax(tau * noise), the noise transformed to `kind`."""
-    if kind in ("gumbel", "unpaired"):
-        # softmax(noise)_k = (1/T_k) / sum_j (1/T_j); T^-tau may leave float32, so tau goes through log space
-        if tau != 1:
-            return (-tau * T.log()).softmax(-1)
-        s = T.reciprocal()
-        return s.div_(s.sum(-1, keepdim=True))
-    return (tau * {"uniform": to_uniform, "gaussian": to_gaussian}[kind](T)).softmax(-1).float()
+    if kind in TRANSFORMS:
+        return (tau * TRANSFORMS[kind](T)).softmax(-1).float()
+    if tau != 1:  # T^-tau may leave float32: through log space
+        return (-tau * T.log()).softmax(-1)
+    inverse = T.reciprocal()  # softmax(noise)_k = (1/T_k) / sum_j (1/T_j)
+    return inverse.div_(inverse.sum(-1, keepdim=True))
+
+
+def default_generator(device):
+    """The generator that torch draws from where none is given: its state can be saved, and the draws made again."""
+    if device.type == "cpu":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
 
 
 class _ChunkedProjection(torch.autograd.Function):
-    """rows of `draw` @ weight^T without holding them: drawn chunk by chunk, drawn again in the backward pass.
+    """features [n, V] @ weight^T -> [n, D] without holding the features: `features(a, b, generator)` draws rows a to b.
 
-    torch's checkpoint would restore only the global generators; this saves the state of the one that is used.
+    The backward pass draws every chunk again, from the state that the generator had. (torch's checkpoint would restore
+    the global generators only.)
     """
 
     @staticmethod
-    def forward(ctx, weight, n, draw, generator):
-        ctx.n, ctx.draw, ctx.state, ctx.device = n, draw, generator.get_state(), weight.device
-        kind = weight.device.type
-        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        ctx.chunk = max(1, CHUNK // weight.shape[1])
+    def forward(ctx, weight, n, features, generator):
+        device = weight.device
+        ctx.dtype = weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            ctx.dtype = torch.get_autocast_dtype(device.type)
+        ctx.state = generator.get_state()
+        ctx.device = device
         ctx.shape = weight.shape
-        w = weight.to(ctx.dtype).t()
+        ctx.features = features
+        ctx.n = n
+        ctx.chunk = max(1, CHUNK // weight.shape[1])
+        w = weight.to(ctx.dtype).t()  # (V, D)
         out = weight.new_empty(n, weight.shape[0])
         for a in range(0, n, ctx.chunk):
             b = min(a + ctx.chunk, n)
-            out[a:b] = draw(a, b, generator).to(ctx.dtype) @ w
+            out[a:b] = features(a, b, generator).to(ctx.dtype) @ w
         return out
 
     @staticmethod
@@ -170,9 +205,9 @@ class _ChunkedProjection(torch.autograd.Function):
         grad_out = grad_out.to(ctx.dtype)
         for a in range(0, ctx.n, ctx.chunk):
             b = min(a + ctx.chunk, ctx.n)
-            f = ctx.draw(a, b, generator).to(ctx.dtype)
+            f = ctx.features(a, b, generator).to(ctx.dtype)
             if ctx.dtype == torch.float32:
-                grad.addmm_(grad_out[a:b].t(), f)      # in place: no second [D, V]
+                grad.addmm_(grad_out[a:b].t(), f)          # in place: no second [D, V]
             else:
                 grad += grad_out[a:b].t() @ f
         return grad, None, None, None
@@ -195,8 +230,14 @@ class GumbelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_embd, vocab_size))
         # softmax of the noise is diffuse: scale W so that an entry of g starts with the std of a token embedding's,
         # using E ||softmax(noise)||^2 measured on a few draws
-        s = noise_features(sample_exponential((256, vocab_size), torch.Generator().manual_seed(0)), kind)
-        nn.init.normal_(self.weight, std=std / s.square().sum(-1).mean().sqrt().item())
+        e = sample_exponential((256, vocab_size), torch.Generator().manual_seed(0))
+        energy = noise_features(e, kind).square().sum(-1).mean()
+        nn.init.normal_(self.weight, std=std / energy.sqrt().item())
+
+    @property
+    def needs_teacher(self):
+        """Whether training draws the noise from a teacher's posterior."""
+        return needs_teacher(self.kind)
 
     def forward(self, noise, tau=1.0):
         """Given Gumbel noise [..., V] -> [..., D]."""
@@ -205,33 +246,151 @@ class GumbelEmbedding(nn.Module):
 
     def from_prior(self, n, tau=1.0, generator=None):
         """Fresh noise, tau * Gumbel(0, 1), for n rows -> [n, D]."""
-        def draw(a, b, generator):
-            e = sample_exponential((b - a, self.weight.shape[1]), generator, self.weight.device)
-            return noise_features(e, self.kind, tau)
-        return _ChunkedProjection.apply(self.weight, n, draw, self._generator(generator))
+        return self._project(n, partial(self._prior_features, tau), generator)
 
     def from_posterior(self, logits, tokens, generator=None):
         """Noise drawn from its posterior given tokens [N] -> [N, D], with gradient to W.
 
-        `logits(a, b)` returns the teacher's float32 logits [b - a, V], rows a to b, or what a `TeacherCache` knows of
-        them, (p, ids, p_w, frequency); it is called again in the backward pass and must return the same values.
-        `posterior_gumbel`'s argmax repair is skipped: W reads softmax(noise).
+        `logits(a, b)` returns the teacher's float32 logits [b - a, V] for rows a to b; it is called again in the
+        backward pass and must return the same values. Not read by noise that is unpaired: that comes from the prior.
+        `raise_above_runner_up` is skipped: W reads softmax(noise), not an argmax.
         """
-        if self.kind == "unpaired":
+        if not self.needs_teacher:
             return self.from_prior(len(tokens), generator=generator)
+        return self._project(len(tokens), partial(self._posterior_features, logits, tokens), generator)
 
-        def draw(a, b, generator):
-            e = sample_exponential((b - a, self.weight.shape[1]), generator, self.weight.device)
-            with torch.no_grad():
-                known = logits(a, b)
-                T = (_truncated_posterior_times(*known, tokens[a:b], e) if isinstance(known, tuple) else
-                     _posterior_times(known, tokens[a:b], e))
-                return noise_features(T, self.kind)
-        return _ChunkedProjection.apply(self.weight, len(tokens), draw, self._generator(generator))
+    def _prior_features(self, tau, a, b, generator):
+        e = sample_exponential((b - a, self.weight.shape[1]), generator, self.weight.device)
+        return noise_features(e, self.kind, tau)
 
-    def _generator(self, generator):
-        if generator is not None:
-            return generator
-        device = self.weight.device
-        return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[
-            torch.cuda.current_device() if device.index is None else device.index]
+    @torch.no_grad()
+    def _posterior_features(self, logits, tokens, a, b, generator):
+        e = sample_exponential((b - a, self.weight.shape[1]), generator, self.weight.device)
+        T = posterior_times(logits(a, b), tokens[a:b], e)
+        return noise_features(T, self.kind)
+
+    def _project(self, n, features, generator):
+        generator = generator or default_generator(self.weight.device)
+        return _ChunkedProjection.apply(self.weight, n, features, generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# drawing tokens
+
+def check_draws(tau, top_p):
+    """ValueError for a temperature or nucleus that no sampler can use."""
+    if not tau > 0:
+        raise ValueError(f"tau must be positive, got {tau}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+
+
+def nucleus(logits, top_p):
+    """logits [N, V] -> logits with -inf outside the smallest set whose mass reaches top_p (crossing token kept)."""
+    p, where = logits.softmax(-1).sort(-1, descending=True)
+    mass_before = p.cumsum(-1) - p
+    outside = mass_before >= top_p
+    return logits.masked_fill(torch.zeros_like(outside).scatter_(-1, where, outside), -math.inf)
+
+
+def draw_tokens(logits, top_p=1.0, greedy=False, noise=None, generator=None):
+    """A token for each row of logits [N, V] -> [N]: Gumbel-max with `noise` [N, V] if given, else by inversion."""
+    if greedy:
+        return logits.argmax(-1)
+    if noise is not None:
+        if top_p < 1:
+            logits = nucleus(logits.double(), top_p)
+        return gumbel_max(logits, noise)
+    if top_p == 1:
+        return draw_by_inversion(logits.softmax(-1), generator)
+    if top_p < 0.5 or logits.is_cuda:  # CUDA sorts fast, and must not wait for the host
+        return draw_by_inversion(nucleus(logits.double(), top_p).softmax(-1), generator)
+    return draw_from_nucleus_unsorted(logits.softmax(-1), top_p, generator)
+
+
+def draw_by_inversion(p, generator=None):
+    """A draw from each row of p [N, V] (need not sum to 1) -> [N]: the first token whose cumulative mass exceeds u."""
+    cdf = p.cumsum(-1, dtype=torch.float64)
+    return _invert(cdf, generator)
+
+
+def _invert(cdf, generator):
+    u = torch.rand(len(cdf), 1, generator=generator, device=cdf.device, dtype=torch.float64) * cdf[:, -1:]
+    x = torch.searchsorted(cdf, u, right=True)
+    return x.clamp_(max=cdf.shape[1] - 1).squeeze(1)
+
+
+def draw_from_nucleus_unsorted(p, top_p, generator=None):
+    """One draw from the nucleus of each row of p [N, V] -> [N], by rejection: tokens are drawn until one lies in it.
+
+    A token lies in the nucleus if those more probable have less than top_p of the mass. So a draw is accepted with
+    probability top_p or more, and nothing is sorted: on a CPU, sorting a vocabulary costs as much as a network call.
+    """
+    cdf = p.cumsum(-1, dtype=torch.float64)
+    ids = torch.arange(p.shape[1], device=p.device)
+    out = torch.empty(len(p), dtype=torch.long, device=p.device)
+    open_rows = torch.arange(len(p), device=p.device)  # rows whose token is still outside their nucleus
+    while len(open_rows):
+        x = _invert(cdf[open_rows], generator)
+        out[open_rows] = x
+        q = p[open_rows]
+        p_x = q.gather(1, x[:, None])
+        before = (q > p_x) | (q == p_x) & (ids < x[:, None])  # what a stable sort would put before x
+        mass_before = (q * before).sum(-1, dtype=torch.float64)
+        open_rows = open_rows[mass_before >= top_p]
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the method on one screen: two tokens that must agree, written in one network call
+
+if __name__ == "__main__":
+    K = 8                                                  # x1 uniform on K values, x2 = x1
+
+    def teacher(x1):
+        """Exactly: p(x1) is uniform, p(x2 | x1) is all on x1. x1 [N] -> the logits of both tokens [N, 2, K]."""
+        first = torch.zeros(len(x1), K)
+        second = torch.full((len(x1), K), -math.inf).scatter(1, x1[:, None], 0.0)
+        return torch.stack([first, second], 1)
+
+    def predict(student, features):
+        """softmax(noise) of both positions [N, 2, K] -> the student's logits of both [N, 2, K], in one call."""
+        return student(features.flatten(1)).view(-1, 2, K)
+
+    def train(reads_noise, steps=2000):
+        """Supervised learning of noise -> text. `reads_noise` 0: the same network sees zeros in the noise's place."""
+        torch.manual_seed(0)
+        student = nn.Sequential(nn.Linear(2 * K, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2 * K))
+        optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+            x1 = torch.randint(K, (256,))
+            text = torch.stack([x1, x1], 1)  # what the teacher writes, (N, 2)
+            noise = posterior_gumbel(teacher(x1), text)  # stage 1: the noise behind it, (N, 2, K)
+            logits = predict(student, reads_noise * noise.softmax(-1))  # stage 2: predict the text from the noise
+            loss = F.cross_entropy(logits.flatten(0, 1), text.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return student
+
+    @torch.no_grad()
+    def write(student, reads_noise, n=20_000):
+        """n texts [n, 2], each from fresh noise and one network call."""
+        noise = sample_gumbel((n, 2, K))
+        logits = predict(student, reads_noise * noise.softmax(-1))
+        if reads_noise:
+            return logits.argmax(-1)                       # the noise has decided the text
+        return gumbel_max(logits, noise)                   # the noise decides each token by itself
+
+    def report(name, equal, total_variation):
+        print(f"{name:40s}{equal:12.3f}{total_variation:18.3f}")
+
+    print(f"{'two tokens, one network call':40s}{'equal pairs':>12s}{'total variation':>18s}")
+    for name, reads_noise in (("student that reads the noise", 1), ("the same network, zeros in its place", 0)):
+        x = write(train(reads_noise), reads_noise)
+        counts = torch.bincount(x[:, 0] * K + x[:, 1], minlength=K * K) / len(x)
+        distance = 0.5 * (counts - torch.eye(K).flatten() / K).abs().sum()  # collapse would show here
+        report(name, (x[:, 0] == x[:, 1]).float().mean(), distance)
+    report("theory: the teacher", 1, 0)
+    report("theory: independent draws", 1 / K, 1 - 1 / K)

@@ -1,13 +1,21 @@
-"""The student transformer, and masked diffusion (MDLM) on it: loss and samplers, with or without Gumbel noise.
+"""Masked diffusion (MDLM): loss and sampler, with or without Gumbel noise, and the transformer of all students.
 
 Masked diffusion in four lines: mask each token independently with probability t, predict the masked tokens all at once,
 weight the cross-entropy by 1/t, average over t ~ U(0, 1]: an upper bound on -log p(x) (the NELBO). To sample, start
 from all [MASK] and reveal a few positions per network call. Tokens revealed together are drawn independently: that
 is the error that Gumbel Distillation removes, by giving each masked position the noise that decides its token.
 
+In this order:
+    stratified_t      how much of each row is masked in training
+    Model, MDLM       the model: `loss` is training, `generate` is sampling
+    reveal_steps ..   when each position is revealed: a table that is drawn before the network is called
+    unmask            the sampler loop
+    Transformer       the network, which BD3-LM and the AR model share
+
 Shapes: B batch, L length, V vocabulary (without [MASK], whose id is V), D width, H heads, N rows (masked positions).
 """
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -16,53 +24,506 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from gumbel import CHUNK, GumbelEmbedding, gumbel_max
+from gumbel import CHUNK, GumbelEmbedding, check_draws, draw_tokens
 
-T_MIN = 1e-3                                  # t lives in [T_MIN, 1]: bounds the weight 1/t of a rarely masked row
+T_MIN = 1e-3  # t lives in [T_MIN, 1]: bounds the weight 1/t of a rarely masked row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# noise levels
+
+def stratified_t(n, rng, t_one=0.0, low=T_MIN, high=1.0):
+    """Noise levels of one global batch: n values in [low, high], float32 [n] (low-discrepancy, as in MDLM).
+
+    t_j = (u + j) / n with one random shift u, assigned to rows (BD3-LM: to blocks) at random. `t_one`: this fraction is
+    fully masked instead (t = 1); the loss is then no NELBO. `rng` is a numpy Generator.
+    """
+    n_ones = round(t_one * n)
+    n_spread = n - n_ones
+    u = rng.random()
+    t = (u + torch.arange(n_spread, dtype=torch.float64)) / max(1, n_spread) % 1
+    t = torch.cat([low + (high - low) * t, torch.ones(n_ones, dtype=torch.float64)])
+    shuffled = torch.from_numpy(rng.permutation(n))
+    return t[shuffled].float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model
+
+class Model(nn.Module):
+    """What every model here answers: commands ask it these, and never which class it is.
+
+    A subclass has a `Config`, a dataclass (a checkpoint holds its values), whose fields its constructor takes;
+    `loss(tokens, ...) -> (scalar, {floats to log})` and `generate(tokens, ...) -> (tokens, nfe)`; `networks()`, the
+    modules that are worth compiling; `flops_per_row(length)`.
+    """
+    fills_masks = False  # a sample starts from [MASK]s, anywhere; False: it continues a prompt
+    can_teach = False  # gives p(x_i | x_<i) exactly: a teacher, a verifier, a judge
+    drafts = False                            # drafts tokens that its `backbone` verifies
+    any_length = False                        # samples may be longer than the rows of training
+    loss_name = "nll"                         # what the mean of `loss` is
+    loss_reads = ()  # what `loss` takes besides the tokens: t, teacher, generator, kd, clip
+    generate_reads = ("length", "tau", "top_p", "greedy")  # what `generate` takes besides them
+    samplers = ()                             # of what --sampler offers
+    n_blocks = 1                              # noise levels of a training row
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.length = config.length
+        self.bos = config.bos
+        self.noise_embed = None               # a GumbelEmbedding in students that read noise
+
+    def start(self, n, length):
+        """n samples to begin with: BOS -> [n, 1]."""
+        return torch.full((n, 1), self.bos)
+
+    def block_count(self, length):
+        """Over how many blocks the steps of a sample are spread; also the noise levels of a row."""
+        return 1
+
+    def default_steps(self, length):
+        """`generate`'s steps where nobody says: one per token."""
+        return length
+
+    def default_tau(self):
+        """The temperature of sampling on text."""
+        return 1.0
+
+
+@dataclass
+class MDLMConfig:
+    """What describes an MDLM. A checkpoint holds it as a dict."""
+    vocab_size: int                           # V; the id V itself is [MASK]
+    length: int                               # tokens of a row, BOS included
+    bos: int                                  # the id at position 0, which is always given
+    n_layer: int = 12
+    n_embd: int = 768
+    n_head: int = 12
+    dropout: float = 0.1                      # on both residual branches
+    noise: str | None = None  # the kind of noise that the student reads, of gumbel.KINDS; None: none
+    inject: str = "replace"  # the noise embedding stands in place of that of [MASK], or "add": on top
+    predict_bos: bool = True  # False: BOS never occurs within a row, and is never predicted
+    shift: bool = False  # the output for position i is read at i - 1, as in an AR model
+
+
+class MDLM(Model):
+    """Masked diffusion language model (Sahoo et al. 2024); with `noise`, conditioned on Gumbel noise (Section 4.2).
+
+    h_i = (1 - M_i) Emb(z_i) + M_i g_i: the embedding of a masked position is its noise embedding, in place of that of
+    [MASK] ("replace") or on top of it ("add"). Nothing else changes: no noise is the baseline, on the same path.
+    Position 0 is BOS: given, never masked, no noise, no loss. `shift` is for students that start from an AR model's
+    weights (train.py's --init_from).
+
+    MDLM(vocab_size, length, bos, ...) takes the fields of `MDLMConfig`.
+    """
+    Config = MDLMConfig
+    fills_masks = True
+    loss_name = "nelbo"
+    loss_reads = ("t", "teacher", "generator", "kd")
+    generate_reads = ("steps", "sampler", "order", "remask", "resample_noise", "tau", "top_p", "greedy")
+    samplers = ("ancestral", "fixed", "first_hitting", "remdm", "apd")  # apd: extra/verified.py
+
+    def __init__(self, *args, **kw):
+        super().__init__(self.Config(*args, **kw))
+        config = self.config
+        if config.inject not in ("replace", "add"):
+            raise ValueError(f"unknown inject {config.inject!r}: 'replace' or 'add'")
+        self.mask_id = config.vocab_size
+        self.transformer = Transformer(config.vocab_size + 1, config.vocab_size, config.n_layer, config.n_embd,
+                                       config.n_head, config.dropout)
+        if config.noise:
+            self.noise_embed = GumbelEmbedding(config.vocab_size, config.n_embd, config.noise)
+
+    # the network in two halves: all positions, then the output layer where it is needed
+
+    def embed(self, z, g=None):
+        """z [B, L] with [MASK]s, g [B, L, D] noise embeddings (read at masked positions only) -> h [B, L, D]."""
+        self.check_noise(g is not None)
+        h = self.transformer.embed(z)
+        if g is None:
+            return h
+        masked = (z == self.mask_id)[:, :, None]
+        if self.config.inject == "add":
+            return h + masked * g
+        return torch.where(masked, g.to(h.dtype), h)
+
+    def check_noise(self, given):
+        """ValueError where noise is given to a model without it, or missing for one with it."""
+        if self.noise_embed is None and given:
+            raise ValueError("this model was built without noise")
+        if self.noise_embed is not None and not given:
+            raise ValueError("this model was built with noise: give it some")
+
+    def hidden(self, z, g=None, clean=None, wanted=None):
+        """z, g as in `embed` -> hidden states [B, L, D], or [N, D]: those at the positions `wanted` [B, L] only.
+
+        `clean`: the rows without noise, which BD3-LM reads as well; not read here.
+        """
+        h = self.embed(z, g)
+        if not self.config.shift:
+            return self.transformer(h, wanted=wanted)
+        if wanted is not None:
+            return self.transformer(h, wanted=wanted.roll(-1, 1))
+        return self.transformer(h).roll(1, 1)  # column 0, which wraps around, is BOS's: never read
+
+    def logits(self, h):
+        """h [N, D] -> float32 [N, V]. [MASK] has no entry (SUBS: logit -inf); BOS is -inf where it never occurs."""
+        logits = self.transformer.head(h).float()
+        if not self.config.predict_bos:
+            logits[..., self.bos] = -math.inf
+        return logits
+
+    def log_probs(self, tokens, noise=None, clean=None):
+        """The plain forward after SUBS: tokens [B, L] with [MASK]s, noise [B, L, V] -> [B, L, V + 1] log-probabilities.
+
+        An unmasked position copies its token: 0 there, -inf elsewhere. `clean`: see `hidden`.
+        """
+        self.check_noise(noise is not None)
+        g = None if noise is None else self.noise_embed(noise)
+        logp = self.logits(self.hidden(tokens, g, clean)).log_softmax(-1)  # (B, L, V)
+        logp = F.pad(logp, (0, 1), value=-math.inf)
+        copied = torch.full_like(logp, -math.inf).scatter_(-1, tokens[:, :, None], 0.0)
+        masked = (tokens == self.mask_id)[:, :, None]
+        return torch.where(masked, logp, copied)
+
+    # training
+
+    def loss(self, tokens, t, teacher=None, z=None, noise=None, kd=0.0, generator=None, **kw):
+        """NELBO per predicted token, in nats: mean over rows of (1/t) sum_{masked i} -log p(x_i | z, noise) / (L - 1).
+
+        Arguments as in `losses` (kw: what a subclass's takes besides). Returns (loss, {"nll_masked": unweighted
+        cross-entropy per masked token [, "kl_masked"]}). Divided by a constant count, not a local one: the same for any
+        micro-batch.
+        """
+        losses, _, parts = self.losses(tokens, t, teacher, z, noise, kd, generator, **kw)
+        B, L = tokens.shape
+        means = {name: v.detach().sum().item() / max(1, len(v)) for name, v in parts.items()}
+        return losses.sum() / (B * (L - 1)), means
+
+    forward = loss                                            # what DDP calls
+
+    def losses(self, tokens, t, teacher=None, z=None, noise=None, kd=0.0, generator=None, weight=None):
+        """The loss of each masked token, weighted, [N] in the order of the mask; the mask [B, L]; unweighted parts [N].
+
+        tokens [B, L], t [B] noise levels, or one per block [B, n_blocks]; `weight`, of the same shape, replaces 1/t.
+        Randomness can be given: z [B, L] noised tokens, noise [B, L, V]. A student with noise draws it from its
+        posterior under `teacher`, in one teacher pass, at the masked positions only. `kd` adds
+        kd * KL(teacher's p(x_i | x_<i) || p(x_i | z)) with the same weights: token-level distillation (Table 4).
+        """
+        # 1. mask every token with probability t; BOS stays
+        if z is None:
+            z = self.noised(tokens, t, generator)
+        masked = z == self.mask_id  # (B, L)
+        x = tokens[masked]  # (N)
+
+        # 2. what the teacher says at the masked positions, and the noise behind their tokens
+        teacher_logits = None
+        draws_noise = self.noise_embed is not None and noise is None
+        if kd or draws_noise and self.noise_embed.needs_teacher:
+            if teacher is None:
+                raise ValueError("token distillation needs a teacher, and a student with noise a teacher or the noise")
+            teacher_logits = teacher.posterior_logits(tokens, masked)
+        g = None
+        if draws_noise:
+            g = scatter(masked, self.noise_embed.from_posterior(teacher_logits, x, generator))
+        elif noise is not None:
+            g = scatter(masked, self.noise_embed(noise[masked]))  # (B, L, D)
+
+        # 3. predict the masked tokens from the rest and their noise; the weight 1/t makes the sum a NELBO
+        h = self.hidden(z, g, clean=tokens)[masked]  # (N, D)
+        if weight is None:
+            weight = 1 / t
+        weight = self.per_token(weight, tokens)[masked]
+        if not kd:
+            nll = row_losses(self.logits, h, x, self.mask_id)
+            return weight * nll, masked, {"nll_masked": nll}
+        nll, kl = row_losses(self.logits, h, x, self.mask_id, teacher_logits)
+        return weight * (nll + kd * kl), masked, {"nll_masked": nll, "kl_masked": kl}
+
+    def noised(self, tokens, t, generator=None):
+        """Mask tokens [B, L], each with the probability t of its row (or block), but for BOS -> z [B, L]."""
+        u = torch.rand(tokens.shape, generator=generator, device=tokens.device)
+        masked = u < self.per_token(t, tokens)
+        masked[:, 0] = False
+        return tokens.masked_fill(masked, self.mask_id)
+
+    def per_token(self, v, tokens):
+        """Values of rows [B], or of blocks [B, n_blocks] -> of each of their tokens [B, L]."""
+        B, L = tokens.shape
+        v = v.view(B, -1)
+        return v.repeat_interleave(L // v.shape[1], 1)
+
+    # sampling
+
+    @torch.no_grad()
+    def generate(self, tokens, steps, sampler="ancestral", order="random", remask=0.0, tau=1.0, top_p=1.0,
+                 greedy=False, noise=None, resample_noise=False, generator=None):
+        """Fill in the [MASK]s of tokens [B, L] (BOS first) -> (tokens [B, L], nfe [B], network calls per row).
+
+        Noise is tau * Gumbel(0, 1), drawn once per sample and kept for all steps (`resample_noise`: anew at each).
+        `noise` [B, L, V] replaces the draw. `sampler`, `order`: see `reveal_steps`; "remdm", with `remask`: see
+        `remasked_path`. Given tokens are never changed.
+        """
+        self.check_sampling(tokens, tau, top_p, noise, resample_noise)
+        denoiser = Denoiser(self, tokens == self.mask_id, tau, noise, resample_noise, generator)
+        return self.fill(tokens, denoiser, steps, sampler, order, remask, top_p, greedy, generator)
+
+    def fill(self, x, denoiser, steps, sampler, order, remask, top_p, greedy, generator):
+        """Draw when each position is revealed, then reveal: x [B, L] with [MASK]s -> (x, nfe [B])."""
+        masked = x == self.mask_id
+        if sampler == "remdm":
+            path = remasked_path(masked, steps, remask, order, generator)
+            return unmask(x, path, self.mask_id, denoiser, top_p, greedy, generator)
+        step = self.reveal_steps(masked, steps, sampler, order, generator)
+        if order == "confidence":
+            from extra.confidence import unmask_by_confidence
+            return unmask_by_confidence(x, step, self.mask_id, denoiser, top_p, greedy, generator)
+        return unmask(x, revealing_path(step), self.mask_id, denoiser, top_p, greedy, generator)
+
+    def reveal_steps(self, *args):
+        """The function of that name; a subclass may have another order."""
+        return reveal_steps(*args)
+
+    def check_sampling(self, tokens, tau, top_p, noise, resample_noise):
+        """ValueError for what a sampler cannot be given."""
+        check_draws(tau, top_p)
+        if noise is not None and self.noise_embed is None:
+            raise ValueError("noise is given, but the model was built without it")
+        if noise is not None and resample_noise:
+            raise ValueError("noise is given, and to be resampled (resample_noise): one of the two")
+        if (tokens[:, 0] != self.bos).any():
+            raise ValueError(f"position 0 must hold BOS (id {self.bos})")
+
+    def start(self, n, length):
+        """n samples to begin with: BOS, then [MASK]s -> [n, length]."""
+        tokens = torch.full((n, length), self.mask_id)
+        tokens[:, 0] = self.bos
+        return tokens
+
+    def default_tau(self):
+        """0.85 for noise, as the authors released it."""
+        if self.noise_embed is None:
+            return 1.0
+        return 0.85
+
+    def networks(self):
+        return [self.transformer]
+
+    def flops_per_row(self, length, passes=1):
+        """Useful FLOPs of a row of training, forward and backward: 6 per weight and token, 12 L D per layer for
+        attention. Output layer and noise projection at the masked positions only: half of them, on average.
+        """
+        masked = 0.5
+        total = 3 * self.transformer.forward_flops(length, masked, passes)
+        if self.noise_embed is not None:      # W is trained, its input is not: 4 per weight
+            total += 4 * masked * length * self.noise_embed.weight.numel()
+        return total
+
+
+def scatter(masked, rows):
+    """Rows [N, D] for the masked positions [B, L] -> [B, L, D], zero elsewhere."""
+    return rows.new_zeros(*masked.shape, rows.shape[1]).masked_scatter(masked[:, :, None], rows)
+
+
+def row_losses(logits, h, x, vocab_size, teacher=None):
+    """-log p(x) per row: hidden states h [N, D], tokens x [N] -> [N], where logits(h) is [N, vocab_size].
+
+    With `teacher`, whose logits of rows a to b are teacher(a, b): also KL(teacher || p) -> ([N], [N]). In chunks, which
+    the backward pass computes again, so that [N, V] is never held.
+    """
+    chunk = max(1, 4 * CHUNK // vocab_size)
+    if len(h) <= chunk:
+        return _chunk_losses(logits, teacher, 0, h, x)
+    parts = []
+    for a in range(0, len(h), chunk):
+        parts.append(checkpoint(_chunk_losses, logits, teacher, a, h[a:a + chunk], x[a:a + chunk],
+                                use_reentrant=False, preserve_rng_state=False))
+    if teacher is None:
+        return torch.cat(parts)
+    nll, kl = zip(*parts)
+    return torch.cat(nll), torch.cat(kl)
+
+
+def _chunk_losses(logits, teacher, a, h, x):
+    z = logits(h)
+    nll = F.cross_entropy(z, x, reduction="none")
+    if teacher is None:
+        return nll
+    with torch.no_grad():
+        log_q = teacher(a, a + len(h)).log_softmax(-1)
+    # a token impossible for both contributes 0, not inf - inf
+    difference = (log_q - z.log_softmax(-1)).masked_fill(log_q == -math.inf, 0)
+    return nll, (difference * log_q.exp()).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samplers: when each position is revealed, and the loop
+
+SAMPLERS = ("ancestral", "fixed", "first_hitting")
+ORDERS = ("random", "left_to_right", "confidence")
+
+
+def reveal_steps(masked, steps, sampler="ancestral", order="random", generator=None):
+    """When each position is revealed. masked [B, L] bool -> step [B, L] long: 1 .. steps, 0 where nothing is masked.
+
+    Without time conditioning this does not depend on the network, so it is drawn beforehand.
+    ancestral      each masked position draws its step uniformly from 1 .. steps: exactly the (t - s)/t rule of
+                   ancestral sampling on a uniform grid of t.
+    fixed          a permutation (`order`), cut evenly into `steps` parts; no part is empty while tokens last.
+    first_hitting  one token a step in random order, whatever `steps` is: exact continuous time (Zheng et al. 2024).
+    """
+    if sampler not in SAMPLERS or order not in ORDERS:
+        raise ValueError(f"unknown sampler {sampler!r} or order {order!r}: {SAMPLERS}, {ORDERS}")
+    check_steps(sampler, steps, order)
+    if sampler == "ancestral":
+        return torch.randint(1, steps + 1, masked.shape, generator=generator, device=masked.device) * masked
+    key = torch.rand(masked.shape, generator=generator, device=masked.device, dtype=torch.float64)
+    if order == "left_to_right":
+        key = torch.arange(masked.shape[1], device=masked.device).expand(masked.shape).double()
+    rank = key.masked_fill(~masked, math.inf).argsort(-1).argsort(-1)  # 0 .. n - 1 among the masked
+    n = masked.sum(-1, keepdim=True)
+    parts = n
+    if sampler == "fixed":
+        parts = n.clamp(max=steps)
+    return (rank * parts // n.clamp(min=1) + 1) * masked
+
+
+def check_steps(sampler, steps, order):
+    """ValueError for a number of steps that is none, or an order that this sampler does not have."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if sampler != "fixed" and order != "random":
+        raise ValueError(f"sampler {sampler!r} reveals at random: order {order!r} goes with sampler 'fixed'")
+
+
+def close_gaps(step):
+    """Renumber each row's steps 1, 2, 3 .. without gaps, so that no step of any row is empty. [B, L] -> [B, L]."""
+    ascending, where = step.sort(-1)
+    is_first = torch.cat([ascending[:, :1] > 0, ascending[:, 1:] != ascending[:, :-1]], 1)
+    return torch.zeros_like(step).scatter_(-1, where, is_first.cumsum(-1))
+
+
+def revealing_path(step):
+    """The network calls of a table of reveal steps [B, L], each row at its own pace: for each call yields what is
+    masked before it, and what it reveals, both [B, L] bool.
+    """
+    step = close_gaps(step)
+    for k in range(1, int(step.max()) + 1):
+        yield step >= k, step == k
+
+
+def remasked_path(masked, steps, eta, order="random", generator=None):
+    """ReMDM (Wang et al. 2025, capped): ancestral sampling in which a revealed token may be masked again and redrawn.
+
+    At the step from t to s = t - 1/steps, with alpha = 1 - t, a revealed place is masked again with probability
+    sigma = min(eta, (1 - alpha_s) / alpha_t), a masked one is revealed with (alpha_s - (1 - sigma) alpha_t) / (1 -
+    alpha_t): the share of masks after step k is 1 - k / steps, as without. Whether a place is masked does not depend on
+    the network: it is a two-state Markov chain, drawn beforehand. masked [B, L] -> yields as `revealing_path`, for each
+    step; a row for which a step reveals nothing is not called.
+    """
+    check_steps("remdm", steps, order)
+    if not 0 <= eta <= 1:
+        raise ValueError(f"remask must lie in [0, 1], got {eta}")
+    u = torch.rand(steps, *masked.shape, generator=generator, device=masked.device)
+    state = masked                                            # what is masked now (B, L)
+    for k in range(steps):
+        alpha_t = k / steps
+        alpha_s = (k + 1) / steps
+        sigma = 0.0  # at t = 1 there is nothing to mask again
+        if k > 0:
+            sigma = min(eta, (1 - alpha_s) / alpha_t)
+        reveal_rate = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+        revealed = state & (u[k] < reveal_rate)
+        remasked = masked & ~state & (u[k] < sigma)
+        if revealed.any():
+            yield state, revealed
+        state = state & ~revealed | remasked
+
+
+class Denoiser:
+    """A model as the sampler loop calls it, with the noise of every row of the batch."""
+
+    def __init__(self, model, masked, tau=1.0, noise=None, resample=False, generator=None):
+        """masked [B, L]: where noise is needed; noise [B, L, V], or None: drawn, and with `resample` at each call."""
+        self.model = model
+        self.masked = masked
+        self.tau = tau
+        self.resample = resample
+        self.generator = generator
+        self.g = None  # noise embeddings (B, L, D); the noise is thrown away
+        if noise is not None:
+            self.g = model.noise_embed(noise, tau)
+        elif model.noise_embed is not None:
+            self.draw_noise()
+
+    def draw_noise(self):
+        rows = self.model.noise_embed.from_prior(int(self.masked.sum()), self.tau, self.generator)
+        self.g = scatter(self.masked, rows)
+
+    def noise_of(self, rows):
+        """The noise embeddings of these rows of the batch, [b, L, D], or None. Asked once per network call."""
+        if self.g is None:
+            return None
+        if self.resample:
+            self.draw_noise()
+        return self.g[rows]
+
+    def hidden(self, z, rows, wanted):
+        """One network call: z [b, L], which are these rows of the batch -> its states [N, D] at `wanted` [b, L]."""
+        return self.model.hidden(z, self.noise_of(rows), wanted=wanted)
+
+    def logits(self, h):
+        """h [N, D] -> [N, V]."""
+        return self.model.logits(h)
+
+
+def unmask(x, path, mask_id, denoiser, top_p=1.0, greedy=False, generator=None):
+    """The sampler loop. x [B, L] with [MASK]s, `path` its network calls -> (x, nfe [B], the calls of each row).
+
+    path: for each call what is masked before it and what it reveals, [B, L]: `revealing_path`, `remasked_path`.
+    denoiser: a `Denoiser`, or whatever has its `hidden` and `logits`.
+    """
+    x = x.clone()
+    nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    for masked, now in path:
+        rows = now.any(1).nonzero().squeeze(1)  # a row that has nothing left is not computed
+        z = x.masked_fill(masked, mask_id)[rows]  # ReMDM masks revealed tokens again
+        h = denoiser.hidden(z, rows, now[rows])  # (N, D): only what is revealed needs the output layer
+        x[now] = draw_in_chunks(h, denoiser, mask_id, top_p, greedy, generator)
+        nfe[rows] += 1
+    return x, nfe
+
+
+def draw_in_chunks(h, denoiser, vocab_size, top_p, greedy, generator):
+    """Tokens [N] for hidden states h [N, D]; [N, V] is never held."""
+    chunks = h.split(max(1, CHUNK // vocab_size))
+    return torch.cat([draw_tokens(denoiser.logits(c), top_p, greedy, generator=generator) for c in chunks])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the transformer (shared: MDLM and BD3-LM bidirectional, the AR model causal)
 
-class KVCache:
-    """Preallocated keys and values of all layers, [layers, 2, B, H, max_length, head_dim]; `length` of it is filled.
-
-    `crop` and `batch_select_indices` are those of the caches of `transformers`, which can stand in.
-    """
-
-    def __init__(self, model, batch, max_length):
-        w, h = model.blocks[0].qkv.weight, model.n_head
-        device = w.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w.dtype
-        self.kv = w.new_zeros(len(model.blocks), 2, batch, h, max_length, w.shape[1] // h, dtype=dtype)
-        self.length = 0
-
-    def update(self, layer, k, v):
-        a, b = self.length, self.length + k.shape[2]
-        assert b <= self.kv.shape[4], f"KV cache holds {self.kv.shape[4]} positions, {b} wanted"
-        self.kv[layer, 0, :, :, a:b], self.kv[layer, 1, :, :, a:b] = k, v
-        return self.kv[layer, 0, :, :, :b], self.kv[layer, 1, :, :, :b]
-
-    def crop(self, n):
-        self.length += n                                   # crop(-3) forgets the last three positions
-
-    def batch_select_indices(self, rows):
-        self.kv = self.kv[:, :, rows]
+@lru_cache(maxsize=1)
+def compiled_flex():
+    """flex_attention, compiled when it is first needed: uncompiled, it would hold all attention scores."""
+    return torch.compile(flex_attention)
 
 
-compiled_flex = lru_cache(lambda: torch.compile(flex_attention))      # uncompiled, it would hold all attention scores
-
-
-def rope_tables(positions, head_dim):
-    """RoPE's cos and sin, base 10^4, laid out for `apply_rope`. positions [L] -> two [L, 1, 1, head_dim], float32."""
-    freq = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angle = (positions.float()[:, None] * freq)[:, None, None]
-    return torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
+def rope_tables(position_ids, head_dim):
+    """RoPE's cos and sin, base 10^4, for `apply_rope`. position_ids [L] -> two [L, 1, 1, head_dim], float32."""
+    freq = 10000.0 ** (-torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim)
+    angle = (position_ids.float()[:, None] * freq)[:, None, None]
+    cos = torch.cat([angle.cos(), angle.cos()], -1)
+    sin = torch.cat([-angle.sin(), angle.sin()], -1)
+    return cos, sin
 
 
 def apply_rope(x, cos, sin):
     """Rotate each head's halves (a, b), not interleaved: (a cos - b sin, b cos + a sin). x [B, L, 2, H, head_dim]."""
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    half = x.shape[-1] // 2
+    return (x * cos + x.roll(half, -1) * sin).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -70,7 +531,8 @@ class Block(nn.Module):
 
     def __init__(self, n_embd, n_head, dropout, bias=False):
         super().__init__()
-        self.n_head, self.dropout = n_head, dropout
+        self.n_head = n_head
+        self.dropout = dropout
         self.norm1 = nn.LayerNorm(n_embd)
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.attn_out = nn.Linear(n_embd, n_embd, bias=bias)
@@ -78,11 +540,23 @@ class Block(nn.Module):
         self.fc = nn.Linear(n_embd, 4 * n_embd)
         self.proj = nn.Linear(4 * n_embd, n_embd)
 
-    def forward(self, x, rope, mask, causal, cache=None, layer=0, at=None):
+    def forward(self, x, rope, mask, causal, cache=None, layer=0, wanted=None):
+        """x [B, L, D] -> [B, L, D], or [N, D] at the positions `wanted` [B, L]; the others are keys and values only."""
+        y = self.attention(self.norm1(x), rope, mask, causal, cache, layer)
+        if wanted is not None:
+            x = x[wanted]
+            y = y[wanted]
+        x = x + F.dropout(self.attn_out(y), self.dropout, self.training)
+        y = self.proj(F.gelu(self.fc(self.norm2(x)), approximate="tanh"))
+        return x + F.dropout(y, self.dropout, self.training)
+
+    def attention(self, x, rope, mask, causal, cache, layer):
         B, L, D = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.n_head, -1)
-        qk = apply_rope(qkv[:, :, :2], *rope) if rope else qkv[:, :, :2]
-        q, k = qk.permute(2, 0, 3, 1, 4)                                                           # each (B, H, L, D/H)
+        qkv = self.qkv(x).view(B, L, 3, self.n_head, -1)
+        qk = qkv[:, :, :2]
+        if rope is not None:
+            qk = apply_rope(qk, *rope)
+        q, k = qk.permute(2, 0, 3, 1, 4)  # each (B, H, L, D / H)
         v = qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
@@ -90,13 +564,7 @@ class Block(nn.Module):
             y = compiled_flex()(q, k, v, block_mask=mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        y = y.transpose(1, 2).reshape(B, L, D)
-        if at is not None:
-            x, y = x[at], y[at]
-        y = self.attn_out(y)
-        x = x + F.dropout(y, self.dropout, self.training)
-        y = self.proj(F.gelu(self.fc(self.norm2(x)), approximate="tanh"))
-        return x + F.dropout(y, self.dropout, self.training)
+        return y.transpose(1, 2).reshape(B, L, D)
 
 
 class Transformer(nn.Module):
@@ -111,355 +579,71 @@ class Transformer(nn.Module):
         super().__init__()
         if n_embd % (2 * n_head):
             raise ValueError(f"n_embd={n_embd} must be a multiple of 2 * n_head={2 * n_head} (RoPE rotates pairs)")
-        self.n_head, self.causal = n_head, causal
+        self.n_head = n_head
+        self.causal = causal
         self.embed = nn.Embedding(vocab_in, n_embd)
         self.positions = nn.Embedding(learned, n_embd) if learned else None
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, bias=bool(learned)) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd)
         self.head = nn.Linear(n_embd, vocab_out, bias=not learned)
         nn.init.normal_(self.embed.weight, std=0.02)
-        for layer in [self.head, *(layer for block in self.blocks for layer in (block.attn_out, block.proj))]:
-            for p in layer.parameters():
-                nn.init.zeros_(p)
+        for block in self.blocks:
+            zero(block.attn_out)
+            zero(block.proj)
+        zero(self.head)
         if learned:
             self.head.weight = self.embed.weight
 
-    def forward(self, h, cache=None, positions=None, mask=None, at=None):
+    def forward(self, h, cache=None, position_ids=None, mask=None, wanted=None):
         """Input embeddings h [B, L, D] -> hidden states [B, L, D]. With a cache, h continues what the cache holds.
 
-        positions [L]: default, those that follow the cache. mask: who sees whom, boolean [L, keys] or a BlockMask.
-        at [B, L]: return those positions' states only, [N, D]; the last block's MLP is then not computed elsewhere.
+        position_ids [L]: by default those that follow the cache. mask: who sees whom, boolean [L, keys] or a BlockMask.
+        wanted [B, L]: return the states at these positions only, [N, D]; the last block's attention output and MLP are
+        then computed there alone.
         """
-        L, start = h.shape[1], cache.length if cache else 0
-        if positions is None:
-            positions = torch.arange(start, start + L, device=h.device)
+        L = h.shape[1]
+        start = cache.length if cache else 0
+        if position_ids is None:
+            position_ids = torch.arange(start, start + L, device=h.device)
+        rope = None
         if self.positions is None:
-            rope = rope_tables(positions, h.shape[2] // self.n_head)
+            rope = rope_tables(position_ids, h.shape[2] // self.n_head)
         else:
-            rope, h = None, h + self.positions(positions)
-        if self.causal and start and L > 1:   # queries start .. start + L - 1 against keys 0 .. start + L - 1
+            h = h + self.positions(position_ids)
+        if self.causal and start and L > 1:  # queries start .. start + L - 1 against keys 0 .. start + L - 1
             mask = torch.ones(L, start + L, dtype=torch.bool, device=h.device).tril(start)
-        for i, block in enumerate(self.blocks):
-            h = block(h, rope, mask, self.causal and not start, cache, i, at if i == len(self.blocks) - 1 else None)
+        causal = self.causal and not start
+        *first, last = self.blocks
+        for i, block in enumerate(first):
+            h = block(h, rope, mask, causal, cache, i)
+        h = last(h, rope, mask, causal, cache, len(first), wanted)
         if cache:
             cache.length += L
         return self.norm(h)
 
-
-def row_losses(logits, h, x, vocab_size, teacher=None):
-    """-log p(x) per row, and KL(teacher || p): h [N, D], x [N] -> [N], [N], where logits(h) is [N, vocab_size] and
-    teacher(a, b) are the teacher's logits of rows a to b (None: KL 0). In chunks, which the backward pass computes
-    again, so that [N, V] is never held.
-    """
-    def f(a, h, x):
-        z = logits(h)
-        nll = F.cross_entropy(z, x, reduction="none")
-        if teacher is None:
-            return nll, torch.zeros_like(nll)
-        with torch.no_grad():
-            q = teacher(a, a + len(h)).log_softmax(-1)
-        # a token impossible for both contributes 0, not inf - inf
-        return nll, ((q - z.log_softmax(-1)).masked_fill(q == -math.inf, 0) * q.exp()).sum(-1)
-    rows = max(1, 4 * CHUNK // vocab_size)
-    if len(h) <= rows:
-        return f(0, h, x)
-    parts = [checkpoint(f, a, h[a:a + rows], x[a:a + rows], use_reentrant=False, preserve_rng_state=False)
-             for a in range(0, len(h), rows)]
-    return tuple(torch.cat(p) for p in zip(*parts))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# noise levels
-
-def stratified_t(n, rng, t_one=0.0, low=T_MIN, high=1.0):
-    """Noise levels of one global batch: n values in [low, high], float32 [n] (low-discrepancy, as in MDLM).
-
-    t_j = (u + j) / n with one random shift u, assigned to rows (BD3-LM: to blocks) at random. `t_one`: this fraction is
-    fully masked instead (t = 1); the loss is then no NELBO. `rng` is a numpy Generator.
-    """
-    ones = round(t_one * n)
-    t = (rng.random() + torch.arange(n - ones, dtype=torch.float64)) / max(1, n - ones) % 1
-    t = torch.cat([low + (high - low) * t, torch.ones(ones, dtype=torch.float64)])
-    return t[torch.from_numpy(rng.permutation(n))].float()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# samplers: a table of reveal steps, and one loop
-
-SAMPLERS, ORDERS = ("ancestral", "fixed", "first_hitting"), ("random", "left_to_right", "confidence")
-
-
-def reveal_steps(masked, steps, sampler="ancestral", order="random", generator=None):
-    """When each position is revealed. masked [B, L] bool -> step [B, L] long: 1 .. steps, 0 where nothing is masked.
-
-    Without time conditioning this does not depend on the network, so it is drawn beforehand.
-    ancestral      each masked position draws its step uniformly from 1 .. steps: exactly the (t - s)/t rule of
-                   ancestral sampling on a uniform grid of t.
-    fixed          a permutation (`order`), cut evenly into `steps` parts; no part is empty while tokens last.
-    first_hitting  one token a step in random order, whatever `steps` is: exact continuous time (Zheng et al. 2024).
-    """
-    if sampler not in SAMPLERS or order not in ORDERS:
-        raise ValueError(f"unknown sampler {sampler!r} or order {order!r}: {SAMPLERS}, {ORDERS}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if sampler != "fixed" and order != "random":
-        raise ValueError(f"sampler {sampler!r} reveals at random: order {order!r} goes with sampler 'fixed'")
-    if sampler == "ancestral":
-        return torch.randint(1, steps + 1, masked.shape, generator=generator, device=masked.device) * masked
-    key = torch.rand(masked.shape, generator=generator, device=masked.device, dtype=torch.float64)
-    if order == "left_to_right":
-        key = torch.arange(masked.shape[1], device=masked.device).expand(masked.shape).double()
-    rank = key.masked_fill(~masked, math.inf).argsort(-1).argsort(-1)          # 0 .. n - 1 among the masked
-    n = masked.sum(-1, keepdim=True)
-    steps = n if sampler == "first_hitting" else n.clamp(max=steps)
-    return (rank * steps // n.clamp(min=1) + 1) * masked
-
-
-def own_pace(step):
-    """Renumber each row's steps 1, 2, 3 .. without gaps, so that no step of any row is empty. [B, L] -> [B, L]."""
-    s, where = step.sort(-1)
-    new = torch.cat([s[:, :1] > 0, s[:, 1:] != s[:, :-1]], 1)
-    return torch.zeros_like(step).scatter_(-1, where, new.cumsum(-1))
-
-
-def nucleus(logits, top_p):
-    """logits [N, V] -> log p with -inf outside the smallest set whose mass reaches top_p (crossing token kept)."""
-    p, where = logits.softmax(-1).sort(-1, descending=True)
-    outside = p.cumsum(-1) - p >= top_p
-    return logits.masked_fill(torch.zeros_like(outside).scatter_(-1, where, outside), -math.inf)
-
-
-def check_draws(tau, top_p):
-    """ValueError for a temperature or nucleus that no sampler can use."""
-    if not tau > 0:
-        raise ValueError(f"tau must be positive, got {tau}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-
-
-def draw_tokens(logits, top_p=1.0, greedy=False, noise=None, generator=None):
-    """One token per row of logits [N, V] -> [N]: Gumbel-max with `noise` [N, V] if given, else inversion; in float64.
-
-    On a CPU the nucleus is drawn from without sorting: tokens are drawn until one lies in it, which it does if those
-    more probable have less than top_p of the mass; a share of top_p or more does. CUDA sorts fast, and never waits.
-    """
-    if greedy:
-        return logits.argmax(-1)
-    if noise is not None:
-        return gumbel_max(nucleus(logits.double(), top_p) if top_p < 1 else logits, noise)
-    if top_p < 0.5 or top_p < 1 and logits.is_cuda:        # (below a half it would take many draws)
-        logits, top_p = nucleus(logits.double(), top_p), 1.0
-    p = logits.softmax(-1)
-    cdf, rows, out = p.cumsum(-1, dtype=torch.float64), slice(None), p.new_empty(len(p), dtype=torch.long)
-    while len(c := cdf[rows]):
-        u = torch.rand(len(c), 1, generator=generator, device=c.device, dtype=torch.float64) * c[:, -1:]
-        x = torch.searchsorted(c, u, right=True).clamp_(max=c.shape[1] - 1)                      # the first with c > u
-        out[rows] = x.squeeze(1)
-        if top_p == 1:
-            break
-        q = p[rows]
-        p_x, ids = q.gather(1, x), torch.arange(q.shape[1], device=q.device)
-        before = (q * ((q > p_x) | (q == p_x) & (ids < x))).sum(-1, dtype=torch.float64)
-        rows = torch.arange(len(p), device=p.device)[rows][before >= top_p]
-    return out
-
-
-def unmask(x, step, mask_id, hidden, logits, order="random", top_p=1.0, greedy=False, generator=None):
-    """The sampler loop. x [B, L] with [MASK]s, step [B, L] from `reveal_steps` -> (x, nfe [B]).
-
-    hidden(x, rows, at) is one network call on x [b, L], those rows of the batch -> its states [N, D] at the positions
-    `at` [b, L]; logits(h [N, D]) -> [N, V] runs there only, in chunks. Rows that have nothing left are not computed.
-    nfe: calls.
-    `order="confidence"` keeps only how many tokens a step reveals and takes those drawn with the highest probability.
-    """
-    x, step, confidence = x.clone(), own_pace(step), order == "confidence"
-    nfe = step.amax(-1)
-
-    def draw(h):                                           # [n, D] -> tokens [n], their log p [n] where it is asked for
-        z = logits(h)
-        new = draw_tokens(z, top_p, greedy, generator=generator)
-        return new, z.float().log_softmax(-1).gather(-1, new[:, None]).squeeze(1) if confidence else new
-    for k in range(1, int(nfe.max()) + 1):
-        rows = (nfe >= k).nonzero().squeeze(1)
-        now = step[rows] == k
-        if confidence:
-            count, now = now.sum(-1, keepdim=True), x[rows] == mask_id
-        h = hidden(x[rows], rows, now)
-        new, logp = map(torch.cat, zip(*map(draw, h.split(max(1, CHUNK // mask_id)))))
-        if confidence:
-            score = torch.full(now.shape, -math.inf, device=x.device).masked_scatter(now, logp)
-            keep = (score.argsort(-1, descending=True).argsort(-1) < count) & now
-            new, now = new[keep[now]], keep
-        x[rows] = x[rows].masked_scatter(now, new)
-    return x, nfe
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MDLM
-
-def scatter(masked, rows):
-    """Rows [N, D] for the masked positions [B, L] -> [B, L, D], zero elsewhere."""
-    return rows.new_zeros(*masked.shape, rows.shape[1]).masked_scatter(masked[:, :, None], rows)
-
-
-class MDLM(nn.Module):
-    """Masked diffusion language model (Sahoo et al. 2024); with `noise`, conditioned on Gumbel noise (Section 4.2).
-
-    h_i = (1 - M_i) Emb(z_i) + M_i g_i: the embedding of a masked position is its noise embedding, in place of that of
-    [MASK] ("replace") or on top of it ("add"). Nothing else changes: no noise is the baseline, on the same path.
-    Position 0 is BOS: given, never masked, no noise, no loss. `shift`: the output for position i is read at i - 1, as
-    in an AR model, for students that start from one's weights (train.py's --init_from).
-    """
-
-    def __init__(self, vocab_size, length, bos, n_layer=12, n_embd=768, n_head=12, dropout=0.1, noise=None,
-                 inject="replace", predict_bos=True, shift=False):
-        super().__init__()
-        if inject not in ("replace", "add"):
-            raise ValueError(f"unknown inject {inject!r}: 'replace' or 'add'")
-        self.config = dict(vocab_size=vocab_size, length=length, bos=bos, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
-                           dropout=dropout, noise=noise, inject=inject, predict_bos=predict_bos, shift=shift)
-        self.mask_id, self.length, self.bos, self.inject, self.predict_bos, self.shift = (
-            vocab_size, length, bos, inject, predict_bos, shift)
-        self.transformer = Transformer(vocab_size + 1, vocab_size, n_layer, n_embd, n_head, dropout)
-        self.noise_embed = GumbelEmbedding(vocab_size, n_embd, noise) if noise else None
-        self.n_blocks = 1                                     # noise levels per row
-
-    # the network in two halves: all positions, then the output layer where it is needed
-
-    def embed(self, z, g=None):
-        """z [B, L] with [MASK]s, g [B, L, D] noise embeddings (read at masked positions only) -> h [B, L, D]."""
-        h = self.transformer.embed(z)
-        if (g is None) != (self.noise_embed is None):
-            raise ValueError("this model was built " + ("with noise: give it some" if g is None else "without noise"))
-        if g is not None:
-            masked = (z == self.mask_id)[:, :, None]
-            h = torch.where(masked, g.to(h.dtype), h) if self.inject == "replace" else h + masked * g
-        return h
-
-    def hidden(self, z, g=None, clean=None, at=None):
-        """z, g as in `embed` -> [B, L, D], or [N, D] at positions `at` [B, L]. `clean`: for BD3-LM, not used here."""
-        if self.shift and at is not None:
-            at = at.roll(-1, 1)
-        h = self.transformer(self.embed(z, g), at=at)
-        return h.roll(1, 1) if self.shift and at is None else h          # only column 0 wraps around: BOS, never read
-
-    def logits(self, h):
-        """h [N, D] -> float32 [N, V]. [MASK] has no entry (SUBS: logit -inf); BOS is -inf where it never occurs."""
-        logits = self.transformer.head(h).float()
-        if not self.predict_bos:
-            logits[..., self.bos] = -math.inf
-        return logits
-
-    # training
-
-    def loss(self, tokens, t, *args, **kw):
-        """NELBO per predicted token, in nats: mean over rows of (1/t) sum_{masked i} -log p(x_i | z, noise) / (L - 1).
-
-        Arguments as in `losses`. Returns (loss, {"nll_masked": unweighted cross-entropy per masked token [,
-        "kl_masked"]}). Divided by a constant count, not a local one: the same for any micro-batch.
+    def forward_flops(self, length, head_share, passes=1):
+        """FLOPs of a row's forward pass: 2 per weight and token, 4 L D per layer for attention; the output layer sees
+        `head_share` of the positions, the blocks all of them, `passes` times.
         """
-        losses, _, parts = self.losses(tokens, t, *args, **kw)
-        return (losses.sum() / (tokens.shape[0] * (tokens.shape[1] - 1)),
-                {k: v.detach().sum().item() / max(1, len(v)) for k, v in parts.items()})
-
-    forward = loss                                        # what DDP calls
-
-    def losses(self, tokens, t, teacher=None, z=None, noise=None, kd=0.0, weight=None, generator=None):
-        """The loss of each masked token, weighted, [N] in the order of the mask; the mask [B, L]; unweighted parts [N].
-
-        tokens [B, L], t [B] noise levels, or one per block [B, n_blocks]; `weight`, of the same shape, replaces 1/t.
-        Randomness can be given: z [B, L] noised tokens, noise [B, L, V]. A student with noise draws it from its
-        posterior under `teacher`, in one teacher pass, at the masked positions only. `kd` adds
-        kd * KL(teacher's p(x_i | x_<i) || p(x_i | z)) with the same weights: token-level distillation (Table 4).
-        """
-        B, L = tokens.shape
-
-        def per_token(v):
-            return v.view(B, -1).repeat_interleave(L // v[0].numel(), 1)
-        if z is None:
-            masked = torch.rand(B, L, generator=generator, device=tokens.device) < per_token(t)
-            masked[:, 0] = False
-            z = tokens.masked_fill(masked, self.mask_id)
-        masked = z == self.mask_id
-        x = tokens[masked]                                                      # (N)
-        drawn = self.noise_embed is not None and noise is None and self.noise_embed.kind != "unpaired"
-        if teacher is None and (kd or drawn):
-            raise ValueError("token distillation needs a teacher, and a student with noise a teacher or the noise")
-        logits = teacher.posterior_logits(tokens, masked) if kd or drawn else None
-        g = None
-        if noise is not None:
-            g = scatter(masked, self.noise_embed(noise[masked]))
-        elif self.noise_embed is not None:
-            g = scatter(masked, self.noise_embed.from_posterior(logits, x, generator))
-        nll, kl = row_losses(self.logits, self.hidden(z, g, tokens)[masked], x, self.mask_id, logits if kd else None)
-        weight = per_token(1 / t if weight is None else weight)[masked]
-        return weight * (nll + kd * kl), masked, {"nll_masked": nll, "kl_masked": kl} if kd else {"nll_masked": nll}
-
-    def log_probs(self, tokens, noise=None, clean=None):
-        """The plain forward after SUBS: tokens [B, L] with [MASK]s, noise [B, L, V] -> [B, L, V + 1] log-probabilities.
-
-        An unmasked position copies its token: 0 there, -inf elsewhere. `clean`: see `hidden`.
-        """
-        g = noise if noise is None or self.noise_embed is None else self.noise_embed(noise)      # (`embed` checks)
-        logp = F.pad(self.logits(self.hidden(tokens, g, clean)).log_softmax(-1), (0, 1), value=-math.inf)
-        copy = torch.full_like(logp, -math.inf).scatter_(-1, tokens[:, :, None], 0.0)
-        return torch.where((tokens == self.mask_id)[:, :, None], logp, copy)
-
-    # sampling
-
-    @torch.no_grad()
-    def generate(self, tokens, steps, sampler="ancestral", order="random", tau=1.0, top_p=1.0, greedy=False,
-                 noise=None, resample_noise=False, reveal=None, generator=None):
-        """Fill in the [MASK]s of tokens [B, L] (BOS first) -> (tokens [B, L], nfe [B], network calls per row).
-
-        Noise is tau * Gumbel(0, 1), drawn once per sample and kept for all steps (`resample_noise`: anew at each).
-        `noise` [B, L, V] and `reveal` [B, L] (see `reveal_steps`) replace the draws. Given tokens are never changed.
-        """
-        self.check_sampling(tokens, tau, top_p, noise, resample_noise)
-        masked = tokens == self.mask_id
-        g = self.noise_source(masked, tau, noise, resample_noise, generator)
-        step = reveal_steps(masked, steps, sampler, order, generator) if reveal is None else reveal * masked
-        return unmask(tokens, step, self.mask_id, lambda x, rows, at: self.hidden(x, g(rows), at=at), self.logits,
-                      order, top_p, greedy, generator)
-
-    def check_sampling(self, tokens, tau, top_p, noise, resample_noise):
-        """ValueError for what a sampler cannot be given."""
-        check_draws(tau, top_p)
-        if noise is not None and (self.noise_embed is None or resample_noise):
-            raise ValueError("noise is given, but the model was built without it, or is told to resample it")
-        if (tokens[:, 0] != self.bos).any():
-            raise ValueError(f"position 0 must hold BOS (id {self.bos})")
-
-    def embed_noise(self, masked, tau, noise, generator):
-        """Noise embeddings for sampling, [B, L, D]: of `noise` [B, L, V], or of fresh noise where masked [B, L]."""
-        if self.noise_embed is None:
-            return None
-        if noise is not None:
-            return self.noise_embed(noise, tau)
-        return scatter(masked, self.noise_embed.from_prior(int(masked.sum()), tau, generator))
-
-    def noise_source(self, masked, tau, noise, resample, generator):
-        """-> g(rows), asked once per network call: the noise embeddings of these rows of the batch, or None."""
-        kept = self.embed_noise(masked, tau, noise, generator)               # (B, L, D); the noise is thrown away
-
-        def g(rows):
-            now = self.embed_noise(masked, tau, None, generator) if resample else kept
-            return None if now is None else now[rows]
-        return g
+        weights = sum(p.numel() for p in self.blocks.parameters())
+        attention = 4 * len(self.blocks) * length * self.embed.weight.shape[1]
+        per_token = passes * (2 * weights + attention) + 2 * head_share * self.head.weight.numel()
+        return length * per_token
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints of the authors' networks
+def zero(layer):
+    for p in layer.parameters():
+        nn.init.zeros_(p)
 
 
-def load_published(src, n_heads=None, length=None, bos=50256, inject=None, make=MDLM):
+def load_published(src, n_heads=None, length=None, bos=50256, inject=None, make=MDLM, **kw):
     """The authors' MDLM, with or without Gumbel noise, as our `MDLM` with equal outputs. `src`: path or state dict."""
     from extra.published import fold_published
-    state, sizes, src, settings = fold_published(src, n_heads)
-    length, inject = length or settings.get("model_length", 1024), inject or settings.get("inject", "replace")
-    w = src.get("gumbel_noise_embed.linear.weight")
-    model = make(length=length, bos=bos, noise=None if w is None else "gumbel", inject=inject, **sizes)
-    if w is not None:
-        state["noise_embed.weight"] = w
+    state, sizes, noise_weight, settings = fold_published(src, n_heads)
+    if noise_weight is not None:
+        kw["noise"] = "gumbel"
+        state["noise_embed.weight"] = noise_weight
+    model = make(length=length or settings.get("model_length", 1024), bos=bos,
+                 inject=inject or settings.get("inject", "replace"), **sizes, **kw)
     model.load_state_dict(state)
     return model.eval()

@@ -10,16 +10,40 @@ noise of positions j + 1 .. j + 1 + k: what the backbone would draw is then a fu
 Noise of the past is not read: it says nothing that the text does not. The backbone is teacher, verifier and feature
 extractor at once: one call of it verifies a draft and yields the hidden state for the next one.
 
-Shapes: B batch, L row length, T sample length, V vocabulary, D the backbone's width, K heads.
+Shapes: B batch, b its rows that are not complete, L row length, T sample length, V vocabulary, D width of the backbone,
+K heads.
 """
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gumbel import GumbelEmbedding, sample_gumbel
-from mdlm import Block, check_draws, draw_tokens, nucleus, rope_tables, row_losses
+from gumbel import GumbelEmbedding, check_draws, draw_tokens, nucleus, sample_gumbel
+from mdlm import Block, Model, rope_tables, row_losses, zero
 
 ACCEPT = ("typical", "exact", "greedy")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the heads
+
+@dataclass
+class MedusaConfig:
+    """What describes Medusa heads. A checkpoint holds it as a dict."""
+    vocab_size: int
+    length: int                               # tokens of a training row, BOS included
+    bos: int
+    n_embd: int                               # the backbone's width
+    heads: int = 3                            # K, beside the backbone's own
+    n_layer: int = 1                          # layers of the transformer that reads the noise
+    dropout: float = 0.0                      # in it
+    noise: str | None = None  # the kind of noise that the heads read, of gumbel.KINDS; None: none
+    predict_bos: bool = True  # False: BOS never occurs within a row, and is never predicted
+    bias: bool = False                        # whether the backbone's output layer has one
+    backbone: str | None = None               # the name under which the backbone was loaded
+    sha256: str | None = None                 # and its `teacher.model_hash`
 
 
 class Head(nn.Module):
@@ -29,8 +53,7 @@ class Head(nn.Module):
         super().__init__()
         self.fc = nn.Linear(n_embd, n_embd)
         self.out = nn.Linear(n_embd, vocab_size, bias=bias)
-        nn.init.zeros_(self.fc.weight)
-        nn.init.zeros_(self.fc.bias)
+        zero(self.fc)
 
     def forward(self, a):
         return self.out(a + F.silu(self.fc(a))).float()
@@ -38,92 +61,111 @@ class Head(nn.Module):
 
 class Accumulator(nn.Module):
     """The small causal transformer over the noise embeddings of K + 1 positions. Its output starts at zero, so that
-    the heads start as those without noise. Heads of attention: of 64 channels where the width allows.
+    the heads start as those without noise.
     """
 
     def __init__(self, n_embd, n_layer, dropout):
         super().__init__()
-        self.n_head = max(h for h in range(1, max(1, n_embd // 64) + 1) if n_embd % (2 * h) == 0)
+        self.n_head = max(1, n_embd // 64)  # attention heads of 64 channels where the width allows;
+        while n_embd % (2 * self.n_head):  # RoPE needs an even number of channels in each
+            self.n_head -= 1
         self.blocks = nn.ModuleList(Block(n_embd, self.n_head, dropout) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd)
         self.out = nn.Linear(n_embd, n_embd, bias=False)
-        nn.init.zeros_(self.out.weight)
+        zero(self.out)
 
     def forward(self, e):
         """e [N, K + 1, D] -> c [N, K + 1, D]; place k has seen e_0 .. e_k."""
-        rope = rope_tables(torch.arange(e.shape[1], device=e.device), e.shape[2] // self.n_head)
+        places = torch.arange(e.shape[1], device=e.device)
+        rope = rope_tables(places, e.shape[2] // self.n_head)
         for block in self.blocks:
-            e = block(e, rope, None, True)
+            e = block(e, rope, mask=None, causal=True)
         return self.out(self.norm(e))
 
 
-def typical(logits, candidates, epsilon=0.09, delta=0.3):
-    """Typical acceptance (Section C.2): p(x) > min(epsilon, delta exp(-H(p))). [..., V], [...] -> bool [...]."""
-    p = logits.softmax(-1)
-    threshold = (delta * torch.exp(-torch.special.entr(p).sum(-1))).clamp(max=epsilon)
-    return p.gather(-1, candidates[..., None]).squeeze(-1) > threshold
-
-
-def keep(rows, cache, *tensors):
-    """Those rows of the cache (or None) and of the tensors; nothing is copied where all of them stay."""
-    if len(rows) == len(tensors[0]):
-        return tensors
-    if cache is not None and len(rows):
-        cache.batch_select_indices(rows)
-    return [t[rows] for t in tensors]
-
-
-class Medusa(nn.Module):
+class Medusa(Model):
     """K heads for a frozen backbone, which is no part of the module: `attach` it before use.
 
-    `backbone`, `sha256`: the name under which it was loaded, and its `model_hash`, kept with the heads. `bias`:
-    whether its output layer has one. `noise`: as in MDLM.
+    Medusa(vocab_size, length, bos, n_embd, ...) takes the fields of `MedusaConfig`.
     """
+    Config = MedusaConfig
+    drafts = True
+    loss_name = "nll_heads"
+    loss_reads = ("generator",)
+    generate_reads = Model.generate_reads + ("accept", "epsilon", "delta", "cached")
 
-    def __init__(self, vocab_size, length, bos, n_embd, heads=3, n_layer=1, dropout=0.0, noise=None, predict_bos=True,
-                 bias=False, backbone=None, sha256=None):
-        super().__init__()
-        self.config = dict(vocab_size=vocab_size, length=length, bos=bos, n_embd=n_embd, heads=heads, n_layer=n_layer,
-                           dropout=dropout, noise=noise, predict_bos=predict_bos, bias=bias, backbone=backbone,
-                           sha256=sha256)
-        if heads < 1 or length < heads + 2:
-            raise ValueError(f"rows of {length} tokens, BOS included, are too short for {heads} heads")
-        self.vocab_size, self.length, self.bos, self.predict_bos = vocab_size, length, bos, predict_bos
-        self.heads = nn.ModuleList(Head(vocab_size, n_embd, bias) for _ in range(heads))
-        self.noise_embed = GumbelEmbedding(vocab_size, n_embd, noise) if noise else None
-        self.accumulator = Accumulator(n_embd, n_layer, dropout) if noise else None
+    def __init__(self, *args, **kw):
+        super().__init__(self.Config(*args, **kw))
+        config = self.config
+        if config.heads < 1 or config.length < config.heads + 2:
+            raise ValueError(f"rows of {config.length} tokens, BOS included, are too short for {config.heads} heads")
+        self.heads = nn.ModuleList(Head(config.vocab_size, config.n_embd, config.bias) for _ in range(config.heads))
+        self.accumulator = None
+        if config.noise:
+            self.noise_embed = GumbelEmbedding(config.vocab_size, config.n_embd, config.noise)
+            self.accumulator = Accumulator(config.n_embd, config.n_layer, config.dropout)
 
     def attach(self, backbone, start=False):
         """Use this AR model (a `CausalLM`); `start`: output layers start as its own. ValueError if it does not fit."""
         layer = backbone.output_layer()
-        if tuple(layer.weight.shape) != (self.vocab_size, self.config["n_embd"]):
+        V, D = layer.weight.shape
+        if (V, D) != (self.vocab_size, self.config.n_embd):
             raise ValueError(f"these heads are for a backbone of {self.vocab_size} ids and width "
-                             f"{self.config['n_embd']}, this one has {' and '.join(map(str, layer.weight.shape))}")
+                             f"{self.config.n_embd}, this one has {V} and {D}")
         if start:
             for head in self.heads:
                 head.out.load_state_dict(layer.state_dict())
-        object.__setattr__(self, "backbone", backbone)        # neither trained nor saved with the heads
+        object.__setattr__(self, "backbone", backbone)  # neither trained nor saved with the heads
         return self
 
-    # training
-
-    def condition(self, h, e):
-        """a [..., K, D] of hidden states h [..., D] and noise embeddings e [..., K + 1, D] or None."""
-        a = h[..., None, :].expand(*h.shape[:-1], len(self.heads), h.shape[-1])
-        return a if e is None else a + self.accumulator(e.flatten(0, -3)).view(e.shape)[..., 1:, :]
+    # what the heads read
 
     def windows(self, e):
         """Noise embeddings e [B, n, D] of positions 1 .. n -> for each j = 0 .. n - 1 those of j + 1 .. j + 1 + K,
-        [B, n, K + 1, D], zero beyond n."""
+        [B, n, K + 1, D], zero beyond n.
+        """
         K = len(self.heads)
         return F.pad(e, (0, 0, 0, K)).unfold(1, K + 1, 1).transpose(2, 3)
+
+    def condition(self, h, e):
+        """a [..., K, D] of hidden states h [..., D] and noise embeddings e [..., K + 1, D] or None."""
+        K = len(self.heads)
+        a = h[..., None, :].expand(*h.shape[:-1], K, h.shape[-1])
+        if e is None:
+            return a
+        c = self.accumulator(e.flatten(0, -3)).view(e.shape)
+        return a + c[..., 1:, :]
 
     def logits(self, k, a):
         """Head k = 1 .. K: a [..., D] -> float32 logits [..., V]."""
         logits = self.heads[k - 1](a)
-        if not self.predict_bos:
+        if not self.config.predict_bos:
             logits[..., self.bos] = -torch.inf
         return logits
+
+    def log_probs(self, tokens, noise=None):
+        """tokens [B, L], noise [B, >= L, V] -> [B, L, K + 1, V]: at j, k head k's distribution of token j + 1 + k.
+
+        Noise that is not given, beyond its end, enters as a zero embedding, as it does beyond the row in training.
+        """
+        if self.noise_embed is None and noise is not None:
+            raise ValueError("these heads were built without noise")
+        if self.noise_embed is not None and noise is None:
+            raise ValueError("these heads were built with noise: give it")
+        L = tokens.shape[1]
+        h = self.backbone.hidden(tokens)
+        e = None
+        if noise is not None:
+            e = self.noise_embed(noise[:, 1:])
+            e = F.pad(e, (0, 0, 0, max(0, L - e.shape[1])))
+            e = self.windows(e)[:, :L]
+        a = self.condition(h, e)
+        logits = [self.backbone.logits(h)]
+        for k in range(1, len(self.heads) + 1):
+            logits.append(self.logits(k, a[:, :, k - 1]))
+        return torch.stack(logits, 2).log_softmax(-1)
+
+    # training
 
     def loss(self, tokens, noise=None, generator=None):
         """Mean over the heads of their cross-entropies, in nats: head k's, at offset k + 1, averaged over its L - 1 - k
@@ -131,50 +173,50 @@ class Medusa(nn.Module):
 
         tokens [B, L]. Heads with noise draw it from its posterior under the backbone, unless given as noise [B, L, V].
         """
-        B, L = tokens.shape
+        L = tokens.shape[1]
         with torch.no_grad():
-            h = self.backbone.hidden(tokens[:, :-1])                                            # (B, L - 1, D)
+            h = self.backbone.hidden(tokens[:, :-1])  # (B, L - 1, D)
         e = None
         if self.noise_embed is not None:
-            rows = h.flatten(0, 1)
-            e = self.noise_embed(noise[:, 1:]) if noise is not None else self.noise_embed.from_posterior(
-                lambda a, b: self.backbone.logits(rows[a:b]), tokens[:, 1:].flatten(), generator).view(h.shape)
-            e = self.windows(e)
-        a = self.condition(h, e)                                                                # (B, L - 1, K, D)
+            e = self.windows(self.embed_noise(tokens, h, noise, generator))  # (B, L - 1, K + 1, D)
+        a = self.condition(h, e)  # (B, L - 1, K, D)
         losses = {}
         for k in range(1, len(self.heads) + 1):
-            n = L - 1 - k
-            losses[f"nll_head{k}"] = row_losses(lambda a, k=k: self.logits(k, a), a[:, :n, k - 1].flatten(0, 1),
-                                                tokens[:, 1 + k:].flatten(), self.vocab_size)[0].mean()
-        return sum(losses.values()) / len(losses), {name: v.item() for name, v in losses.items()}
+            n = L - 1 - k  # places from which token j + 1 + k lies in the row
+            a_k = a[:, :n, k - 1].flatten(0, 1)
+            x = tokens[:, 1 + k:].flatten()
+            losses[f"nll_head{k}"] = row_losses(partial(self.logits, k), a_k, x, self.vocab_size).mean()
+        loss = sum(losses.values()) / len(losses)
+        return loss, {name: v.item() for name, v in losses.items()}
 
     forward = loss                                            # what DDP calls
 
-    def log_probs(self, tokens, noise=None):
-        """tokens [B, L], noise [B, >= L, V] -> [B, L, K + 1, V]: at j, k head k's distribution of token j + 1 + k.
-
-        Noise that is not given, beyond its end, enters as a zero embedding, as it does beyond the row in training.
-        """
-        if (noise is None) != (self.noise_embed is None):
-            raise ValueError("these heads were built " + ("with noise: give it" if noise is None else "without noise"))
-        h, e = self.backbone.hidden(tokens), None
+    def embed_noise(self, tokens, h, noise, generator):
+        """Embeddings of the noise of positions 1 .. L - 1 [B, L - 1, D]: of `noise`, or of draws from its posterior."""
         if noise is not None:
-            e = self.noise_embed(noise[:, 1:])
-            e = self.windows(F.pad(e, (0, 0, 0, max(0, tokens.shape[1] - e.shape[1]))))[:, :tokens.shape[1]]
-        a = self.condition(h, e)
-        return torch.stack([self.backbone.logits(h)] + [self.logits(k, a[:, :, k - 1])
-                                                        for k in range(1, len(self.heads) + 1)], 2).log_softmax(-1)
+            return self.noise_embed(noise[:, 1:])
+        rows = h.flatten(0, 1)
+        e = self.noise_embed.from_posterior(lambda a, b: self.backbone.logits(rows[a:b]), tokens[:, 1:].flatten(),
+                                            generator)
+        return e.view(h.shape)
 
     # decoding
 
     def draft(self, h, noise, tau):
-        """The heads' proposals after hidden states h [B, D], noise [B, K + 1, V] of the next positions -> [B, K]."""
-        a = self.condition(h, None if self.noise_embed is None else self.noise_embed(noise, tau))
-        return torch.stack([self.logits(k, a[:, k - 1]).argmax(-1) for k in range(1, len(self.heads) + 1)], 1)
+        """The heads' proposals after hidden states h [b, D], noise [b, K + 1, V] of the next positions -> [b, K]."""
+        e = None
+        if self.noise_embed is not None:
+            e = self.noise_embed(noise, tau)
+        a = self.condition(h, e)
+        proposals = [self.logits(k, a[:, k - 1]).argmax(-1) for k in range(1, len(self.heads) + 1)]
+        return torch.stack(proposals, 1)
 
-    def generate(self, *args, **kw):
-        """As `decode`, without its statistics -> (tokens [B, T], backbone calls [B])."""
-        return self.decode(*args, **kw)[:2]
+    def generate(self, tokens, length=None, greedy=False, accept="typical", **kw):
+        """As `decode`, without its statistics -> (tokens [B, T], backbone calls [B]); `greedy`: accept="greedy"."""
+        if greedy:
+            accept = "greedy"
+        x, nfe, _, _ = self.decode(tokens, length, accept=accept, **kw)
+        return x, nfe
 
     @torch.no_grad()
     def decode(self, tokens, length=None, tau=1.0, top_p=1.0, accept="typical", epsilon=0.09, delta=0.3, noise=None,
@@ -186,73 +228,200 @@ class Medusa(nn.Module):
             typical   it is not unlikely under the backbone's distribution there: see `typical`
             exact     it is what the backbone draws there, with the same noise: the text is then what the backbone alone
                       would have written
-            greedy    it is the backbone's argmax; head 0 takes its argmax too. No noise is drawn: heads with noise,
-                      which never saw this, read zeros
+            greedy    it is the backbone's argmax; head 0 takes its argmax too. There is no noise then: heads with noise
+                      read zeros, an input that they were not trained on
         nfe counts backbone calls, that for the prompt included. verified, accepted: how often head k's candidate was
         looked at and taken, in drafts that end within the sample. `noise` [B, T, V]: drawn once per position unless
         given. Rows go at their own pace: each call computes anew what the slowest row has not reached.
         """
-        backbone, K, V, T = self.backbone, len(self.heads), self.vocab_size, length or self.length
-        B, P, device = *tokens.shape, tokens.device
+        B, P = tokens.shape
+        T = length or self.length
         if accept not in ACCEPT:
             raise ValueError(f"unknown accept {accept!r}: one of {', '.join(ACCEPT)}")
         check_draws(tau, top_p)
-        if not 1 <= P <= T <= backbone.length:
-            raise ValueError(f"the prompt has {P} tokens, the sample {T}, the backbone's rows {backbone.length}")
-        nfe = torch.zeros(B, dtype=torch.long, device=device)
-        verified, accepted = nfe.new_zeros(B, K), nfe.new_zeros(B, K)
+        if not 1 <= P <= T <= self.backbone.length:
+            raise ValueError(f"the prompt has {P} tokens, the sample {T}, the backbone's rows {self.backbone.length}")
+        state = Decoding(self, tokens, T, tau, top_p, accept, epsilon, delta, noise, cached, generator)
+        while len(state.rows):
+            state.draft()
+            state.drop_complete_rows()
+            if len(state.rows):
+                state.verify()
+        return state.x[:, :T], state.nfe, state.verified, state.accepted
+
+    # what commands ask
+
+    def networks(self):
+        """The backbone's, and what reads the noise."""
+        networks = self.backbone.networks()
+        if self.accumulator is not None:
+            networks.append(self.accumulator)
+        return networks
+
+    def flops_per_row(self, length):
+        """Useful FLOPs of a row of training; the noise, and K + 1 places of the accumulator, at every position."""
+        heads = sum(p.numel() for p in self.heads.parameters())
+        total = 6 * length * heads
+        if self.noise_embed is not None:
+            accumulator = sum(p.numel() for p in self.accumulator.parameters())
+            total += 6 * length * (len(self.heads) + 1) * accumulator
+            total += 4 * length * self.noise_embed.weight.numel()
+        return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decoding
+
+def typical(logits, candidates, epsilon=0.09, delta=0.3):
+    """Typical acceptance (Section C.2): p(x) > min(epsilon, delta exp(-H(p))). [..., V], [...] -> bool [...]."""
+    p = logits.softmax(-1)
+    entropy = torch.special.entr(p).sum(-1)
+    threshold = (delta * torch.exp(-entropy)).clamp(max=epsilon)
+    return p.gather(-1, candidates[..., None]).squeeze(-1) > threshold
+
+
+class Decoding:
+    """A batch of rows that Medusa continues, each at its own pace. One round of a row, K = 3:
+
+        position   .. p - 1 |  p      p + 1   p + 2   p + 3
+        text         known  |  x0      c1      c2      c3      draft: head 0's token, candidates of heads 1 .. 3,
+        made from     h     | xi_0    xi_1    xi_2    xi_3     by the state h of p - 1 and the noise of p .. p + 3
+                            |         c1 ok?  c2 ok?  c3 ok?   verify, all in one backbone call; a candidate is
+                            |                                  accepted if all before it are
+        n of them are accepted: p moves on by 1 + n, h is the state of the last one, and its logits with the noise that
+        was drawn for the new p already give the next x0.
+
+    `rows` are the rows of the batch that are not complete; h [b, D], logits [b, V], xi [b, K + 1, V] are theirs; x, p,
+    nfe, verified and accepted are of all B.
+    """
+
+    def __init__(self, model, tokens, T, tau, top_p, accept, epsilon, delta, noise, cached, generator):
+        B, P = tokens.shape
+        device = tokens.device
+        self.model = model
+        self.K = len(model.heads)
+        self.T = T
+        self.tau = tau
+        self.top_p = top_p
+        self.accept = accept
+        self.epsilon = epsilon
+        self.delta = delta
+        self.generator = generator
+        self.nfe = torch.zeros(B, dtype=torch.long, device=device)
+        self.verified = self.nfe.new_zeros(B, self.K)
+        self.accepted = self.nfe.new_zeros(B, self.K)
+        self.x = F.pad(tokens, (0, T + self.K - P), value=model.bos)  # known up to p, then the draft
+        self.p = self.nfe + P
+        self.rows = torch.arange(B, device=device)
+        self.places = torch.arange(self.K + 1, device=device)
         if P == T:
-            return tokens, nfe, verified, accepted
+            self.rows = self.rows[:0]                          # nothing to write
+            return
+        self.cache = None
+        if cached:
+            self.cache = model.backbone.new_cache(B, T)
+        self.held = P  # positions of which the cache holds keys and values
+        self.h = model.backbone.hidden(tokens, self.cache)[:, -1]
+        self.logits = model.backbone.logits(self.h) / tau
+        self.nfe += 1
+        self.noise = None
+        if noise is not None:
+            self.noise = F.pad(noise, (0, 0, 0, self.K))
+            self.xi = self.noise[:, P:P + self.K + 1]
+        else:
+            self.xi = self.fresh_noise(B * (self.K + 1)).view(B, self.K + 1, -1)
 
-        def fresh(n):
-            return torch.zeros(n, V, device=device) if accept == "greedy" else sample_gumbel((n, V), generator, device)
+    def fresh_noise(self, n):
+        V = self.model.vocab_size
+        if self.accept == "greedy":
+            return torch.zeros(n, V, device=self.x.device)
+        return sample_gumbel((n, V), self.generator, self.x.device)
 
-        def own(logits, xi):                                  # the backbone's choice: [..., V], [..., V] -> [...]
-            return draw_tokens(logits.flatten(0, -2), top_p, accept == "greedy", xi.flatten(0, -2)).view(xi.shape[:-1])
-        x = F.pad(tokens, (0, T + K - P), value=self.bos)     # known up to p, then the draft
-        p, rows, places = nfe + P, torch.arange(B, device=device), torch.arange(K + 1, device=device)
-        cache = backbone.new_cache(B, T) if cached else None
-        h = backbone.hidden(tokens, cache)[:, -1]             # (b, D) of the last known token
-        logits = backbone.logits(h) / tau                     # (b, V) of the next one
-        nfe, held = nfe + 1, P
-        noise = None if noise is None else F.pad(noise, (0, 0, 0, K))
-        xi = fresh(B * (K + 1)).view(B, K + 1, V) if noise is None else noise[:, P:P + K + 1]
-        while len(rows):
-            # draft: positions p .. p + K
-            at = p[rows, None] + places                                                             # (b, K + 1)
-            new = torch.cat([own(logits, xi[:, 0])[:, None], self.draft(h, xi, tau)], 1)            # (b, K + 1)
-            x[rows[:, None], at] = new
-            # rows for which head 0's token was the last are complete
-            go = (p[rows] + 1 < T).nonzero().squeeze(1)
-            rows, at, new, xi = keep(go, cache, rows, at, new, xi)
-            if not len(rows):
-                break
-            # verify: one backbone call, from where the slowest row is
-            start, end = int(p[rows].min()) if cached else 0, min(T, int(at.max()) + 1)
-            if cached and start < held:                       # what was rejected leaves the cache
-                cache.crop(start - held)
-            h = backbone.hidden(x[rows, start:end], cache)
-            held = end
-            h = h.gather(1, (at.clamp(max=end - 1) - start)[:, :, None].expand(-1, -1, h.shape[2]))
-            logits = backbone.logits(h) / tau                                                       # (b, K + 1, V)
-            nfe[rows] += 1
-            candidate, z = new[:, 1:], logits[:, :-1]
-            ok = (typical(nucleus(z, top_p) if top_p < 1 else z, candidate, epsilon, delta) if accept == "typical" else
-                  candidate == own(z, xi[:, 1:]))
-            ok = (ok & (at[:, 1:] < T)).cumprod(1)                                                  # (b, K)
-            n = ok.sum(1)
-            whole = (at[:, -1:] < T).long()
-            verified[rows] += whole * F.pad(ok[:, :-1], (1, 0), value=1)
-            accepted[rows] += whole * ok
-            # head 0's token and the accepted ones are known; the next draft starts from the last of them
-            p[rows] += 1 + n
-            i = torch.arange(len(rows), device=device)
-            go = (p[rows] < T).nonzero().squeeze(1)
-            rows, n, h, logits, xi = keep(go, cache, rows, n, h[i, n], logits[i, n], xi)
-            if noise is not None:
-                xi = noise[rows[:, None], p[rows, None] + places]
-            else:                                             # keep the noise of positions not yet decided
-                kept = places + 1 + n[:, None]
-                xi = xi.gather(1, kept.clamp(max=K)[:, :, None].expand(-1, -1, V))
-                xi[kept > K] = fresh(int((kept > K).sum()))
-        return x[:, :T], nfe, verified, accepted
+    def choose(self, logits, xi):
+        """What the backbone itself writes: logits [..., V], noise xi [..., V] -> tokens [...]."""
+        greedy = self.accept == "greedy"
+        tokens = draw_tokens(logits.flatten(0, -2), self.top_p, greedy, xi.flatten(0, -2))
+        return tokens.view(xi.shape[:-1])
+
+    def draft(self):
+        """Write positions p .. p + K of every row: head 0's token, then the candidates."""
+        first = self.choose(self.logits, self.xi[:, 0])  # (b)
+        candidates = self.model.draft(self.h, self.xi, self.tau)  # (b, K)
+        positions = self.p[self.rows, None] + self.places  # (b, K + 1)
+        self.x[self.rows[:, None], positions] = torch.cat([first[:, None], candidates], 1)
+
+    def drop_complete_rows(self):
+        """A row of which head 0's token was the last needs no call any more."""
+        self.select((self.p[self.rows] + 1 < self.T).nonzero().squeeze(1))
+
+    def select(self, some):
+        """Go on with these of the rows."""
+        if len(some) == len(self.rows):
+            return  # nothing is copied where all of them stay
+        if self.cache is not None and len(some):
+            self.cache.batch_select_indices(some)
+        self.rows = self.rows[some]
+        self.h = self.h[some]
+        self.logits = self.logits[some]
+        self.xi = self.xi[some]
+
+    def verify(self):
+        """One backbone call for the drafts; then p, h, logits and xi are those of the next round."""
+        rows = self.rows
+        positions = self.p[rows, None] + self.places  # (b, K + 1)
+        states = self.backbone_states(positions)  # (b, K + 1, D)
+        logits = self.model.backbone.logits(states) / self.tau  # (b, K + 1, V)
+        self.nfe[rows] += 1
+
+        candidates = self.x[rows[:, None], positions[:, 1:]]  # (b, K)
+        fine = self.acceptable(logits[:, :-1], candidates) & (positions[:, 1:] < self.T)
+        fine = fine.cumprod(1)                                 # accepted: a prefix
+        n = fine.sum(1)
+        # counted in drafts that end within the sample: head k is looked at if head k - 1 was accepted
+        whole = (positions[:, -1:] < self.T).long()
+        looked_at = F.pad(fine[:, :-1], (1, 0), value=1)
+        self.verified[rows] += whole * looked_at
+        self.accepted[rows] += whole * fine
+
+        # head 0's token and the accepted ones are known; the next draft starts from the last of them
+        self.p[rows] += 1 + n
+        i = torch.arange(len(rows), device=rows.device)
+        self.h = states[i, n]
+        self.logits = logits[i, n]
+        unfinished = (self.p[rows] < self.T).nonzero().squeeze(1)
+        self.select(unfinished)
+        self.advance_noise(n[unfinished])
+
+    def backbone_states(self, positions):
+        """The backbone's hidden states [b, K + 1, D] at these positions [b, K + 1], from where the slowest row is."""
+        start = 0
+        end = min(self.T, int(positions.max()) + 1)
+        if self.cache is not None:
+            start = int(self.p[self.rows].min())
+            if start < self.held:                              # what was rejected leaves the cache
+                self.cache.crop(start - self.held)
+        h = self.model.backbone.hidden(self.x[self.rows, start:end], self.cache)
+        self.held = end
+        where = positions.clamp(max=end - 1) - start  # beyond the sample: any state, it is not read
+        return h.gather(1, where[:, :, None].expand(-1, -1, h.shape[2]))
+
+    def acceptable(self, logits, candidates):
+        """Which candidates [b, K] pass under the backbone's logits [b, K, V] of their positions."""
+        if self.accept == "typical":
+            if self.top_p < 1:
+                logits = nucleus(logits, self.top_p)
+            return typical(logits, candidates, self.epsilon, self.delta)
+        return candidates == self.choose(logits, self.xi[:, 1:])
+
+    def advance_noise(self, n):
+        """The noise of the next K + 1 positions, after n + 1 were decided. That of positions not yet decided is kept:
+        drawn anew, it would avoid the candidates that were rejected.
+        """
+        if self.noise is not None:
+            self.xi = self.noise[self.rows[:, None], self.p[self.rows, None] + self.places]
+            return
+        place = self.places + 1 + n[:, None]  # (b, K + 1)
+        V = self.xi.shape[2]
+        self.xi = self.xi.gather(1, place.clamp(max=self.K)[:, :, None].expand(-1, -1, V))
+        new = place > self.K
+        self.xi[new] = self.fresh_noise(int(new.sum()))

@@ -10,39 +10,74 @@ import math
 import os
 import re
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.cli import BadInput, optional
-from gumbel import posterior_gumbel, sample_gumbel
-from mdlm import KVCache, Transformer, check_draws, draw_tokens, row_losses
-
-GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
-GPT2_SIZES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20),
-              "gpt2-xl": (48, 1600, 25)}                  # n_layer, n_embd, n_head
+from gumbel import check_draws, draw_tokens, posterior_gumbel, sample_gumbel
+from mdlm import Model, Transformer, row_losses
 
 
-class CausalLM(nn.Module):
+# ---------------------------------------------------------------------------------------------------------------------
+# stage 1, as the paper has it. Training uses `CausalLM.posterior_logits` and `GumbelEmbedding.from_posterior`: the same
+# draws, at the masked positions only, without a [B, L, V] tensor
+
+def extract_parallel(teacher, tokens, generator=None):
+    """The noise that would have made the teacher write `tokens` [B, L] -> [B, L, V], float32; row 0 (BOS) is zero.
+
+    One forward pass over the text, then Algorithm 1 at each position.
+    """
+    with torch.no_grad():
+        logits = teacher.logits(teacher.hidden(tokens[:, :-1]))  # (B, L - 1, V): of positions 1 .. L - 1
+    noise = posterior_gumbel(logits, tokens[:, 1:], generator)
+    return F.pad(noise, (0, 0, 1, 0))
+
+
+def extract_sequential(teacher, n, length=None, generator=None):
+    """n texts by the teacher with the noise that produced them: tokens [n, L], noise [n, L, V]; row 0 (BOS) is zero."""
+    length = length or teacher.length
+    noise = sample_gumbel((n, length, teacher.vocab_size), generator, teacher.device)
+    noise[:, 0] = 0
+    bos = torch.full((n, 1), teacher.bos, device=teacher.device)
+    tokens, _ = teacher.generate(bos, length, noise=noise)
+    return tokens, noise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the models
+
+@dataclass
+class CausalConfig:
+    """What is known of any AR model."""
+    vocab_size: int
+    length: int                               # the longest row that it reads, BOS included
+    bos: int
+
+
+@dataclass
+class ARConfig(CausalConfig):
+    """What describes an `AR`. A checkpoint holds it as a dict."""
+    n_layer: int = 12
+    n_embd: int = 768
+    n_head: int = 12
+    dropout: float = 0.1                      # on both residual branches
+    predict_bos: bool = True  # False: BOS never occurs within a row, and is never predicted
+
+
+class CausalLM(Model):
     """What every AR model here does: a teacher, a baseline of student size, a verifier or a judge.
 
-    A subclass gives `config` (vocab_size, length, bos, ...), `hidden` and `output_layer`.
+    A subclass has `hidden`, `output_layer`, `new_cache`, `networks` and `matrices`.
     """
-
-    def __init__(self, **config):
-        super().__init__()
-        self.config = config
-        self.vocab_size, self.length, self.bos = config["vocab_size"], config["length"], config["bos"]
-        self.predict_bos = config.get("predict_bos", True)
+    can_teach = True
+    predict_bos = True
 
     @property
     def device(self):
         return next(self.parameters()).device
-
-    def new_cache(self, batch, length):
-        return KVCache(self.transformer, batch, length)
 
     def logits(self, h, exact=True):
         """h [N, D] -> [N, V], in float32 even under autocast: a bf16 logit near -60 is off by up to a quarter.
@@ -62,18 +97,20 @@ class CausalLM(nn.Module):
     def loss(self, tokens):
         """Mean negative log-likelihood in nats over the L - 1 tokens after BOS. Returns (loss, {})."""
         h = self.hidden(tokens[:, :-1]).flatten(0, 1)
+        x = tokens[:, 1:].flatten()
         logits = partial(self.logits, exact=not self.training)
-        return row_losses(logits, h, tokens[:, 1:].flatten(), self.vocab_size)[0].mean(), {}
+        return row_losses(logits, h, x, self.vocab_size).mean(), {}
 
-    forward = loss                                        # what DDP calls
+    forward = loss                                            # what DDP calls
 
     def posterior_logits(self, tokens, masked):
-        """One teacher pass over clean rows: (a, b) -> float32 logits [b - a, V] that produced masked tokens a to b.
-
-        What `GumbelEmbedding.from_posterior` asks for: parallel extraction, chunk by chunk. tokens, masked [B, L].
+        """Parallel extraction, chunk by chunk: one pass over clean rows -> a function (a, b) -> float32 logits
+        [b - a, V], those behind the masked tokens number a to b. What `GumbelEmbedding.from_posterior` asks for.
+        tokens, masked [B, L].
         """
         with torch.no_grad():
-            h = self.hidden(tokens[:, :-1])[masked[:, 1:]]               # (N, D): the position before each masked one
+            h = self.hidden(tokens[:, :-1])
+            h = h[masked[:, 1:]]  # (N, D): the position before each masked one
         return lambda a, b: self.logits(h[a:b])
 
     @torch.no_grad()
@@ -89,22 +126,68 @@ class CausalLM(nn.Module):
             raise ValueError(f"the prompt has {P} tokens, the sample {length}")
         if length > self.length:
             raise ValueError(f"{length} tokens wanted, this model was made for rows of at most {self.length}")
-        cache, x, new = self.new_cache(B, length), tokens, tokens
+        cache = self.new_cache(B, length)
+        x = tokens
+        new = tokens                                          # what the cache has not seen
         for i in range(P, length):
             logits = self.logits(self.hidden(new, cache)[:, -1]) / tau
-            new = draw_tokens(logits, top_p, greedy, None if noise is None else noise[:, i], generator)[:, None]
+            xi = None
+            if noise is not None:
+                xi = noise[:, i]
+            new = draw_tokens(logits, top_p, greedy, xi, generator)[:, None]
             x = torch.cat([x, new], 1)
         return x, torch.full((B,), length - P, device=tokens.device)
 
+    def body_to_bfloat16(self):
+        """The frozen layers in bf16 (half the memory, no cast at each pass); embeddings and head stay float32."""
+        for layer in self.matrices():
+            layer.to(torch.bfloat16)
+
+
+class KVCache:
+    """Preallocated keys and values of all layers, [layers, 2, B, H, max_length, head_dim]; `length` of it is filled.
+
+    `crop` and `batch_select_indices` are those of the caches of `transformers`, which can stand in.
+    """
+
+    def __init__(self, model, batch, max_length):
+        weight = model.blocks[0].qkv.weight
+        device = weight.device
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        head_dim = weight.shape[1] // model.n_head
+        self.kv = weight.new_zeros(len(model.blocks), 2, batch, model.n_head, max_length, head_dim, dtype=dtype)
+        self.length = 0
+
+    def update(self, layer, k, v):
+        """Append k, v [B, H, n, head_dim] -> all keys and values of this layer so far."""
+        a = self.length
+        b = a + k.shape[2]
+        assert b <= self.kv.shape[4], f"KV cache holds {self.kv.shape[4]} positions, {b} wanted"
+        self.kv[layer, 0, :, :, a:b] = k
+        self.kv[layer, 1, :, :, a:b] = v
+        return self.kv[layer, 0, :, :, :b], self.kv[layer, 1, :, :, :b]
+
+    def crop(self, n):
+        self.length += n  # crop(-3) forgets the last three positions
+
+    def batch_select_indices(self, rows):
+        self.kv = self.kv[:, :, rows]
+
 
 class AR(CausalLM):
-    """The student's transformer made causal."""
+    """The student's transformer made causal. AR(vocab_size, length, bos, ...) takes the fields of `ARConfig`."""
+    Config = ARConfig
+    learned_positions = False                                 # RoPE
 
-    def __init__(self, vocab_size, length, bos, n_layer=12, n_embd=768, n_head=12, dropout=0.1, predict_bos=True,
-                 learned=0):
-        super().__init__(vocab_size=vocab_size, length=length, bos=bos, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
-                         dropout=dropout, predict_bos=predict_bos)
-        self.transformer = Transformer(vocab_size, vocab_size, n_layer, n_embd, n_head, dropout, True, learned)
+    def __init__(self, *args, **kw):
+        config = self.Config(*args, **kw)
+        super().__init__(config)
+        self.predict_bos = config.predict_bos
+        learned = config.length if self.learned_positions else 0
+        self.transformer = Transformer(config.vocab_size, config.vocab_size, config.n_layer, config.n_embd,
+                                       config.n_head, config.dropout, causal=True, learned=learned)
 
     def hidden(self, tokens, cache=None):
         """tokens [B, L] -> [B, L, D]; with a KVCache, the tokens that follow what it holds."""
@@ -113,9 +196,45 @@ class AR(CausalLM):
     def output_layer(self):
         return self.transformer.head
 
+    def new_cache(self, batch, length):
+        return KVCache(self.transformer, batch, length)
+
+    def networks(self):
+        return [self.transformer]
+
+    def matrices(self):
+        return [m for m in self.transformer.blocks.modules() if isinstance(m, nn.Linear)]
+
+    def flops_per_row(self, length):
+        """Useful FLOPs of a row of training, forward and backward; see `MDLM.flops_per_row`."""
+        return 3 * self.transformer.forward_flops(length, head_share=1.0)
+
+    def extraction_flops(self, length, masked):
+        """FLOPs of a row as a teacher reads it: one pass, the output layer where tokens are masked."""
+        return self.transformer.forward_flops(length, head_share=masked)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# teachers from elsewhere
+
+GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/model.safetensors"
+GPT2_SIZES = {                                                # n_layer, n_embd, n_head
+    "gpt2": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16),
+    "gpt2-large": (36, 1280, 20),
+    "gpt2-xl": (48, 1600, 25),
+}
+GPT2_NAMES = {                                                # published layer -> ours
+    "wte": "embed", "wpe": "positions", "ln_f": "norm", "ln_1": "norm1", "ln_2": "norm2",
+    "attn.c_attn": "qkv", "attn.c_proj": "attn_out", "mlp.c_fc": "fc", "mlp.c_proj": "proj",
+}
+GPT2_SETTINGS = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None,
+                     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
+
 
 class GPT2(AR):
     """GPT-2 of any size, from the published files: `GPT2.from_pretrained("gpt2-large")`. model(tokens) -> logits."""
+    learned_positions = True
 
     def forward(self, tokens):
         """tokens [B, L] -> logits [B, L, V]; row i is about token i + 1."""
@@ -124,98 +243,135 @@ class GPT2(AR):
     @classmethod
     def from_pretrained(cls, name_or_dir):
         """A name of GPT2_SIZES, downloaded once (to $GUMBEL_CACHE, default ~/.cache/gumbel), or a folder that holds
-        model.safetensors or pytorch_model.bin (+ config.json). Raises BadInput. In evaluation mode, float32.
+        model.safetensors or pytorch_model.bin (+ config.json). In evaluation mode, float32. Raises OSError, ValueError.
         """
-        folder = name_or_dir
-        if name_or_dir in GPT2_SIZES and not os.path.isdir(name_or_dir):
-            folder = os.path.join(os.environ.get("GUMBEL_CACHE") or os.path.expanduser("~/.cache/gumbel"), name_or_dir)
-            path = os.path.join(folder, "model.safetensors")
-            if not os.path.exists(path):
-                os.makedirs(folder, exist_ok=True)
-                try:
-                    torch.hub.download_url_to_file(GPT2_URL.format(name_or_dir), path)
-                except OSError as e:
-                    raise BadInput(f"could not download {name_or_dir} ({e}): go online once, or give a folder that "
-                                   "holds its model.safetensors or pytorch_model.bin") from None
         from extra.published import read_weights
+        if name_or_dir not in GPT2_SIZES or os.path.isdir(name_or_dir):
+            folder = name_or_dir
+            hint = ""
+        else:
+            folder = download_gpt2(name_or_dir)
+            hint = f" (to download it again, remove {folder})"
         try:
             return cls.from_state(*read_weights(folder))
         except (OSError, ValueError) as e:
-            again = f" (to download it again, remove {folder})" if folder != name_or_dir else ""
-            raise BadInput(f"{name_or_dir} is no GPT-2: {e}{again}") from None
+            raise ValueError(f"{name_or_dir} is no GPT-2: {e}{hint}") from None
 
     @classmethod
     def from_state(cls, state, config):
         """Published names and settings -> our model. Names with and without `transformer.`, buffers left out; the
-        published layers are Conv1D, stored [in, out]."""
-        for key, value in dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None,
-                               scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                               tie_word_embeddings=True).items():
+        published layers are Conv1D, stored [in, out].
+        """
+        for key, value in GPT2_SETTINGS.items():
             if config.get(key, value) != value:
                 raise ValueError(f"its config.json has {key} = {config[key]!r}, GPT-2 has {value!r}")
-        state = {k.removeprefix("transformer."): v.float() for k, v in state.items()
-                 if not k.endswith((".attn.bias", ".attn.masked_bias")) and k != "lm_head.weight"}
-        names = {"wte": "embed", "wpe": "positions", "ln_f": "norm", "ln_1": "norm1", "ln_2": "norm2",
-                 "attn.c_attn": "qkv", "attn.c_proj": "attn_out", "mlp.c_fc": "fc", "mlp.c_proj": "proj"}
-        out = {}
+        ours = {}
         for key, w in state.items():
-            block, name, kind = re.fullmatch(r"(?:h\.(\d+)\.)?(.*?)\.?([^.]*)", key).groups()
-            if name not in names:
+            key = key.removeprefix("transformer.")
+            is_buffer = key.endswith((".attn.bias", ".attn.masked_bias"))
+            if is_buffer or key == "lm_head.weight":          # the head is the embedding
+                continue
+            block, layer, kind = re.fullmatch(r"(?:h\.(\d+)\.)?(.*?)\.?([^.]*)", key).groups()
+            if layer not in GPT2_NAMES:
                 raise ValueError(f"unknown weight {key}")
-            prefix = f"transformer.blocks.{block}." if block else "transformer."
-            out[prefix + names[name] + "." + kind] = w.t() if "c_" in name and kind == "weight" else w
+            w = w.float()
+            if "c_" in layer and kind == "weight":
+                w = w.t()
+            prefix = f"blocks.{block}." if block else ""
+            ours[f"transformer.{prefix}{GPT2_NAMES[layer]}.{kind}"] = w
         try:
-            (V, D), L, bos = state["wte.weight"].shape, len(state["wpe.weight"]), config.get("bos_token_id")
-            n_layer, n_head = 1 + max(int(k.split(".")[1]) for k in state if k[:2] == "h."), config.get("n_head")
-            with torch.device("meta"):                     # no memory, no initial draws: the weights replace it all
-                model = cls(V, L, V - 1 if bos is None else bos, n_layer, D, n_head or D // 64, 0.0, learned=L)
-            out["transformer.head.weight"] = out["transformer.embed.weight"]
-            model.load_state_dict(out, assign=True)
+            return cls._from_ours(ours, config)
         except (KeyError, RuntimeError, ValueError) as e:
             raise ValueError(f"its weights are not GPT-2's: {str(e).splitlines()[-1].strip()}") from None
+
+    @classmethod
+    def _from_ours(cls, state, config):
+        embedding = state["transformer.embed.weight"]
+        V, D = embedding.shape
+        length = len(state["transformer.positions.weight"])
+        layers = [int(key.split(".")[2]) for key in state if key.startswith("transformer.blocks.")]
+        bos = config.get("bos_token_id")
+        if bos is None:
+            bos = V - 1
+        n_head = config.get("n_head") or D // 64
+        with torch.device("meta"):  # no memory, no initial draws: the weights replace it all
+            model = cls(V, length, bos, 1 + max(layers), D, n_head, dropout=0.0)
+        model.load_state_dict(state | {"transformer.head.weight": embedding}, assign=True)
         model.transformer.head.weight = model.transformer.embed.weight
         return model.eval().requires_grad_(False)
 
 
+def download_gpt2(name):
+    """The folder of a published GPT-2, fetched if it is not there yet. Raises OSError."""
+    cache = os.environ.get("GUMBEL_CACHE") or os.path.expanduser("~/.cache/gumbel")
+    folder = os.path.join(cache, name)
+    path = os.path.join(folder, "model.safetensors")
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(GPT2_URL.format(name), path)
+        except OSError as e:
+            raise OSError(f"could not download {name} ({e}): go online once, or give a folder that holds its "
+                          "model.safetensors or pytorch_model.bin") from None
+    return folder
+
+
 class HF(CausalLM):
-    """Any Hugging Face causal LM as a teacher, through `transformers` (optional): a name, a folder, or a .gguf file."""
+    """Any Hugging Face causal LM as a teacher, through `transformers` (optional): a name, a folder, or a .gguf file.
+
+    Raises ValueError where it cannot be loaded, or does more than its body and output layer to get its logits.
+    """
 
     def __init__(self, name):
-        transformers = optional("transformers", f"hf:{name}")
-        folder, file = os.path.split(name) if name.endswith(".gguf") else (name, None)
+        try:
+            import transformers
+        except ImportError:
+            raise ValueError(f"hf:{name} needs transformers: pip install transformers") from None
+        folder, file = name, None
+        if name.endswith(".gguf"):
+            folder, file = os.path.split(name)
         try:
             lm = transformers.AutoModelForCausalLM.from_pretrained(folder or ".", gguf_file=file, dtype=torch.float32)
         except (OSError, ValueError, ImportError) as e:
             why = (str(e) or type(e).__name__).splitlines()[0]
-            raise BadInput(f"transformers cannot load hf:{name}: {why}") from None
+            raise ValueError(f"transformers cannot load hf:{name}: {why}") from None
         c = lm.config
-        super().__init__(vocab_size=c.vocab_size, length=getattr(c, "max_position_embeddings", None) or 1 << 30,
-                         bos=c.eos_token_id if c.bos_token_id is None else c.bos_token_id)
+        length = getattr(c, "max_position_embeddings", None) or 1 << 30
+        bos = c.eos_token_id if c.bos_token_id is None else c.bos_token_id
+        super().__init__(CausalConfig(c.vocab_size, length, bos))
         self.lm = lm.eval().requires_grad_(False)
-        self.new_cache = lambda batch, length: transformers.DynamicCache()
+        self.transformers = transformers
         probe = torch.arange(4)[None]
         if not torch.allclose(self.logits(self.hidden(probe)), lm(probe).logits, atol=1e-3):
-            raise BadInput(f"hf:{name} scales or caps the logits of its output layer, which this wrapper does not: "
-                           "use another teacher")
+            raise ValueError(f"hf:{name} scales or caps the logits of its output layer, which this wrapper does not: "
+                             "use another teacher")
 
     def hidden(self, tokens, cache=None):
-        return self.lm.base_model(tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        output = self.lm.base_model(tokens, past_key_values=cache, use_cache=cache is not None)
+        return output.last_hidden_state
 
     def output_layer(self):
         return self.lm.get_output_embeddings()
 
+    def new_cache(self, batch, length):
+        return self.transformers.DynamicCache()
 
-def body_to_bfloat16(teacher):
-    """The frozen teacher's layers in bf16 (half the memory, no cast at each pass); embeddings and head stay float32."""
-    blocks = teacher.lm.base_model if isinstance(teacher, HF) else teacher.transformer.blocks
-    for m in blocks.modules():
-        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D":
-            m.to(torch.bfloat16)
-    return teacher
+    def networks(self):
+        return [self.lm.base_model]
+
+    def matrices(self):
+        kinds = (nn.Linear, self.transformers.pytorch_utils.Conv1D)
+        return [m for m in self.lm.base_model.modules() if isinstance(m, kinds)]
+
+    def extraction_flops(self, length, masked):
+        """FLOPs of a row's pass, without those of attention."""
+        return 2 * length * sum(p.numel() for p in self.parameters())
 
 
 def model_hash(model):
-    """SHA-256 of an AR model's weights as float32, first 16 hex digits: whose heads, whose cache."""
+    """SHA-256 of an AR model's weights as float32, first 16 hex digits: names the backbone of Medusa heads, and the
+    teacher of a cache.
+    """
     h = hashlib.sha256()
     for name, w in sorted(model.state_dict().items()):
         h.update(f"{name} {tuple(w.shape)} ".encode())
@@ -223,33 +379,12 @@ def model_hash(model):
     return h.hexdigest()[:16]
 
 
-def extract_parallel(teacher, tokens, generator=None):
-    """The noise that would have made the teacher write `tokens` [B, L] -> [B, L, V], float32; row 0 (BOS) is zero.
-
-    One forward pass and Algorithm 1 at each position. For study and small vocabularies: training uses
-    `GumbelEmbedding.from_posterior` with `posterior_logits`, the same draws without the [B, L, V] tensor.
-    """
-    with torch.no_grad():
-        logits = teacher.logits(teacher.hidden(tokens[:, :-1]))
-    return F.pad(posterior_gumbel(logits, tokens[:, 1:], generator), (0, 0, 1, 0))
-
-
-def extract_sequential(teacher, n, length=None, generator=None):
-    """n texts by the teacher with the noise that produced them: tokens [n, L], noise [n, L, V]; row 0 (BOS) is zero."""
-    length = length or teacher.length
-    device = teacher.device
-    noise = sample_gumbel((n, length, teacher.vocab_size), generator, device)
-    noise[:, 0] = 0
-    tokens, _ = teacher.generate(torch.full((n, 1), teacher.bos, device=device), length, noise=noise)
-    return tokens, noise
-
-
 def load_published(src, n_heads=None, length=None, bos=50256):
     """The authors' AR model as our `AR` with equal outputs. `src`: a path or a state dict; a [MASK] row is dropped."""
     from extra.published import fold_published
     state, sizes, _, settings = fold_published(src, n_heads)
-    length = length or settings.get("model_length", 1024)
-    state["transformer.embed.weight"] = state["transformer.embed.weight"][:sizes["vocab_size"]]
-    model = AR(length=length, bos=bos, **sizes)
+    embedding = state["transformer.embed.weight"]
+    state["transformer.embed.weight"] = embedding[:sizes["vocab_size"]]
+    model = AR(length=length or settings.get("model_length", 1024), bos=bos, **sizes)
     model.load_state_dict(state)
     return model.eval()

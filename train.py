@@ -6,9 +6,21 @@
 Rerun the same command to continue an interrupted run: on a CPU the result is the same, bit for bit. The row order and
 noise levels of a global batch are functions of (seed, step, row), its masks, noise and dropout of (seed, step, rank,
 micro-step), so nothing but the step needs to be restored.
+
+In this order:
+    FLAGS, PRESETS      the recipe: all flags with their defaults, and what data and models change
+    parse               the flags of a run, and which of them its model reads
+    World, Log ..       around a run: its processes, what it tells, the signals that stop it
+    resume, new_model   where it starts: its checkpoint, its teacher, its weights
+    micro_batches ..    what the loop calls: batches, validation
+    train               the loop
+
+Shapes: tokens [B, L], a row being BOS and L - 1 tokens; noise levels t [B, n_blocks].
 """
 import argparse
 import copy
+import dataclasses
+import itertools
 import json
 import math
 import os
@@ -16,7 +28,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -26,175 +38,233 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import evaluate
-from bd3lm import windows
+from bd3lm import clip_windows, search_clip
 from data.cli import BadInput, Parser, git_commit, number, optional, run_main
 from data.prepare import make_maze
-from data.shards import Shards
-from data.teacher_cache import LogitsTable, TeacherCache
-from gumbel import KINDS
+from data.shards import Shards, changed_meta, read_meta
+from data.teacher_cache import TeacherCache, TeacherLogits
+from gumbel import KINDS, needs_teacher
 from mdlm import T_MIN, stratified_t
-from medusa import Medusa
-from sample import (MODELS, build, default_teacher, device_and_dtype, load_ar, load_checkpoint, load_model,
-                    torch_seed)
-from teacher import CausalLM, body_to_bfloat16, model_hash
-
-SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))      # n_layer, n_embd, n_head
-
-# what flags bring; later lines override earlier ones, explicit flags override all. The other defaults are the paper's
-# (Appendix C.1).
-PRESETS = {
-    "--model=bd3lm": dict(block_size=4),
-    "--model=medusa": dict(heads=3, dropout=0.0, batch_size=256, lr=1e-3, schedule="cosine", steps=20_000),       # C.2
-    "--data=lm1b": dict(length=128),
-    "--data=maze": dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.0, batch_size=128, lr=1e-3, steps=1600,
-                        warmup=100, schedule="cosine", eval_every=500, save_every=200, log_every=20),
-    "--data=maze --model=ar": dict(n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200),
-    "--data=maze --model=bd3lm": dict(length=12),                               # 11 is prime: rows get one more PAD
-    "--data=maze --model=mdlm --gumbel": dict(t_one=0.5),
-    "--data=maze --model=bd3lm --gumbel": dict(t_one=0.5)}
-MASKED, MAZES = ("mdlm", "bd3lm"), ("maze", "maze_skewed")
-
-# torch's bf16 peak per device without sparsity, FLOP/s, for MFU
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
-         "L4": 121e12, "4090": 165e12}
-
-# flags that may differ when a run is continued: they do not change what is computed (compile: but for rounding)
-FREE = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wandb", "compile", "report"}
-
-
-def window(text):
-    """--clip: "0.3,0.8" -> (0.3, 0.8)."""
-    low, high = (number(float, 0, 1)(part) for part in text.split(",")) if text.count(",") == 1 else (1, 0)
-    if not (max(low, T_MIN) < high or low == high == 1):
-        raise BadInput(f"--clip={text}: two noise levels, 0 <= LOW < HIGH <= 1, as in 0.3,0.8")
-    return max(low, T_MIN), high
-
-
-def parse(argv):
-    parser = Parser(description="Train an AR teacher, or a parallel student with or without Gumbel Distillation.")
-    count, fraction, positive = number(int, 1), number(float, 0, 1), number(float, above=0)
-
-    def group(title):
-        return parser.add_argument_group(title).add_argument
-    add = group("what to train")
-    add("--model", choices=list(MODELS), default="mdlm", help="ar: a teacher, or the AR baseline")
-    add("--gumbel", action="store_true", help="condition the student on the teacher's noise: the method")
-    add("--noise", choices=KINDS, help="implies --gumbel; the others are Table 5's ablations and a control")
-    add("--inject", choices=["replace", "add"], default="replace", help="noise in place of, or added to, [MASK]")
-    add("--kd", choices=["token"], help="a baseline without noise: NELBO + KL from the teacher's next token (Table 4)")
-    add("--teacher", help="AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME (medusa: the backbone); "
-        "default: gpt2-large (medusa: gpt2) for its vocabulary; on the maze found, or trained first, by itself")
-    add("--teacher_cache", type=count, metavar="K", help="the teacher reads all rows once, its K best tokens at each "
-        "place are kept beside the shards: noise is then drawn without it (OpenWebText: 307 GB at K = 8)")
-    add("--init_from", help="start from these weights: a checkpoint of the same model, a published MDLM, or an AR "
-        "checkpoint of the same shape (the student reads its outputs shifted by one, as AR)")
-    add("--data", default="openwebtext", help="folder of shards, or a name: maze, maze_skewed, or data/NAME")
-    add("--length", type=number(int, 2), default=1024, help="tokens of a row, BOS included")
-    add = group("block diffusion (--model=bd3lm)")
-    add("--block_size", type=count, help="tokens of a block, a divisor of --length; default 4")
-    add("--clip", type=window, metavar="LOW,HIGH", help="train on noise levels in this window; validation stays as is")
-    add("--clip_search", action="store_true", help="find the window of least variance at the start and each validation")
-    add = group("multi-token prediction (--model=medusa)")
-    add("--heads", type=count, help="heads beside the backbone's own; default 3")
-    add = group("network")
-    add("--size", choices=SIZES, help="tiny 8/256/8, small 12/768/12 (default), medium 24/1024/16")
-    add("--n_layer", type=count, default=12, help="overrides --size; medusa: layers that read the noise, 1")
-    add("--n_embd", type=count, default=768, help="overrides --size")
-    add("--n_head", type=count, default=12, help="overrides --size")
-    add("--dropout", type=fraction, default=0.1, help="on both residual branches")
-    add = group("optimisation")
-    add("--steps", type=count, default=1_000_000, help="optimizer steps")
-    add("--batch_size", type=count, default=512, help="rows per step, over all processes")
-    add("--micro_batch_size", type=count, help="rows per forward pass and process; default: all, on CUDA at most 32")
-    add("--lr", type=positive, default=3e-4, help="AdamW's peak learning rate")
-    add("--warmup", type=number(int, 0), default=2500, help="steps of linear warm-up")
-    add("--schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up; cosine ends at 0")
-    add("--clip_norm", type=positive, default=1.0, help="gradient norm is clipped to this")
-    add("--ema", type=number(float, 0, 0.999999), default=0.9999, help="decay of the averaged weights, once warmed up")
-    add("--t_one", type=fraction, default=0.0, help="fraction of rows fully masked; the loss is then no NELBO")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="initial weights, data order, masks, noise, dropout")
-    add = group("running")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="autocast; auto: bfloat16 on CUDA")
-    add("--compile", action="store_true", help="torch.compile the transformer")
-    add("--out", help="run directory; default out/<data>-<model>[-gumbel]")
-    add("--log_every", type=count, default=50, help="steps between lines of log.jsonl")
-    add("--eval_every", type=count, default=5000, help="steps between validations (EMA weights)")
-    add("--eval_rows", type=count, default=2000, help="validation rows, the same each time")
-    add("--save_every", type=count, default=1000, help="steps between checkpoints")
-    add("--report", type=number(int, 0), default=1000, help="maze: samples per row of the final table; 0: no table")
-    add("--wandb", help="also log to this Weights & Biases project (pip install wandb)")
-
-    first = parser.parse_args(argv)
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(first)))))   # None where no flag says
-    name = os.path.basename(first.data.rstrip("/"))
-    data, model = f"--data={'maze' if name in MAZES else name}", f"--model={first.model}"
-    gumbel = " --gumbel" * bool(first.gumbel or first.noise)
-    for key in (model, data, f"{data} {model}", f"{data} {model}{gumbel}"):
-        parser.set_defaults(**PRESETS.get(key, {}))
-    if first.size:
-        parser.set_defaults(**dict(zip(("n_layer", "n_embd", "n_head"), SIZES[first.size])))
-    args = parser.parse_args(argv)
-    args.noise = args.noise or ("gumbel" if args.gumbel else None)
-    args.gumbel = args.noise is not None
-    medusa, masked = args.model == "medusa", args.model in MASKED
-    for flags, read, by in (
-            ("gumbel noise", args.model != "ar", "for students, and --model=ar is the teacher"),
-            ("inject", masked and args.gumbel, "read by masked models (mdlm, bd3lm) with --gumbel only"),
-            ("teacher_cache", masked and paired(args), "for masked models (mdlm, bd3lm) with noise from a teacher"),
-            ("kd", masked and not args.gumbel, "a baseline of masked models (mdlm, bd3lm) without noise"),
-            ("teacher", paired(args) or args.kd or medusa,
-             "read with --gumbel (not with --noise=unpaired), --kd and --model=medusa only"),
-            ("t_one", masked, "for masked models (mdlm, bd3lm)"),
-            ("block_size clip clip_search", args.model == "bd3lm", "for --model=bd3lm"),
-            ("heads", medusa, "for --model=medusa"),
-            ("size n_embd n_head", not medusa, "not for --model=medusa, as wide as its backbone"),
-            ("n_layer dropout", not medusa or args.gumbel,
-             "read by --model=medusa with --gumbel only (a head is one layer)")):
-        for flag in flags.split():
-            if given[flag] and not read:
-                parser.error(f"--{flag} is {by}: leave --{flag} out, or change the other flags")
-    if medusa:
-        args.n_layer, args.n_embd, args.n_head = given["n_layer"] or 1, None, None
-    elif args.n_embd % (2 * args.n_head):
-        parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = {2 * args.n_head}")
-    if args.model == "bd3lm":
-        if args.length % args.block_size:
-            parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: choose a divisor")
-        if bool(args.clip) + args.clip_search + (args.t_one > 0) > 1:
-            parser.error("--clip, --clip_search and --t_one (a default of --gumbel on the maze) exclude each other: "
-                         "give one, and --t_one=0 with the first two")
-    if args.data == name:
-        args.data = os.path.join("data", name)
-    args.out = args.out or os.path.join("out", f"{name}-{args.model}" + f"-{args.noise}" * args.gumbel
-                                        + f"-{args.kd}-kd" * bool(args.kd))
-    return args
-
-
-def paired(args):
-    """Whether the student reads the noise behind its text, drawn from the teacher's posterior."""
-    return args.noise not in (None, "unpaired")
+from sample import (MODELS, build, default_teacher, device_and_dtype, load_ar, load_checkpoint,
+                    load_model, torch_seed)
+from teacher import model_hash
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# randomness: everything is a function of the seed and of where it is used
+# the recipe
 
-def rng(*key):
-    return np.random.default_rng(key)
+def parse_clip(text):
+    """--clip's value, a window of noise levels: "0.3,0.8" -> (0.3, 0.8)."""
+    level = number(float, 0, 1)
+    parts = text.split(",")
+    if len(parts) == 2:
+        low = max(level(parts[0]), T_MIN)
+        high = level(parts[1])
+        if low < high or low == high == 1:
+            return low, high
+    raise BadInput(f"--clip={text}: two noise levels, 0 <= LOW < HIGH <= 1, as in 0.3,0.8")
 
 
-ROWS, LEVELS, NOISE, EVAL = range(4)                        # what a draw is for, part of its key
+# --size: n_layer, n_embd, n_head
+SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))
+
+# what flags take, beside text, bool (a switch) and one of several names
+count = number(int, 1)
+whole = number(int, 0)
+fraction = number(float, 0, 1)
+positive = number(float, above=0)
+
+# every flag: name, default, what it takes, what it means. The defaults are the paper's (Appendix C.1)
+FLAGS = {
+    "what to train": [
+        ("model", "mdlm", MODELS, "ar: a teacher, or the AR baseline"),
+        ("gumbel", False, bool, "condition the student on the teacher's noise: the method"),
+        ("noise", None, KINDS, "implies --gumbel; the others: Table 5's ablations and a control"),
+        ("inject", "replace", ["replace", "add"], "noise in place of, or added to, [MASK]"),
+        ("kd", None, ["token"], "baseline without noise: NELBO + KL from the teacher (Table 4)"),
+        ("teacher", None, str, "AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME "
+         "(medusa: the backbone); default: gpt2-large (medusa: gpt2) for its vocabulary; on the maze found, "
+         "or trained first, by itself"),
+        ("teacher_cache", None, count, "the teacher reads all rows once, and so many of its best tokens at "
+         "each place are kept beside the shards: noise is then drawn without it (OpenWebText: 307 GB at 8)"),
+        ("init_from", None, str, "start from these weights: a checkpoint of the same model, a published MDLM, "
+         "or an AR checkpoint of the same shape (the student reads its outputs shifted by one, as AR)"),
+        ("data", "openwebtext", str, "a folder of shards, or a name: maze, maze_skewed, data/NAME"),
+        ("length", 1024, number(int, 2), "tokens of a row, BOS included"),
+    ],
+    "block diffusion (--model=bd3lm)": [
+        ("block_size", 4, count, "tokens of a block, a divisor of --length"),
+        ("clip", None, parse_clip, "LOW,HIGH: train on noise levels in this window; validation does not"),
+        ("clip_search", False, bool, "find the window of least variance, at first and each validation"),
+    ],
+    "multi-token prediction (--model=medusa)": [
+        ("heads", 3, count, "heads beside the backbone's own"),
+    ],
+    "network": [
+        ("size", None, SIZES, "tiny 8/256/8, small 12/768/12 (as below), medium 24/1024/16"),
+        ("n_layer", 12, count, "overrides --size; medusa: layers that read the noise, 1"),
+        ("n_embd", 768, count, "overrides --size"),
+        ("n_head", 12, count, "overrides --size"),
+        ("dropout", 0.1, fraction, "on both residual branches"),
+    ],
+    "optimisation": [
+        ("steps", 1_000_000, count, "optimizer steps"),
+        ("batch_size", 512, count, "rows per step, over all processes"),
+        ("micro_batch_size", None, count, "rows of a forward pass; default: all, on CUDA at most 32"),
+        ("lr", 3e-4, positive, "AdamW's peak learning rate"),
+        ("warmup", 2500, whole, "steps of linear warm-up"),
+        ("schedule", "constant", ["constant", "cosine"], "after the warm-up; cosine ends at 0"),
+        ("clip_norm", 1.0, positive, "gradient norm is clipped to this"),
+        ("ema", 0.9999, number(float, 0, 0.999999), "decay of the averaged weights, once warmed up"),
+        ("t_one", 0.0, fraction, "fraction of rows fully masked; the loss is then no NELBO"),
+        ("seed", 0, number(int, 0, 2**63 - 1), "of weights, data order, masks, noise, dropout"),
+    ],
+    "running": [
+        ("dtype", "auto", ["auto", "float32", "bfloat16"], "autocast; auto: bfloat16 on CUDA"),
+        ("compile", False, bool, "torch.compile the transformer"),
+        ("out", None, str, "run directory; default out/<data>-<model>[-gumbel]"),
+        ("log_every", 50, count, "steps between lines of log.jsonl"),
+        ("eval_every", 5000, count, "steps between validations (EMA weights)"),
+        ("eval_rows", 2000, count, "validation rows, the same each time"),
+        ("save_every", 1000, count, "steps between checkpoints"),
+        ("report", 1000, whole, "maze: samples per row of the final table; 0: no table"),
+        ("wandb", None, str, "also log to this Weights & Biases project (pip install wandb)"),
+    ],
+}
+DEFAULTS = {name: default for flags in FLAGS.values() for name, default, _, _ in flags}
+
+# AdamW's other settings are no flags: the paper's too
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+WEIGHT_DECAY = 0.0
+
+# other defaults, where all flags on the left are so: later lines win over earlier ones, explicit flags over all
+PRESETS = [
+    ({"model": "medusa"},                                  # Appendix C.2
+     dict(dropout=0.0, batch_size=256, lr=1e-3, schedule="cosine", steps=20_000)),
+    ({"data": "lm1b"}, dict(length=128)),
+    ({"data": "maze"},                                     # maze_skewed counts as maze
+     dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.0, batch_size=128, lr=1e-3,
+          steps=1600, warmup=100, schedule="cosine", eval_every=500, save_every=200, log_every=20)),
+    ({"data": "maze", "model": "ar"},
+     dict(n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200)),
+    ({"data": "maze", "model": "bd3lm"}, dict(length=12)),  # 11 is prime: rows get one more PAD
+    ({"data": "maze", "model": "mdlm", "gumbel": True}, dict(t_one=0.5)),
+    ({"data": "maze", "model": "bd3lm", "gumbel": True}, dict(t_one=0.5)),
+    ({"model": "medusa"}, dict(n_layer=1)),                # on the maze as well
+]
+MAZES = ("maze", "maze_skewed")
+
+# flags that may differ when a run is continued: they do not affect the result (compile: but for rounding)
+MAY_DIFFER = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wandb", "compile",
+              "report"}
+
+# torch's bf16 peak per device without sparsity, FLOP/s, for the log's MFU
+PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+         "L40": 181e12, "L4": 121e12, "4090": 165e12}
 
 
-class RowOrder:
-    """Row numbers of each global batch: an epoch visits all rows in a seeded permutation; batches run across epochs."""
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
 
-    def __init__(self, n, batch_size, seed):
-        self.n, self.batch_size = n, batch_size
-        self.permutation = lru_cache(maxsize=1)(lambda epoch: rng(seed, ROWS, epoch).permutation(n))
+def make_parser():
+    """The command line of FLAGS. What is not given is left out of its result, so that presets can tell."""
+    parser = Parser(argument_default=argparse.SUPPRESS, description="Train an AR teacher, or a parallel "
+                    "student with or without Gumbel Distillation.")
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, default, takes, meaning in flags:
+            if default is not None and default is not False:
+                meaning += f" (default: {default})"
+            if takes is bool:
+                group.add_argument(f"--{name}", action="store_true", help=meaning)
+            elif callable(takes):
+                group.add_argument(f"--{name}", type=takes, help=meaning)
+            else:
+                group.add_argument(f"--{name}", choices=list(takes), help=meaning)
+    return parser
 
-    def __call__(self, step):
-        first = step * self.batch_size
-        return np.array([self.permutation(i // self.n)[i % self.n] for i in range(first, first + self.batch_size)])
+
+def parse(argv):
+    """The flags of a run, as a Namespace: DEFAULTS, then PRESETS, then --size, then what is given explicitly."""
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
+    # the noise's kind and --gumbel say one thing: a preset may ask for either
+    values = DEFAULTS | given
+    if values["gumbel"] and values["noise"] is None:
+        values["noise"] = "gumbel"
+    values["gumbel"] = values["noise"] is not None
+
+    name = os.path.basename(values["data"].rstrip("/"))
+    recipe = values | {"data": "maze" if name in MAZES else name}
+    for flags, preset in PRESETS:
+        if flags.items() <= recipe.items():
+            values |= preset
+    if values["size"]:                                     # over a preset's shape, under explicit flags
+        n_layer, n_embd, n_head = SIZES[values["size"]]
+        values |= dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head)
+    args = argparse.Namespace(**values | given)
+
+    # a flag that nothing would read is a mistake; a default that nothing reads is left alone
+    for flag, reader in unread_flags(args):
+        if given.get(flag):
+            parser.error(f"--{flag} is {reader}: leave --{flag} out, or change the other flags")
+        if flag in ("block_size", "heads", "n_embd", "n_head"):
+            setattr(args, flag, None)                      # no checkpoint names a shape that it has not
+    if args.n_head and args.n_embd % (2 * args.n_head):    # RoPE turns pairs of channels
+        parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = "
+                     f"{2 * args.n_head}")
+    if args.block_size and args.length and args.length % args.block_size:
+        parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: "
+                     "choose a divisor")
+    # each is another law of the noise levels
+    if [args.clip is not None, args.clip_search, args.t_one > 0].count(True) > 1:
+        parser.error("--clip, --clip_search and --t_one (a default of --gumbel on the maze) exclude "
+                     "each other: give one, and --t_one=0 with the first two")
+
+    if args.data == name:
+        args.data = os.path.join("data", name)
+    if not args.out:
+        parts = [name, args.model, args.noise, f"{args.kd}-kd" if args.kd else None]
+        args.out = os.path.join("out", "-".join(part for part in parts if part))
+    return args
+
+
+def config_fields(model):
+    """The names in the config of a model class."""
+    return {field.name for field in dataclasses.fields(model.Config)}
+
+
+def unread_flags(args):
+    """What this run does not read, as far as its model's class tells: yields (flag, whom the flag is for)."""
+    model = MODELS[args.model]
+    fields = config_fields(model)
+    paired = needs_teacher(args.noise)
+    masked = "masked models such as mdlm"
+    table = [                                              # flags, whether they are read, by whom
+        ("gumbel noise", "noise" in fields, "for students: an AR model reads none"),
+        ("inject", "inject" in fields and args.gumbel, f"read by {masked} with --gumbel only"),
+        ("teacher_cache", "teacher" in model.loss_reads and paired, f"for {masked}, noise from a teacher"),
+        ("kd", "kd" in model.loss_reads and not args.gumbel, f"for {masked} without noise"),
+        ("teacher", asks_teacher(args),
+         "read with --gumbel (not with --noise=unpaired), --kd and --model=medusa only"),
+        ("t_one", "t" in model.loss_reads, f"for {masked}"),
+        ("block_size", "block_size" in fields, "for models of blocks (--model=bd3lm)"),
+        ("clip clip_search", "clip" in model.loss_reads, "for models of blocks (--model=bd3lm)"),
+        ("heads", "heads" in fields, "for --model=medusa"),
+        ("size n_embd n_head", not model.drafts, "not read by heads, as wide as their backbone"),
+        ("n_layer dropout", not model.drafts or args.gumbel,
+         "read by heads with --gumbel only (a head is one layer)"),
+    ]
+    for flags, is_read, reader in table:
+        if not is_read:
+            for flag in flags.split():
+                yield flag, reader
+
+
+def asks_teacher(args):
+    """Whether the run needs an AR model beside the one that it trains: a teacher, or the backbone of heads."""
+    return needs_teacher(args.noise) or args.kd is not None or MODELS[args.model].drafts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,15 +277,17 @@ class World:
         self.device, self.dtype, self.autocast = device_and_dtype(dtype)
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
-        if self.device == "cuda":
+        self.master = self.rank == 0
+        self.cuda = self.device == "cuda"
+        if self.cuda:
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if "cuda" in self.device else "gloo")
-        self.master = self.rank == 0
+            dist.init_process_group("nccl" if self.cuda else "gloo")
 
     def sum(self, *values):
         """Floats, summed over the processes."""
+        # float64: a sum over processes is to differ from that of one process by rounding only
         x = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.size > 1:
             dist.all_reduce(x)
@@ -237,12 +309,211 @@ class World:
                 self.barrier()
 
     def say(self, text):
+        """A line on stderr, from the first process, that leaves the bars whole."""
         if self.master:
             tqdm.write(text, file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# where a run starts and continues: checkpoint, log, teacher, weights
+# what a run tells, and hears
+
+class Log:
+    """log.jsonl in the run directory, a bar on stderr and, with --wandb, a board; written by the first process only."""
+
+    def __init__(self, args, world, step, tokens_per_step, flops_per_token):
+        self.file = open_log(args.out, step) if world.master else open(os.devnull, "w")
+        self.board = None
+        if world.master and args.wandb:
+            wandb = optional("wandb", "--wandb")
+            self.board = wandb.init(project=args.wandb, name=os.path.basename(args.out), config=vars(args))
+        self.bar = tqdm(total=args.steps, initial=step, desc=args.out, unit="step", disable=not world.master,
+                        mininterval=1)
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.peak = peak_flops(world)
+        self.restart_clock(step)
+
+    def restart_clock(self, step):
+        """Speed is counted from here: from the last line on, without validation."""
+        self.began = time.time()
+        self.first_step = step
+
+    def tokens_per_second(self, step):
+        return (step - self.first_step) * self.tokens_per_step / max(1e-9, time.time() - self.began)
+
+    def speed(self, step):
+        """What a line says of it; MFU: the share of the devices' peak that useful FLOPs take."""
+        rate = self.tokens_per_second(step)
+        speed = {"tokens_per_s": round(rate)}
+        if self.peak:
+            speed["mfu"] = round(rate * self.flops_per_token / self.peak, 4)
+        return speed
+
+    def record(self, **line):
+        self.file.write(json.dumps(line) + "\n")
+        if self.board is not None and "step" in line:
+            self.board.log(line, step=line["step"])
+
+    def describe(self, args, world, model, data, micro, step):
+        """What the run is, on stderr and as the first line."""
+        parameters = sum(p.numel() for p in model.parameters())
+        world.say(f"{args.out}: {args.n_layer} layers x {model.config.n_embd}, {parameters / 1e6:.1f}M "
+                  f"parameters, {len(data)} rows of {data.length}, {world.size} x {world.device}, {world.dtype}, "
+                  f"micro-batch {micro} of {args.batch_size}")
+        if step == 0:
+            self.record(args=vars(args), config=vars(model.config), device=world.device, dtype=world.dtype,
+                        processes=world.size, micro_batch_size=micro, parameters=parameters,
+                        threads=torch.get_num_threads(), torch=torch.__version__, git=git_commit(),
+                        rows=len(data), meta=data.meta)
+
+    def show(self, step, loss):
+        """Move the bar by one step."""
+        self.bar.update()
+        rate = self.tokens_per_second(step)
+        self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+        if self.board is not None:
+            self.board.finish()
+
+
+def open_log(out, step):
+    """log.jsonl, to append to: lines of steps to be run again are dropped, as is a broken last line."""
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, "log.jsonl")
+    kept = []
+    if step and os.path.exists(path):
+        with open(path) as f:
+            kept = [line for line in f if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
+    log = open(path, "w", buffering=1)                     # by line: a crash loses none
+    log.writelines(kept)
+    return log
+
+
+def peak_flops(world):
+    """The bf16 peak of the run's devices together, FLOP/s; None where it is not known."""
+    device = torch.cuda.get_device_name() if world.cuda else ""
+    for name, peak in PEAKS.items():
+        if name in device:
+            return peak * world.size
+    return None
+
+
+def flops_per_row(model, teacher, length):
+    """Useful FLOPs of training on a row; `teacher`: the AR model that is asked for each batch, or None."""
+    flops = model.flops_per_row(length)
+    if teacher is None:
+        return flops
+    masked = 0.0                                           # the share of places whose logits are read
+    if model.fills_masks:
+        masked = 0.5                                       # on average
+    elif model.noise_embed is not None:
+        masked = 1.0
+    return flops + teacher.extraction_flops(length, masked)
+
+
+class StopSignals:
+    """While in its body, SIGTERM and SIGINT are only noted: the run finishes its step, saves, stops."""
+
+    def __enter__(self):
+        self.received = []
+        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, signum, frame):
+        self.received.append(signum)
+
+    def exit(self):
+        """End the process as the signal would have; without one here, another process has got a SIGTERM."""
+        first = [*self.received, signal.SIGTERM][0]
+        sys.exit(128 + first)
+
+    def __exit__(self, *error):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# randomness: everything is a function of the seed and of where it is used
+
+ROWS = 0                                                    # what a draw is for, part of its key
+LEVELS = 1
+NOISE = 2
+EVAL = 3
+
+
+def rng(*key):
+    return np.random.default_rng(key)
+
+
+@lru_cache(maxsize=1)                                      # of the epoch that the run is in
+def permutation(n, seed, epoch):
+    return rng(seed, ROWS, epoch).permutation(n)
+
+
+def rows_of_step(step, n, batch_size, seed):
+    """Row numbers of a global batch: an epoch visits all n rows in a seeded permutation; batches run across epochs."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return np.array([permutation(n, seed, i // n)[i % n] for i in places])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where a run starts and continues
+
+def open_run(args, world):
+    """All that can be refused before there is a model -> (rows of training, of validation, the rows of a micro-batch,
+    checkpoint or None). Raises BadInput.
+    """
+    share = args.batch_size // world.size
+    if args.batch_size % world.size:
+        raise BadInput(f"--batch_size={args.batch_size} must be a multiple of the number of processes, "
+                       f"{world.size}")
+    micro = args.micro_batch_size or share
+    if world.cuda and args.micro_batch_size is None:
+        micro = max(m for m in range(1, 33) if share % m == 0)
+    if share % micro:
+        raise BadInput(f"--micro_batch_size={micro} must divide the {share} rows that each process has of "
+                       "a batch")
+    if args.wandb and world.master:
+        optional("wandb", "--wandb")
+    # the run directory is made later; what exists of its path has to be a folder, and writable
+    existing = os.path.abspath(args.out)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
+        raise BadInput(f"--out={args.out} cannot be a run directory, {existing} is a file or read-only: "
+                       "choose another")
+    data = Shards(args.data, "train", args.length)
+    val = Shards(args.data, "val", args.length)
+    return data, val, micro, resume(args, data.meta)
+
+
+def resume(args, meta):
+    """The checkpoint in --out if this command continues it, None if there is none; BadInput if it is another run's."""
+    if not os.path.exists(os.path.join(args.out, "ckpt.pt")):
+        return None
+    ckpt = load_checkpoint(args.out)
+    may_differ = set(MAY_DIFFER)
+    if args.schedule == "constant":
+        may_differ.add("steps")                            # the cosine depends on --steps
+    changed = []
+    for flag, now in vars(args).items():
+        # a flag that is newer than the run, and off, changes nothing
+        off = now is None or now is False
+        if flag in may_differ or (off and flag not in ckpt["args"]):
+            continue
+        before = ckpt["args"].get(flag)
+        if before != now:
+            changed.append(f"--{flag}: {before} there, {now} now")
+    if changed_meta(ckpt["meta"], meta):
+        changed.append("the data")
+    if changed:
+        raise BadInput(f"{args.out} holds a run with other settings ({'; '.join(changed)}): choose another --out, or "
+                       "repeat its command to continue it")
+    return ckpt
+
 
 def save(path, state):
     """Written beside, synced, renamed: a crash leaves the old checkpoint or the new one."""
@@ -253,45 +524,19 @@ def save(path, state):
     os.replace(path + ".tmp", path)
 
 
-def resume(args, meta):
-    """The checkpoint in --out if this command continues it, None if there is none; BadInput if it is another run's."""
-    if not os.path.exists(os.path.join(args.out, "ckpt.pt")):
-        return None
-    ckpt = load_checkpoint(args.out)
-    old = {k: v for k, v in vars(args).items() if v is None or v is False} | ckpt["args"]  # new flags, off: no change
-    free = FREE | ({"steps"} if args.schedule == "constant" else set())            # the cosine depends on --steps
-    changed = [f"--{k}: {old.get(k)} there, {v} now" for k, v in vars(args).items()
-               if k not in free and old.get(k) != v] + ["the data"] * (ckpt["meta"] != meta)
-    if changed:
-        raise BadInput(f"{args.out} holds a run with other settings ({'; '.join(changed)}): choose another --out, or "
-                       "repeat its command to continue it")
-    return ckpt
-
-
-def open_log(out, step):
-    """log.jsonl, to append to: lines of steps to be run again are dropped, as is a broken last line."""
-    os.makedirs(out, exist_ok=True)
-    path, kept = os.path.join(out, "log.jsonl"), []
-    if step and os.path.exists(path):
-        with open(path) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
-    log = open(path, "w", buffering=1)
-    log.writelines(kept)
-    return log
+def teacher_path(args, meta):
+    """What --teacher names, or the default for data with this meta; None where that has none."""
+    if args.teacher:
+        return args.teacher
+    path = default_teacher(meta, args.length)
+    if path == "gpt2-large" and MODELS[args.model].drafts:
+        return "gpt2"                                      # the paper's backbone is the small one
+    return path
 
 
 def find_teacher(args, meta, world):
-    """The model of --teacher; on the maze, the one that `--model=ar` with the same data trains, trained if absent."""
-    path = args.teacher or default_teacher(meta, args.length)
-    if args.teacher is None and args.model == "medusa" and path == "gpt2-large":
-        path = "gpt2"                                      # the paper's backbone is the small one
-    if args.teacher is None and os.path.basename(args.data) in MAZES:
-        there = load_checkpoint(path) if os.path.exists(os.path.join(path, "ckpt.pt")) else None
-        if there is None or there["step"] < there["args"]["steps"]:
-            world.say(f"teacher: {path} is {'not finished' if there else 'not there'}, training it first")
-            train(parse(["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}"]
-                        + [f"--length={args.length}"] * bool(args.length)), world)
-            world.barrier()
+    """The AR model that the run needs, on its device."""
+    path = teacher_path(args, meta)
     if path is None:
         raise BadInput("--gumbel, --kd and --model=medusa need --teacher: an AR checkpoint of this vocabulary; train "
                        f"one with `python train.py --model=ar --data={args.data}`")
@@ -299,322 +544,376 @@ def find_teacher(args, meta, world):
         return load_ar("--teacher", path, meta, args.length, world.device)
 
 
-def initial_weights(model, source, args):
-    """--init_from: the weights of `source` into `model`; BadInput where they do not fit. A noise embedding that the
-    source lacks stays new, one that the model lacks is left out; the row of [MASK] that an AR model lacks is new."""
-    own, embed, noise = model.state_dict(), "transformer.embed.weight", ("noise_embed.", "accumulator.")
-    state = {k: v for k, v in own.items() if k.startswith(noise)} | {
-        k: v for k, v in source.state_dict().items() if k in own or not k.startswith(noise)}
-    if embed in state and embed in own and state[embed].shape == own[embed][:-1].shape:
-        state[embed] = torch.cat([state[embed], own[embed][-1:]])
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
-        why = str(e).splitlines()[1].strip("\t .").split(": copying")[0].split(", ")[0]           # the first difference
-        raise BadInput(f"--init_from={args.init_from} is another kind or shape of network ({why}): give the same flags "
-                       "of the network and vocabulary, or leave --init_from out") from None
+def train_missing_teacher(args, world):
+    """On the maze, where a student needs a teacher and none is named: train it, unless it is there, and complete."""
+    if args.teacher or not asks_teacher(args) or os.path.basename(args.data) not in MAZES:
+        return
+    meta, _ = read_meta(args.data)
+    if meta["tokenizer"] != "maze":                        # another dataset of that name
+        return
+    path = teacher_path(args, meta)
+    if os.path.exists(os.path.join(path, "ckpt.pt")):
+        ckpt = load_checkpoint(path)
+        if ckpt["step"] >= ckpt["args"]["steps"]:
+            return
+    open_run(args, world)                                  # a wrong flag of the student is refused first
+    world.say(f"teacher: {path} is not there, or not finished: training it first")
+    flags = ["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}"]
+    if args.length:
+        flags.append(f"--length={args.length}")
+    train(parse(flags), world)
+    world.barrier()                                        # the others wait for its last checkpoint
 
 
 def new_model(args, data, teacher, ckpt, world):
     """The model of this run, initialised; `ckpt`, of the same run or None, has what cannot be seen from the flags."""
-    torch.manual_seed(args.seed)
-    meta, source = data.meta, load_model(args.init_from) if args.init_from and not ckpt else None
-    old = ckpt["config"] if ckpt else source.config if source else {}
-    config = dict(vocab_size=meta["vocab_size"], bos=meta["bos"], predict_bos=meta["predict_bos"], length=data.length,
-                  n_layer=args.n_layer, dropout=args.dropout)
-    if args.model == "medusa":
-        layer, sha256 = teacher.output_layer(), model_hash(teacher)
-        if old.get("sha256", sha256) != sha256:
+    torch.manual_seed(args.seed)                           # of the initial weights
+    source = None                                          # a model whose weights this one starts from
+    old = {}                                               # their config, or that of this run
+    if ckpt:
+        old = ckpt["config"]
+    elif args.init_from:
+        source = load_model(args.init_from)
+        old = vars(source.config)
+
+    # all that is known of the run; the model's config takes what it has a field for
+    known = dict(vars(args), vocab_size=data.meta["vocab_size"], bos=data.meta["bos"],
+                 predict_bos=data.meta["predict_bos"], length=data.length)
+    from_ar = source is not None and source.can_teach
+    known["shift"] = old.get("shift", from_ar)             # an AR output is about the next token
+    model_kind = MODELS[args.model]
+    if model_kind.drafts:
+        layer = teacher.output_layer()
+        known |= dict(n_embd=layer.weight.shape[1], bias=layer.bias is not None, backbone=teacher.path,
+                      sha256=model_hash(teacher))
+        if old.get("sha256", known["sha256"]) != known["sha256"]:
             raise BadInput(f"{args.out if ckpt else args.init_from} holds heads of another backbone than "
                            f"{teacher.path} is now: put that one back, or choose another --out and --init_from")
-        config |= dict(n_embd=layer.weight.shape[1], heads=args.heads, noise=args.noise, bias=layer.bias is not None,
-                       backbone=teacher.path, sha256=sha256)
-    else:
-        config |= dict(n_embd=args.n_embd, n_head=args.n_head)
-    if args.model in MASKED:
-        config |= dict(noise=args.noise, inject=args.inject, shift=old.get("shift", isinstance(source, CausalLM)))
-    if args.model == "bd3lm":
-        config["block_size"] = args.block_size
-        if (there := old.get("block_size", args.block_size)) != args.block_size:
-            world.say(f"--init_from={args.init_from} has block size {there}, this run {args.block_size}: the weights "
-                      "fit any")
-    model = build(args.model, config)
-    if args.model == "medusa":
-        model.attach(teacher, start=True)
-    if source:
-        initial_weights(model, source, args)
+    old_block = old.get("block_size")
+    if old_block and args.block_size and old_block != args.block_size:
+        world.say(f"--init_from={args.init_from} has block size {old_block}, this run {args.block_size}: the "
+                  "weights fit any")
+
+    fields = config_fields(model_kind)
+    model = build(args.model, {name: value for name, value in known.items() if name in fields})
+    if model_kind.drafts:
+        model.attach(teacher, start=True)                  # output layers start as the backbone's
+    if source is not None:
+        initial_weights(model, source, args.init_from)
     return model.to(world.device)
+
+
+def initial_weights(model, source, name):
+    """--init_from=name: the weights of `source` into `model`; BadInput where they do not fit.
+
+    What reads the noise is optional: it stays new where the source has none, is left out where the model has none.
+    """
+    reads_noise = ("noise_embed.", "accumulator.")
+    own = model.state_dict()
+    state = {key: weight for key, weight in own.items() if key.startswith(reads_noise)}
+    for key, weight in source.state_dict().items():
+        if key in own or not key.startswith(reads_noise):
+            state[key] = weight
+    # an AR model's embedding has no row of [MASK], the last one: the new model's own stays
+    ids = "transformer.embed.weight"
+    if ids in own and ids in state and state[ids].shape == own[ids][:-1].shape:
+        state[ids] = torch.cat([state[ids], own[ids][-1:]])
+    for key in [*own, *state]:
+        here = list(own[key].shape) if key in own else "nothing"
+        there = list(state[key].shape) if key in state else "nothing"
+        if here != there:
+            raise BadInput(f"--init_from={name} is another kind or shape of network ({key} is {there} there, {here} "
+                           "here): give the same flags of the network and vocabulary, or leave --init_from out")
+    model.load_state_dict(state)
+
+
+def teacher_of_rows(args, model, teacher, data, world):
+    """What knows the teacher's answers for all training rows: a `TeacherLogits`, or with --teacher_cache a
+    `TeacherCache`. None: there is no teacher, or it is asked batch by batch.
+    """
+    if teacher is None:
+        return None
+    logits = len(data) * data.length * data.meta["vocab_size"]
+    if not args.teacher_cache and "teacher" in model.loss_reads and logits <= 1 << 24:
+        return TeacherLogits(teacher, data)                # a small dataset: one pass for all steps
+    cache = None
+    if args.teacher_cache:
+        # files are made by one process of each machine, whose disk may be its own
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        with world.in_turn(first):
+            cache = TeacherCache(teacher, model_hash(teacher), data, args.teacher_cache, first, world.dtype)
+    if world.dtype == "bfloat16":
+        teacher.body_to_bfloat16()                         # not before its hash is taken
+    if cache is not None:
+        with world.autocast:
+            cache.fill(teacher, data, world.rank, world.size)
+        world.barrier()
+    return cache
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+def part_of_batch(m, micro, world):
+    """The places in the global batch of this process's rows in micro-step m."""
+    first = (m * world.size + world.rank) * micro
+    return slice(first, first + micro)
+
+
+def micro_batches(data, answers, args, micro, world, step):
+    """This process's rows of each micro-step from `step` on, without end: yields (tokens [micro, L], what `answers`,
+    a `teacher_of_rows`, knows of them, or None), on the host.
+    """
+    for s in itertools.count(step):
+        batch = rows_of_step(s, len(data), args.batch_size, args.seed)
+        for m in range(args.batch_size // world.size // micro):
+            rows = batch[part_of_batch(m, micro, world)]
+            tokens = torch.from_numpy(data.rows(rows))
+            known = None
+            if answers is not None:
+                known = answers.load(rows)
+            if world.cuda:                                 # pinned: nothing waits for the copy
+                tokens = tokens.pin_memory()
+                if known is not None:
+                    known = known.pin_memory()
+            yield tokens, known
+
+
+def read_ahead(items):
+    """The items of an endless iterator, each made in a thread while the one before it is used. `close` ends it."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(next, items)
+        while True:
+            item = ahead.result()
+            ahead = pool.submit(next, items)
+            yield item
+
+
+def loss_inputs(model, world, t, teacher, seed, **more):
+    """What `model.loss` reads besides the tokens, of all that there is: noise levels t, the teacher, a seed's draws."""
+    generator = torch.Generator(world.device).manual_seed(seed)
+    known = dict(more, t=t.to(world.device), teacher=teacher, generator=generator)
+    return {name: known[name] for name in model.loss_reads if name in known}
+
+
+@dataclasses.dataclass
+class Validation:
+    """The loss on validation rows: always the same rows with the same draws, shared out over the processes, so that
+    its values compare from step to step and whatever the number of processes.
+    """
+    model: torch.nn.Module                                 # the averaged weights
+    teacher: torch.nn.Module | None
+    data: Shards
+    args: argparse.Namespace
+    world: World
+    ROWS_PER_SEED = 32                                     # no flag, so that values compare
+
+    def name(self):
+        if needs_teacher(self.args.noise):
+            # told the noise behind the text, it is no bound on the likelihood any more
+            return f"val_{self.model.loss_name.replace('nelbo', 'nll')}_given_noise"
+        return f"val_{self.model.loss_name}"
+
+    def batches(self, n, window=(T_MIN, 1.0)):
+        """This process's share of n rows, at noise levels in the window: yields (tokens [B, L], what `loss` reads)."""
+        seed = self.args.seed
+        n = min(n, len(self.data))
+        n_blocks = self.model.n_blocks
+        order = rng(seed, EVAL).permutation(len(self.data))[:n]
+        levels = stratified_t(n * n_blocks, rng(seed, EVAL, 1), 0.0, *window).view(n, n_blocks)
+        for i in range(self.world.rank, math.ceil(n / self.ROWS_PER_SEED), self.world.size):
+            part = slice(i * self.ROWS_PER_SEED, (i + 1) * self.ROWS_PER_SEED)
+            tokens = torch.from_numpy(self.data.rows(order[part])).to(self.world.device)
+            seed_of_part = torch_seed(seed, EVAL, 2, i)
+            yield tokens, loss_inputs(self.model, self.world, levels[part], self.teacher, seed_of_part)
+
+    @torch.no_grad()
+    def loss(self):
+        """In nats per predicted token. For students with noise, given the posterior's noise: no likelihood."""
+        total = 0.0
+        n = 0
+        for tokens, kw in self.batches(self.args.eval_rows):
+            with self.world.autocast:
+                loss, _ = self.model.loss(tokens, **kw)
+            total += loss.item() * len(tokens)
+            n += len(tokens)
+        total, n = self.world.sum(total, n)
+        return total / n
+
+    def report(self, log, step):
+        name = self.name()
+        value = self.loss()
+        log.record(step=step, **{name: value})
+        self.world.say(f"{self.args.out} step {step}: {name} {value:.4f}")
+
+    def choose_clip(self, log, step):
+        """--clip_search: the window to train in from here on, (low, high), by `bd3lm.search_clip` on 256 rows."""
+        windows = clip_windows(self.model.block_size)
+        self.bar = tqdm(total=len(windows), desc="clip search", leave=False, disable=not self.world.master)
+        with self.bar, self.world.autocast:
+            best, variance = search_clip(self.model, self.search_batches, self.world.sum)
+        low, high = best
+        self.world.say(f"clip {low:g},{high:g}: a block's loss has variance {variance[best]:.4f} (unclipped "
+                       f"{variance[T_MIN, 1.0]:.4f})")
+        named = {f"{a:g},{b:g}": value for (a, b), value in variance.items()}
+        log.record(step=step, clip=best, clip_search=named)
+        return best
+
+    def search_batches(self, window):
+        self.bar.update()
+        return self.batches(min(256, self.args.eval_rows), window)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def flops_per_row(model, teacher, L):
-    """Useful FLOPs of one row, forward and backward: 6 per weight and token, 12 L D per layer for attention (a teacher:
-    2 and 4). Output layer, teacher's head and noise projection at the masked positions only: half, on average."""
-    def weights(module):
-        return sum(p.numel() for p in module.parameters()) if module else 0
-
-    def forward(net, share, twice=False):                  # share: of the positions, that the output layer sees
-        blocks = 2 * weights(net.blocks) + 4 * len(net.blocks) * L * net.embed.weight.shape[1]
-        return L * ((1 + twice) * blocks + 2 * share * net.head.weight.numel())
-    noise = getattr(model, "noise_embed", None)
-    if isinstance(model, Medusa):                          # the noise and a row of K + 1 places at every position
-        masked = 1.0 if noise else 0.0
-        total = 6 * L * (weights(model.heads) + (len(model.heads) + 1) * weights(model.accumulator))
-    else:
-        masked, net = 0.5, model.transformer
-        total = 3 * forward(net, 1.0 if net.causal else masked, getattr(model, "n_blocks", 1) > 1)    # BD3-LM: [z ; x]
-    total += L * masked * 4 * weights(noise)
-    if teacher is not None:                                # of a Hugging Face model, attention is not counted
-        total += forward(teacher.transformer, masked) if hasattr(teacher, "transformer") else 2 * L * weights(teacher)
-    return total
-
-
 def lr_at(step, args):
+    """The learning rate of the step after `step` others."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     if args.schedule == "constant":
         return args.lr
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
-
-
-def on_device(tokens, t, teacher, seed, args, world):
-    """Tokens on the device, and what `model.loss` takes besides, at noise levels t, of a seed's draws."""
-    kw = dict(t=t.to(world.device), teacher=teacher, generator=torch.Generator(world.device).manual_seed(seed))
-    read = dict(ar=(), medusa=("generator",)).get(args.model, kw)
-    return tokens.to(world.device, non_blocking=True), {k: kw[k] for k in read}
-
-
-def validation_batches(model, teacher, data, n, args, world, window=()):
-    """n fixed validation rows with fixed draws, the share of this process: tokens, arguments of `model.loss`."""
-    micro = 32                                             # rows that share a seed: not a flag, so that values compare
-    n, n_blocks = min(n, len(data)), getattr(model, "n_blocks", 1)
-    order = rng(args.seed, EVAL).permutation(len(data))[:n]
-    levels = stratified_t(n * n_blocks, rng(args.seed, EVAL, 1), 0.0, *window).view(n, n_blocks)
-    for i in range(world.rank, math.ceil(n / micro), world.size):
-        part = slice(i * micro, (i + 1) * micro)
-        yield on_device(torch.from_numpy(data.rows(order[part])), levels[part], teacher,
-                        torch_seed(args.seed, EVAL, 2, i), args, world)
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
-def validate(model, teacher, data, args, world):
-    """Validation loss in nats per predicted token, on fixed rows with fixed draws, shared out over the processes.
-
-    Same value whatever their number. For students with noise it is the loss given the posterior's noise: no likelihood.
-    """
-    total = count = 0.0
-    for tokens, kw in validation_batches(model, teacher, data, args.eval_rows, args, world):
-        with world.autocast:
-            total += model.loss(tokens, **kw)[0].item() * len(tokens)
-        count += len(tokens)
-    total, count = world.sum(total, count)
-    return total / count
-
-
-@torch.no_grad()
-def search_clip(model, teacher, data, args, world):
-    """The window of noise levels in which a block's loss varies least, and the variances, {(low, high): (nats per
-    token)^2}: over blocks, rows (256, the same with the same draws) and processes (BD3-LM, Section 5).
-    """
-    found = {}
-    for window in tqdm(windows(model.block_size), desc="clip search", leave=False, disable=not world.master):
-        sums = np.zeros(3)
-        for tokens, kw in validation_batches(model, teacher, data, min(256, args.eval_rows), args, world, window):
-            with world.autocast:
-                losses, masked, _ = model.losses(tokens, clip=window, **kw)
-            v = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device).masked_scatter(
-                masked, losses.double()).view(-1, model.block_size).mean(1)
-            sums += len(v), v.sum().item(), v.square().sum().item()
-        count, total, squares = world.sum(*sums)
-        found[window] = squares / count - (total / count) ** 2
-    best = min(found, key=found.get)
-    world.say(f"clip {best[0]:g},{best[1]:g}: a block's loss has variance {found[best]:.4f} (unclipped "
-              f"{found[T_MIN, 1.0]:.4f})")
-    return best, found
+def update_average(averaged, model, decay):
+    """averaged = decay * averaged + (1 - decay) * model, weight by weight."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
 
 def train(args, world):
-    """One run: args -> out/.../ckpt.pt. The loop that everything else here serves. Returns the dataset's meta."""
-    local = args.batch_size // world.size
-    if args.batch_size % world.size:
-        raise BadInput(f"--batch_size={args.batch_size} must be a multiple of the number of processes, {world.size}")
-    micro = args.micro_batch_size or (
-        max(m for m in range(1, 33) if local % m == 0) if "cuda" in world.device else local)
-    if local % micro:
-        raise BadInput(f"--micro_batch_size={micro} must divide the {local} rows that each process has of a batch")
-    wandb = optional("wandb", "--wandb") if args.wandb and world.master else None
-    there = os.path.abspath(args.out)
-    while not os.path.exists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there) or not os.access(there, os.W_OK):
-        raise BadInput(f"--out={args.out} cannot be a run directory, {there} is a file or read-only: choose another")
-
-    # data, teacher, model
-    data, val = Shards(args.data, "train", args.length), Shards(args.data, "val", args.length)
-    meta, medusa = data.meta, args.model == "medusa"
-    ckpt = resume(args, meta)
-    teacher = find_teacher(args, meta, world) if medusa or args.kd or paired(args) else None
+    """One run: args -> ckpt.pt and log.jsonl in its directory. Everything above serves it. Returns the data's meta."""
+    data, val, micro, ckpt = open_run(args, world)
+    meta = data.meta
+    teacher = None
+    if asks_teacher(args):
+        teacher = find_teacher(args, meta, world)
     model = new_model(args, data, teacher, ckpt, world)
-    averaged = copy.deepcopy(model, {id(teacher): teacher}).eval().requires_grad_(False)  # EMA; shares the backbone
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0, fused=True)
-    step, clip = 0, args.clip
+    # the average of the weights over the steps (EMA), for validation and samples; a backbone is shared
+    averaged = copy.deepcopy(model, {id(teacher): teacher}).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=BETAS, eps=EPSILON,
+                                  weight_decay=WEIGHT_DECAY, fused=True)
+    step = 0
+    clip = args.clip
     if ckpt:
         model.load_state_dict(ckpt["model"])
         averaged.load_state_dict(ckpt["ema"])
         optimizer.load_state_dict(ckpt["optimizer"])
-        step, clip = ckpt["step"], ckpt.get("clip")
         torch.set_rng_state(ckpt["rng"])
-        world.say(f"{args.out}: {'complete' if step >= args.steps else 'continuing'} at step {step}")
+        step = ckpt["step"]
+        clip = ckpt.get("clip")
         if step >= args.steps:
+            world.say(f"{args.out}: complete at step {step}")
             return meta
+        world.say(f"{args.out}: continuing at step {step}")
     if args.compile:
-        for net in ([getattr(teacher, "transformer", None) or teacher.lm.base_model]
-                    + [model.accumulator] * bool(args.noise) if medusa else [model.transformer]):
-            net.compile()
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
-    table = None
-    if args.teacher_cache:
-        first = os.environ.get("LOCAL_RANK", "0") == "0"   # of this machine, whose disk may be its own: makes the files
-        with world.in_turn(first):
-            table = TeacherCache(teacher, model_hash(teacher), data, args.teacher_cache, first, world.dtype)
-    elif teacher and not medusa and len(data) * data.length * meta["vocab_size"] <= 1 << 24:
-        table = LogitsTable(teacher, data)                                     # small dataset: one teacher pass for all
-    if teacher and not isinstance(table, LogitsTable) and world.dtype == "bfloat16":
-        body_to_bfloat16(teacher)
-    if args.teacher_cache:
-        with world.autocast:
-            table.fill(teacher, data, world.rank, world.size)
-        world.barrier()
+        for network in model.networks():
+            network.compile()
+    ddp = model
+    if world.size > 1:
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    # log
-    gpu = torch.cuda.get_device_name() if "cuda" in world.device else ""
-    peak = next((v for k, v in PEAKS.items() if k in gpu), None)
-    flops = flops_per_row(model, None if table else teacher, data.length)
-    parameters = sum(p.numel() for p in model.parameters())
-    log = open_log(args.out, step) if world.master else open(os.devnull, "w")
-    board = wandb.init(project=args.wandb, name=os.path.basename(args.out), config=vars(args)) if wandb else None
-
-    def record(**line):
-        log.write(json.dumps(line) + "\n")
-        if board and "step" in line:
-            board.log(line, step=line["step"])
-    if step == 0:
-        record(args=vars(args), config=model.config, device=world.device, dtype=world.dtype, processes=world.size,
-               micro_batch_size=micro, parameters=parameters, threads=torch.get_num_threads(), torch=torch.__version__,
-               git=git_commit(), rows=len(data), meta=meta)
-    world.say(f"{args.out}: {args.n_layer} layers x {model.config['n_embd']}, {parameters / 1e6:.1f}M parameters, "
-              f"{len(data)} rows of {data.length}, {world.size} x {world.device}, {world.dtype}, "
-              f"micro-batch {micro} of {args.batch_size}")
-
-    accumulate, pool = local // micro, ThreadPoolExecutor(1)
-
-    def mine(m):                                           # this process's part of the batch in micro-step m
-        a = (m * world.size + world.rank) * micro
-        return slice(a, a + micro)
-
-    def fetch(step, m):
-        """The rows of this process's micro-step, and what the table knows of them, on the host; pinned for CUDA."""
-        rows = order(step)[mine(m)]
-        read = [torch.from_numpy(data.rows(rows))] + ([table.load(rows)] if table else [])
-        return [x.pin_memory() for x in read] if "cuda" in world.device else read
-
-    def choose_clip():
-        best, found = search_clip(averaged, teacher, val, args, world)
-        record(step=step, clip=best, clip_search={f"{a:g},{b:g}": v for (a, b), v in found.items()})
-        return best
-
-    # SIGTERM and SIGINT: finish the step, save, stop
-    stop = []
-    handlers = {s: signal.signal(s, lambda signum, frame: stop.append(signum)) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    order = lru_cache(maxsize=1)(RowOrder(len(data), args.batch_size, args.seed))           # asked at each micro-step
-    n_blocks = getattr(model, "n_blocks", 1)
-    val_name = {"ar": "val_nll", "medusa": "val_nll_heads"}.get(args.model, "val_nll" if paired(args) else "val_nelbo")
-    val_name += "_given_noise" * paired(args)
-    per_step = args.batch_size * data.length
-    bad, began, step_then = 0, time.time(), step
-    bar = tqdm(total=args.steps, initial=step, desc=args.out, unit="step", disable=not world.master, mininterval=1)
-    try:
+    answers = teacher_of_rows(args, model, teacher, data, world)
+    validation = Validation(averaged, teacher, val, args, world)
+    accumulate = args.batch_size // world.size // micro    # micro-steps of a step
+    tokens_per_step = args.batch_size * data.length
+    kd = 1.0 if args.kd else 0.0                           # Table 4 weighs both terms alike
+    flops = flops_per_row(model, teacher if answers is None else None, data.length)
+    log = Log(args, world, step, tokens_per_step, flops / data.length)
+    batches = read_ahead(micro_batches(data, answers, args, micro, world, step))
+    skipped = 0                                            # steps in a row
+    with closing(log), StopSignals() as stop, closing(batches):
+        log.describe(args, world, model, data, micro, step)
         if args.clip_search and step == 0:
-            clip = choose_clip()
-        fetched = pool.submit(fetch, step, 0)
+            clip = validation.choose_clip(log, step)
         while step < args.steps:
-            levels = stratified_t(args.batch_size * n_blocks, rng(args.seed, LEVELS, step), args.t_one,
-                                  *clip or ()).view(-1, n_blocks)
+            # the whole batch's noise levels, of which every process takes its own
+            low, high = clip or (T_MIN, 1.0)
+            levels = stratified_t(args.batch_size * model.n_blocks, rng(args.seed, LEVELS, step),
+                                  args.t_one, low, high)
+            levels = levels.view(args.batch_size, model.n_blocks)
+            lr = lr_at(step, args)
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, args)
+                group["lr"] = lr
+
+            # forward and backward; gradients and figures are means over the whole batch
             means = {}
             for m in range(accumulate):
+                tokens, known = next(batches)
+                teacher_of_batch = teacher
+                if answers is not None:
+                    teacher_of_batch = answers.for_rows(known)
+                t = levels[part_of_batch(m, micro, world)]
                 key = (args.seed, NOISE, step, world.rank, m)
-                tokens, *known = fetched.result()
-                fetched = pool.submit(fetch, *divmod(step * accumulate + m + 1, accumulate))     # while this one runs
-                tokens, kw = on_device(tokens, levels[mine(m)], table.at(*known) if table else teacher,
-                                       torch_seed(*key), args, world)
-                kw |= ({"kd": 1.0} if args.kd else {}) | ({"clip": clip} if clip else {})
-                torch.manual_seed(torch_seed(*key, 1))                         # dropout
-                if world.size > 1:
-                    ddp.require_backward_grad_sync = m == accumulate - 1       # before the forward pass, as DDP wants
+                kw = loss_inputs(model, world, t, teacher_of_batch, torch_seed(*key), kd=kd, clip=clip)
+                torch.manual_seed(torch_seed(*key, 1))     # dropout
+                # the last micro-step sums gradients over the processes; DDP wants to know beforehand
+                ddp.require_backward_grad_sync = m == accumulate - 1
                 with world.autocast:
-                    loss, parts = ddp(tokens, **kw)
+                    loss, parts = ddp(tokens.to(world.device, non_blocking=True), **kw)
                 (loss / accumulate).backward()
-                for k, v in dict(loss=loss.item(), **parts).items():
-                    means[k] = means.get(k, 0.0) + v / accumulate / world.size
+                for name, value in dict(loss=loss.item(), **parts).items():
+                    means[name] = means.get(name, 0.0) + value / accumulate / world.size
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
-            stopping, *sums = world.sum(len(stop), *means.values())
+            # one process's signal stops all
+            stopping, *sums = world.sum(len(stop.received), *means.values())
             means = dict(zip(means, sums))
+
+            # the update, or none where a number is not finite
             if math.isfinite(means["loss"]) and torch.isfinite(norm):
-                bad = 0
+                skipped = 0
                 optimizer.step()
-                decay = min(args.ema, (1 + step) / (10 + step))
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+                # a short average at first: the weights of the beginning are soon forgotten
+                update_average(averaged, model, min(args.ema, (1 + step) / (10 + step)))
             else:
-                bad += 1
-                world.say(f"step {step}: loss {means['loss']} and gradient norm {norm.item()} are not both finite, "
-                          "step skipped")
-                if bad == 20:
-                    raise BadInput(f"the loss was not finite for 20 steps in a row, up to step {step}: start again "
-                                   f"with a lower --lr (now {args.lr}) and another --out; {args.out} keeps its weights")
+                skipped += 1
+                world.say(f"step {step}: loss {means['loss']} and gradient norm {norm.item()} are not both "
+                          "finite, step skipped")
+                if skipped == 20:
+                    raise BadInput(f"the loss was not finite for 20 steps in a row, up to step {step}: start "
+                                   f"again with a lower --lr (now {args.lr}) and another --out; {args.out} "
+                                   "keeps its weights")
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            rate = (step - step_then) * per_step / max(1e-9, time.time() - began)
-            bar.update()
-            bar.set_postfix(loss=f"{means['loss']:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
-            if step % args.log_every == 0 or step == args.steps or bad:
-                mfu = {"mfu": round(rate / data.length * flops / (peak * world.size), 4)} if peak else {}
-                record(step=step, **means, lr=lr_at(step - 1, args), grad_norm=norm.item(), tokens=step * per_step,
-                       tokens_per_s=round(rate), skipped=bool(bad), **mfu)
-                began, step_then = time.time(), step
-            if step % args.eval_every == 0 or step == args.steps:
-                value = validate(averaged, teacher, val, args, world)
-                record(step=step, **{val_name: value})
-                world.say(f"{args.out} step {step}: {val_name} {value:.4f}")
+
+            # log, validate, save
+            last = step == args.steps
+            log.show(step, means["loss"])
+            if step % args.log_every == 0 or last or skipped:
+                log.record(step=step, **means, lr=lr, grad_norm=norm.item(), skipped=bool(skipped),
+                           tokens=step * tokens_per_step, **log.speed(step))
+                log.restart_clock(step)
+            if step % args.eval_every == 0 or last:
+                validation.report(log, step)
                 if args.clip_search and step % args.eval_every == 0:
-                    clip = choose_clip()
-                began, step_then = time.time(), step
-            if world.master and (step % args.save_every == 0 or step == args.steps or stopping):
+                    clip = validation.choose_clip(log, step)
+                log.restart_clock(step)
+            if world.master and (step % args.save_every == 0 or last or stopping):
                 save(os.path.join(args.out, "ckpt.pt"), dict(
-                    model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                    tokens_seen=step * per_step, rng=torch.get_rng_state(), args=vars(args), config=model.config,
-                    meta=meta, git=git_commit(), clip=clip))
+                    model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(),
+                    step=step, tokens_seen=step * tokens_per_step, rng=torch.get_rng_state(), clip=clip,
+                    args=vars(args), config=vars(model.config), meta=meta, git=git_commit()))
             if stopping:
                 world.say(f"{args.out}: stopped at step {step}, saved; the same command continues")
                 world.barrier()                            # the others wait for the checkpoint
-                sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
-        if stop:                                           # too late for the loop: done, but go no further
-            sys.exit(128 + stop[0])
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-        log.close()
-        if board:
-            board.finish()
+                stop.exit()
+        if stop.received:                                  # too late for the loop: go no further
+            stop.exit()
     return meta
+
+
+def report(args, meta):
+    """The table that a run on the maze ends with; of other data there is none."""
+    if meta["tokenizer"] != "maze" or not args.report:
+        return
+    command = ["maze", "--ckpt"]
+    if MODELS[args.model].drafts:
+        command = ["acceptance", "--ckpt"]
+    elif needs_teacher(args.noise):
+        command.append(teacher_path(args, meta))           # a row of its own, to compare
+    evaluate.main([*command, args.out, f"--n={args.report}", f"--dtype={args.dtype}"])
 
 
 def main():
@@ -625,13 +924,12 @@ def main():
         if world.master and not os.path.exists(args.data):
             make_maze(name)
         world.barrier()
+    train_missing_teacher(args, world)
     meta = train(args, world)
     if world.size > 1:
         dist.destroy_process_group()
-    if meta["tokenizer"] == "maze" and args.report and world.master:
-        teacher = [args.teacher or default_teacher(meta, args.length)] * paired(args)
-        what = ["acceptance", "--ckpt"] if args.model == "medusa" else ["maze", "--ckpt", *teacher]
-        evaluate.main([*what, args.out, f"--n={args.report}", f"--dtype={args.dtype}"])
+    if world.master:
+        report(args, meta)
 
 
 if __name__ == "__main__":

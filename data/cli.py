@@ -1,6 +1,7 @@
 """What every command shares: flags, one sentence on bad input, exit code 2.
 """
 import argparse
+import functools
 import importlib
 import math
 import os
@@ -14,7 +15,7 @@ class BadInput(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that says one sentence on an error, on stderr, exit code 2, and takes no abbreviated flags."""
+    """An argparse parser that says one sentence on an error (on stderr, exit code 2) and takes no abbreviated flags."""
 
     def __init__(self, **kw):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kw)
@@ -24,28 +25,27 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# values of flags
+
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
-    """An argparse type: an int or a float within bounds, refused with a sentence otherwise."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        if not (low <= value <= high and value > above):
-            bounds = (("at least", low), ("above", above), ("at most", high))
-            wanted = " and ".join(f"{what} {bound}" for what, bound in bounds if abs(bound) < math.inf)
-            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
-        return value
-    return parse
+    """An argparse type: number(int, 1, 9) reads a whole number from 1 to 9, number(float, above=0) a positive one."""
+    return functools.partial(parse_number, kind, low, high, above)
 
 
-def optional(package, flag):
-    """Import an optional package, or say how to get it."""
+def parse_number(kind, low, high, above, text):
+    """The number that a flag's text stands for; ArgumentTypeError, with a sentence, where it does not fit."""
     try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise BadInput(f"{flag} needs {package}: pip install {package.split('.')[0]}, or leave the flag out") from None
+        value = kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+    # (nan compares false with everything, so it is refused here as well)
+    if not (low <= value <= high and value > above):
+        bounds = [("at least", low), ("above", above), ("at most", high)]
+        wanted = " and ".join(f"{words} {bound}" for words, bound in bounds if abs(bound) < math.inf)
+        raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
+    return value
 
 
 def unescape(text):
@@ -58,10 +58,24 @@ def unescape(text):
 
 def check_output(flag, path, fresh=False):
     """Refuse a file that cannot be written before any work is done; with `fresh`, one that is there already."""
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        raise BadInput(f"{flag}: {path} cannot be written (no such folder, or itself one): choose another file")
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        raise BadInput(f"{flag}: {path} cannot be written (no such folder, or itself one): "
+                       "choose another file")
     if fresh and os.path.exists(path):
         raise BadInput(f"{flag}: {path} exists already: choose another file, or remove it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# around a command
+
+def optional(package, flag):
+    """Import a package that only `flag` needs, or say how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.split(".")[0]
+        raise BadInput(f"{flag} needs {package}: pip install {name}, or leave the flag out") from None
 
 
 def run_main(main):
@@ -69,18 +83,21 @@ def run_main(main):
     try:
         main()
     except BadInput as e:
-        if int(os.environ.get("LOCAL_RANK", 0)):           # if the first process fails too, it speaks for all:
-            time.sleep(5)                                  # torchrun ends the others meanwhile
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            # a bad flag fails in every process: the first speaks for all, and torchrun ends the others meanwhile
+            time.sleep(5)
         print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)                                      # what a shell expects of a command ended by Ctrl-C
 
 
 def git_commit():
     """The commit of this code, with + when it was changed since, or "" outside a checkout."""
-    describe = ["git", "-C", os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "describe", "--always", "--dirty=+", "--exclude=*"]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    # --exclude=*: no tag, so that the answer is a hash
+    command = ["git", "-C", root, "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    except OSError:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:                                        # no git here
         return ""

@@ -13,29 +13,46 @@ MAZE = ["......",
         "....T.",
         "..#..."]
 FREE = {(r, c) for r, line in enumerate(MAZE) for c, cell in enumerate(line) if cell != "#"}
-START, TARGET = (2, 1), (4, 4)
-MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))
-PAD, MAZE_BOS, MAZE_LENGTH = 4, 5, 10
+START = (2, 1)                                             # row, column
+TARGET = (4, 4)
+MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))                 # U D L R
+PAD = 4
+MAZE_LENGTH = 10
 
 
-@functools.cache                                         # half a second, and every table row asks for it
+@functools.cache                                           # every table row asks for it
 def maze_paths():
-    """All valid sequences, [2000, 10] uint16, sorted by length: free cells only, target first reached at the end."""
-    paths, frontier = [], [((), START)]
-    for m in range(1, MAZE_LENGTH + 1):
-        steps = [(path + (k,), (r + dr, c + dc)) for path, (r, c) in frontier for k, (dr, dc) in enumerate(MOVES)]
-        paths += [path + (PAD,) * (MAZE_LENGTH - m) for path, at in steps if at == TARGET]
-        frontier = [(path, at) for path, at in steps if at in FREE and at != TARGET]
-    paths = np.array(paths, dtype=np.uint16)
-    paths.setflags(write=False)
-    return paths
+    """All valid sequences, [2000, 10] uint16, sorted by length: free cells only, the target first reached at the end.
+
+    A path may visit a cell more than once.
+    """
+    paths = []
+    walk((), START, paths)
+    paths.sort(key=len)                                    # stable: among equals, the order of the walk
+    rows = np.full((len(paths), MAZE_LENGTH), PAD, dtype=np.uint16)
+    for row, path in zip(rows, paths):
+        row[:len(path)] = path
+    rows.setflags(write=False)                             # all callers share it
+    return rows
+
+
+def walk(path, cell, paths):
+    """Add to `paths` every way to go on from `path` (moves, a tuple), which has led to `cell`, to the target."""
+    if cell == TARGET:
+        paths.append(path)
+    elif cell in FREE and len(path) < MAZE_LENGTH:
+        r, c = cell
+        for move, (dr, dc) in enumerate(MOVES):
+            walk((*path, move), (r + dr, c + dc), paths)
 
 
 def maze_keys(rows):
     """Rows [N, 10 or more] -> one integer each, to compare and count; -1: not of U D L R PAD, or no PAD in the tail."""
     path, tail = np.split(np.asarray(rows, dtype=np.int64), [MAZE_LENGTH], axis=1)
-    fits = (path <= PAD).all(1) & (path >= 0).all(1) & (tail == PAD).all(1)
-    return np.where(fits, path @ 5 ** np.arange(MAZE_LENGTH), -1)
+    path_fits = (path >= 0).all(1) & (path <= PAD).all(1)
+    tail_fits = (tail == PAD).all(1)
+    digits = 5 ** np.arange(MAZE_LENGTH)                   # a path is a number of 10 digits to the base of 5
+    return np.where(path_fits & tail_fits, path @ digits, -1)
 
 
 def maze_valid(rows):
@@ -48,46 +65,68 @@ def maze_dataset(name):
     paths = maze_paths()
     if name == "maze":
         return paths
-    weight = np.exp(-5 * ((paths != PAD).sum(1) - 5) / 2)
-    return paths[np.random.default_rng(0).choice(len(paths), 2000, p=weight / weight.sum())]
+    moves = (paths != PAD).sum(1)
+    weight = np.exp(-5 * (moves - 5) / 2)                  # two moves more: e^5 times as rare
+    draws = np.random.default_rng(0).choice(len(paths), 2000, p=weight / weight.sum())
+    return paths[draws]
 
 
 def draw_maze(row):
-    """A path on the grid, for the terminal: digits are the visiting order (latest at a cell); how it ends."""
-    grid, at, note = [list(line) for line in MAZE], START, "does not reach T"
-    for i, k in enumerate(row, 1):
-        if k >= PAD:
+    """A path on the grid, as text: digits are the visiting order (the latest at a cell); below, its moves, and how it
+    ends.
+    """
+    grid = [list(line) for line in MAZE]
+    cell = START
+    note = "does not reach T"
+    for i, move in enumerate(row, 1):
+        if move >= PAD:
             break
-        at = at[0] + MOVES[k][0], at[1] + MOVES[k][1]
-        if at not in FREE:
+        dr, dc = MOVES[move]
+        cell = (cell[0] + dr, cell[1] + dc)
+        if cell not in FREE:
             note = f"move {i} leaves the free cells"
             break
-        if at == TARGET:
-            note = f"reaches T in {i} moves" if all(k == PAD for k in row[i:]) else "goes on after T"
+        if cell == TARGET:
+            note = f"reaches T in {i} moves"
+            if any(k != PAD for k in row[i:]):
+                note = "goes on after T"
             break
-        grid[at[0]][at[1]] = str(i % 10)
+        grid[cell[0]][cell[1]] = str(i % 10)
+    picture = "\n".join(" ".join(line) for line in grid)
     moves = "".join("UDLR.?"[min(k, 5)] for k in row)
-    return "\n".join(" ".join(line) for line in grid) + f"\n{moves}: {note}\n"
+    return f"{picture}\n{moves}: {note}\n"
 
 
 class ExactDenoiser:
-    """The perfect plain MDLM of an enumerable language: true conditionals, from its rows [M, L] (repeats are weights).
+    """The perfect plain MDLM of an enumerable language: the true conditionals, counted from its rows.
 
-    Stands in for a network in `mdlm.unmask`: hidden(x) is the log-probability of every token at every position, or at
-    those in `at`, given what is revealed; uniform on a context that no row fits (several tokens a step get there).
+    Stands in for a network in `mdlm.unmask`. On a context that no row fits (several tokens a step get there) it is
+    uniform. Shapes: B rows at once, L length, V vocabulary, M rows of the language.
     """
 
     def __init__(self, rows, vocab_size):
+        """rows [M, L] of ids below vocab_size; a row that stands there twice is twice as likely."""
         import torch                                       # here alone: making datasets needs none
-        self.V, self.one_hot = vocab_size, torch.nn.functional.one_hot
-        self.rows = self.one_hot(torch.as_tensor(rows).long(), vocab_size).double().flatten(1)     # (M, L V), exact
+        self.V = vocab_size
+        self.one_hot = torch.nn.functional.one_hot
+        rows = torch.as_tensor(rows).long()
+        # (M, L V), in float64: counts stay exact
+        self.rows = self.one_hot(rows, vocab_size).double().flatten(1)
 
-    def hidden(self, x, rows=None, at=slice(None)):
-        given = self.one_hot(x, self.V + 1)[..., :self.V].double().flatten(1)                       # [MASK] -> zeros
-        fits = (given @ self.rows.T == (x < self.V).sum(1, keepdim=True)).double()                  # (B, M)
-        count = (fits @ self.rows).view(*x.shape, self.V)
+    def hidden(self, x, rows=None, wanted=slice(None)):
+        """x [B, L] with [MASK]s (id V) -> log-probabilities [B, L, V] of the tokens, given what x reveals.
+
+        Of these `[wanted]`: a mask [B, L] gives [N, V]. `rows`, the numbers of x's rows in their batch, is not read: it
+        is there for networks with noise.
+        """
+        revealed = self.one_hot(x, self.V + 1)[..., :self.V]   # zeros at a [MASK]
+        revealed = revealed.double().flatten(1)                # (B, L V)
+        n_revealed = (x < self.V).sum(1, keepdim=True)         # (B, 1)
+        # a row of the language fits where it agrees with all that is revealed
+        fits = (revealed @ self.rows.T == n_revealed).double()  # (B, M)
+        count = (fits @ self.rows).view(*x.shape, self.V)      # (B, L, V)
         count[fits.sum(1) == 0] = 1
-        return (count / count.sum(-1, keepdim=True)).log()[at]
+        return (count / count.sum(-1, keepdim=True)).log()[wanted]
 
     def logits(self, h):
         return h

@@ -1,4 +1,10 @@
 """What the teacher says about the training rows, kept: in memory for a small dataset, on disk for a large one.
+
+Either stands in for the teacher in `MDLM.loss`, which asks for `posterior_logits` only. A batch is announced in two
+steps: `load(rows)` reads what is known of these rows of the dataset (in the thread that reads batches ahead), and
+`for_rows(loaded)` says that the next batch holds them.
+
+Shapes: N masked tokens of a batch, V vocabulary, L length of a row with BOS, k tokens kept per position.
 """
 import json
 import math
@@ -14,125 +20,214 @@ from data.shards import write_json
 from gumbel import CHUNK
 
 
-class LogitsTable:
-    """The teacher's logits on every row of a small dataset, computed once: [rows, L - 1, V] float32 on the device.
+class TeacherLogits:
+    """The teacher's logits at every position of a small dataset, in memory: [rows, L - 1, V] float32, on its device.
 
-    In place of the teacher in `MDLM.loss`: `table.at(table.load(rows))` says which rows the batch holds. In float32.
+    They are exact, so that they serve token distillation as well as the noise.
     """
 
     @torch.no_grad()
     def __init__(self, teacher, data, batch=1024):
-        rows = torch.from_numpy(data.rows(range(len(data)))).to(teacher.device)
-        self.table = torch.cat([teacher.logits(teacher.hidden(x)) for x in rows[:, :-1].split(batch)])
+        """One pass of the teacher over the `Shards` data, `batch` rows at a time."""
+        tokens = torch.from_numpy(data.rows(range(len(data)))).to(teacher.device)
+        parts = []
+        for x in tokens[:, :-1].split(batch):
+            parts.append(teacher.logits(teacher.hidden(x)))
+        self.table = torch.cat(parts)
 
     def load(self, rows):
+        """What `for_rows` wants for these rows of the dataset: here the rows' numbers, since all is in memory."""
         return torch.as_tensor(rows)
 
-    def at(self, rows):
-        self.rows = rows.to(self.table.device)
+    def for_rows(self, loaded):
+        """The next batch holds the rows that `load` returned this for. Returns self."""
+        self.rows = loaded.to(self.table.device)
         return self
 
     def posterior_logits(self, tokens, masked):
-        logits = self.table[self.rows][masked[:, 1:]]
+        """A function (a, b) -> the teacher's float32 logits [b - a, V] behind the masked tokens number a to b.
+
+        tokens, masked [B, L], of the rows that `for_rows` named. BOS is never masked.
+        """
+        logits = self.table[self.rows][masked[:, 1:]]  # (N, V)
         return lambda a, b: logits[a:b]
 
 
-class TeacherCache:
-    """What the teacher said about every position of the training rows, on disk: from then on noise needs no teacher.
+def truncated_logits(p, ids, p_w, frequency, tokens):
+    """The logarithm of the teacher's distribution as far as a cache knows it, [N, V] float32, not yet normalised.
 
-    Per position the ids of its k most probable tokens, their -log p and that of the token which is there, in uint16 (of
-    1/2048 nat): 4 k + 2 bytes, 307 GB for the 9.04 G tokens of OpenWebText at k = 8. These k + 1 enter the posterior
-    T_j = E_j + p_j E_0 as they are; the others share the rest of the mass by their frequency in the text, s_j. Given
-    the text, the noise's law is then off by
+    Known are the probabilities p [N, k] of the tokens ids [N, k], and p_w [N, 1], that of the true token [N]. The
+    others share what is left of the mass by their frequency in the text [V]: s_j for token j, in place of its p_j. With
+    nothing left they get -inf. The true token's entry is always finite, so that the softmax that follows, which also
+    takes away the rounding of p, never gives nan.
 
-        TV = d / (1 + d),   d = sum over the others of (s_j - p_j)^+   (< the rest of the mass),
+    Noise drawn from the posterior under this distribution has a law that is off, given the text, by the total variation
 
-    beside the rounding (under 3e-4): with E_0 = T_w / p_w known both laws are shifted exponentials, of one density
-    where both are positive. Much of it is invisible to softmax(noise): p_j E_0 only matters to the few runners for
-    whom E_j is as small. (An even share would be seen: it raises the smallest E_j of all, which are about 1 / V.)
+        TV = d / (1 + d),   d = sum over the others of (s_j - p_j)^+   (at most the mass that is left):
 
-    In place of the teacher in `MDLM.loss`, as `LogitsTable`. Written once, in chunks of rows that any process of any
-    run may fill in (`fill`); in a folder beside the shards that names teacher, row length and k. Raises BadInput.
+    with E_0 = T_w / p_w known, the arrival time of another token, E_j + s_j E_0 in place of E_j + p_j E_0, is a shifted
+    exponential either way, and the two have the same density where both are positive. Much of it is invisible to
+    softmax(noise): p_j E_0 only matters to the few runners for whom E_j is as small. (An even share would be seen: it
+    raises the smallest E_j of all, which are about 1 / V.)
     """
-    CHUNK, SCALE = 64, 2048                                # rows; values of a nat
+    w = tokens.unsqueeze(-1)  # (N, 1)
+    w_is_extra = (ids != w).all(-1, keepdim=True)          # (N, 1): the true token is not among the k
+    left = 1 - p.sum(-1, keepdim=True) - p_w.where(w_is_extra, 0)
+    left = left.clamp(min=0)                               # of p as rounded, the sum may be a little above 1
+    frequency_left = 1 - frequency[ids].sum(-1, keepdim=True) - frequency[w].where(w_is_extra, 0)
+    frequency_left = frequency_left.clamp(min=1e-9)        # 0 where all tokens are known: nobody shares then
+    log_p = (left / frequency_left).log() + frequency.log()  # (N, V)
+    # in place: of all sizes here only this one counts, V is 50,257 with GPT-2
+    log_p.scatter_(-1, ids, p.log())
+    log_p.scatter_(-1, w, p_w.log())
+    return log_p
+
+
+class TeacherCache:
+    """The teacher's k most probable tokens at every position of the training rows, on disk: noise without a teacher.
+
+    Per position: the ids of the k tokens, their -log p, and that of the token which is there. All are uint16, the -log
+    p in 1/2048 nat (so that they are off by less than 3e-4): 4 k + 2 bytes, 307 GB for the 9.04 G tokens of OpenWebText
+    at k = 8. What this leaves out, and what it costs: `truncated_logits`.
+
+    It lies in a folder beside the shards that names teacher, precision, row length and k: topk.bin (the values),
+    done.bin (a byte per chunk of rows: whether it is written), frequency.npy and meta.json. It is written once, in
+    chunks that any process of any run may fill in (`fill`). Raises BadInput where it cannot be written, or is of other
+    data.
+    """
+    CHUNK_ROWS = 64
+    STEPS_PER_NAT = 2048
 
     def __init__(self, teacher, sha256, data, k, master=True, dtype="float32"):
+        """sha256: the hash of the teacher's weights; dtype: the precision it is run in. `master`: of the processes on
+        this machine, the one that makes the files; it must come first.
+        """
         self.k = min(k, teacher.vocab_size)
         self.folder = os.path.join(data.path, f"teacher-{sha256}-{dtype}-{data.length}-k{self.k}")
-        shape, n = (len(data), data.length - 1, 2 * self.k + 1), math.ceil(len(data) / self.CHUNK)
-        size = 2 * math.prod(shape)
-        meta = dict(teacher=sha256, dtype=dtype, length=data.length, k=self.k, rows=len(data), shards=data.hashes())
-        meta_file, frequency, values, done = [os.path.join(self.folder, f) for f in (
-            "meta.json", "frequency.npy", "topk.bin", "done.bin")]
+        self.meta_file = os.path.join(self.folder, "meta.json")
+        self.frequency_file = os.path.join(self.folder, "frequency.npy")
+        self.values_file = os.path.join(self.folder, "topk.bin")
+        self.done_file = os.path.join(self.folder, "done.bin")
+        shape = (len(data), data.length - 1, 2 * self.k + 1)
+        n_chunks = math.ceil(len(data) / self.CHUNK_ROWS)
+        sizes = {self.values_file: 2 * math.prod(shape), self.done_file: n_chunks}
+        # what the values are of: a folder that says otherwise is refused
+        meta = dict(teacher=sha256, dtype=dtype, length=data.length, k=self.k, rows=len(data))
+        meta["shards"] = data.hashes()
+        if master and not os.path.exists(self.meta_file):
+            try:
+                self._create(data, meta, sizes)
+            except OSError as e:
+                raise BadInput(f"{self.folder} cannot be written ({e.strerror}): make {data.path} "
+                               "writable, or leave --teacher_cache out") from None
+        self._check(data, meta, sizes)
+        self.frequency = self.frequency.to(teacher.device)
+        self.values = np.memmap(self.values_file, "<u2", "r", shape=shape)
+        self.done = np.memmap(self.done_file, np.uint8, "r")
+
+    def _create(self, data, meta, sizes):
+        """Make the files at their full size, and meta.json last: where it is, the others are complete."""
+        size = sizes[self.values_file]
+        free = shutil.disk_usage(data.path).free
+        if free < size:
+            raise BadInput(f"a cache of the teacher's {self.k} best on {data.path} takes "
+                           f"{size / 1e9:.1f} GB, and {free / 1e9:.1f} are free: "
+                           "choose a smaller --teacher_cache, or leave it out")
+        os.makedirs(self.folder, exist_ok=True)
+        np.save(self.frequency_file, data.frequency())
+        for path, length in sizes.items():
+            with open(path, "ab") as f:                    # "ab" never empties: another run may be at it
+                f.truncate(length)
+        temporary = f"{self.meta_file}.{os.getpid()}"
+        write_json(temporary, meta)
+        os.replace(temporary, self.meta_file)
+
+    def _check(self, data, meta, sizes):
+        """Read the token frequencies [V]; BadInput where the files are damaged, or of other data."""
         try:
-            if master and not os.path.exists(meta_file):
-                if (free := shutil.disk_usage(data.path).free) < size:
-                    raise BadInput(f"a cache of the teacher's {self.k} best on {data.path} takes {size / 1e9:.1f} GB, "
-                                   f"and {free / 1e9:.1f} are free: choose a smaller --teacher_cache, or leave it out")
-                os.makedirs(self.folder, exist_ok=True)
-                np.save(frequency, data.frequency())
-                for path, length in ((values, size), (done, n)):
-                    with open(path, "ab") as f:            # (never emptied: another run may be at it)
-                        f.truncate(length)
-                write_json(f"{meta_file}.{os.getpid()}", meta)
-                os.replace(f"{meta_file}.{os.getpid()}", meta_file)
-        except OSError as e:
-            raise BadInput(f"{self.folder} cannot be written ({e.strerror}): make {data.path} writable, or leave "
-                           "--teacher_cache out") from None
-        try:
-            with open(meta_file) as f:
-                there = json.load(f)
-            self.frequency = torch.from_numpy(np.load(frequency)).to(teacher.device)               # (V)
+            with open(self.meta_file) as f:
+                found = json.load(f)
+            self.frequency = torch.from_numpy(np.load(self.frequency_file))
         except (OSError, ValueError) as e:
-            raise BadInput(f"{self.folder} cannot be read ({e}): remove {self.folder}, it is written again") from None
-        if there != meta or [os.path.getsize(f) for f in (values, done) if os.path.exists(f)] != [size, n]:
-            raise BadInput(f"{self.folder} is truncated, or of other data than {data.path} holds now: remove it, it is "
-                           "written again")
-        self.values = np.memmap(values, "<u2", "r", shape=shape)
-        self.done = np.memmap(done, np.uint8, "r")
+            raise BadInput(f"{self.folder} cannot be read ({e}): remove {self.folder}, "
+                           "it is written again") from None
+        wrong_size = any(not os.path.exists(path) or os.path.getsize(path) != size
+                         for path, size in sizes.items())
+        if found != meta or wrong_size:
+            raise BadInput(f"{self.folder} is truncated, or of other data than {data.path} holds now: "
+                           "remove it, it is written again")
+
+    # writing
 
     @torch.no_grad()
     def fill(self, teacher, data, rank=0, size=1):
-        """The teacher's pass over the rows whose chunk is not done: this process's share of them, then the others'."""
+        """The teacher's pass over the rows whose chunk is not done, shared by the processes `rank` of `size`."""
         n = len(self.done)
-        chunks = [c for c in dict.fromkeys((*range(rank, n, size), *range(n))) if not self.done[c]]
+        # this process's share first, then what the others have left undone
+        mine = range(rank, n, size)
+        others = [c for c in range(n) if c not in mine]
+        chunks = [c for c in [*mine, *others] if not self.done[c]]
         for c in tqdm(chunks, desc="teacher's pass", unit="chunk", disable=rank > 0 or not chunks):
             if self.done[c]:                               # by another process, meanwhile
                 continue
-            rows = range(len(data))[c * self.CHUNK:(c + 1) * self.CHUNK]
-            tokens = torch.from_numpy(data.rows(rows)).to(teacher.device)
-            h = torch.cat([teacher.hidden(some[:, :-1]) for some in tokens.split(8)]).flatten(0, 1)
-            part, new = max(1, CHUNK // teacher.vocab_size), []
-            for h, x in zip(h.split(part), tokens[:, 1:].reshape(-1, 1).split(part)):
-                logp = teacher.logits(h).log_softmax(-1)
-                top, ids = logp.topk(self.k)
-                own = logp.gather(1, x)
-                if not own.isfinite().all():
-                    raise BadInput(f"the teacher gives a token in rows {rows.start} to {rows.stop} of {data.path} "
-                                   "probability 0, or nan: it does not fit this text")
-                nats = (torch.cat([top, own], 1) * -self.SCALE).round_().clamp_(0, 65535)
-                new.append(torch.cat([ids, nats.long()], 1).cpu().numpy().astype("<u2"))
-            # written, not mapped: a full disk is an error, not a SIGBUS; values first: what is marked done is on disk
+            first = c * self.CHUNK_ROWS
+            rows = range(first, min(first + self.CHUNK_ROWS, len(data)))
+            values = self._read_teacher(teacher, data, rows)
             try:
-                for name, at, what in (("topk.bin", rows.start * self.values[0].nbytes, np.concatenate(new)),
-                                       ("done.bin", c, b"\1")):
-                    with open(os.path.join(self.folder, name), "r+b") as f:
-                        f.seek(at)
-                        f.write(what)
-                        f.flush()
-                        os.fsync(f.fileno())
+                # values first, on disk: what is marked done can be trusted after any crash
+                self._write(self.values_file, first * self.values[0].nbytes, values)
+                self._write(self.done_file, c, b"\1")
             except OSError as e:
-                raise BadInput(f"{self.folder} cannot be written ({e.strerror}): make room, and repeat the command to "
-                               "continue") from None
+                raise BadInput(f"{self.folder} cannot be written ({e.strerror}): make room, "
+                               "and repeat the command to continue") from None
+
+    def _read_teacher(self, teacher, data, rows):
+        """What is kept of these rows: uint16 [rows * (L - 1), 2 k + 1], the ids, then the -log p of them and of x."""
+        tokens = torch.from_numpy(data.rows(rows)).to(teacher.device)
+        h = torch.cat([teacher.hidden(x) for x in tokens[:, :-1].split(8)]).flatten(0, 1)
+        x = tokens[:, 1:].reshape(-1, 1)
+        parts = []
+        chunk = max(1, CHUNK // teacher.vocab_size)        # positions whose logits are held at once
+        for h_part, x_part in zip(h.split(chunk), x.split(chunk)):
+            logp = teacher.logits(h_part).log_softmax(-1)
+            top, ids = logp.topk(self.k)
+            logp_x = logp.gather(1, x_part)
+            if not logp_x.isfinite().all():
+                raise BadInput(f"the teacher gives a token in rows {rows.start} to {rows.stop} of "
+                               f"{data.path} probability 0, or nan: it does not fit this text")
+            nats = torch.cat([top, logp_x], 1).neg()
+            steps = (nats * self.STEPS_PER_NAT).round().clamp(0, 65535)
+            parts.append(torch.cat([ids, steps.long()], 1).cpu().numpy().astype("<u2"))
+        return np.concatenate(parts)
+
+    def _write(self, path, offset, what):
+        # written, not mapped: on a full disk a map dies of SIGBUS, and this raises an OSError
+        with open(path, "r+b") as f:
+            f.seek(offset)
+            f.write(what)
+            f.flush()
+            os.fsync(f.fileno())
+
+    # reading
 
     def load(self, rows):
+        """What is stored of these rows of the dataset, [B, L - 1, 2 k + 1]. torch moves no uint16: as int16."""
         return torch.from_numpy(self.values[rows].view(np.int16))
 
-    def at(self, values):
-        self.now = values
+    def for_rows(self, loaded):
+        """The next batch holds the rows that `load` returned this for. Returns self."""
+        self.loaded = loaded
         return self
 
     def posterior_logits(self, tokens, masked):
-        v = self.now.to(tokens.device, non_blocking=True)[masked[:, 1:]].int() & 65535             # (N, 2 k + 1)
-        ids, p = v[:, :self.k].long(), (v[:, self.k:].float() / -self.SCALE).exp_()
-        return lambda a, b: (p[a:b, :-1], ids[a:b], p[a:b, -1:], self.frequency)
+        """A function (a, b) -> float32 logits [b - a, V], `truncated_logits` of the masked tokens number a to b.
+
+        tokens, masked [B, L], of the rows that `for_rows` named. BOS is never masked.
+        """
+        values = self.loaded.to(tokens.device, non_blocking=True)
+        values = values[masked[:, 1:]].int() & 0xFFFF      # (N, 2 k + 1); what torch holds as int16 is uint16
+        ids = values[:, :self.k].long()
+        nats = values[:, self.k:].float() / self.STEPS_PER_NAT
+        p, p_w = nats.neg().exp().split([self.k, 1], 1)  # (N, k), (N, 1)
+        x = tokens[:, 1:][masked[:, 1:]]  # (N)
+        return lambda a, b: truncated_logits(p[a:b], ids[a:b], p_w[a:b], self.frequency, x[a:b])

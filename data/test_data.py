@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import shutil
+import string
 import tarfile
 
 import numpy as np
@@ -13,19 +14,19 @@ import pytest
 import torch
 
 import evaluate
-import gumbel
 import sample
 import train
 from data import prepare, shards
 from data.cli import BadInput
 from data.documents import documents
 from data.maze import PAD, draw_maze, maze_dataset, maze_paths, maze_valid
-from data.shards import Shards, Writer, read_meta
-from data.teacher_cache import TeacherCache
-from data.vocab import Tokenizer
-from gumbel import sample_exponential
+from data.shards import Shards, Writer, changed_meta, read_meta
+from data.teacher_cache import TeacherCache, truncated_logits
+from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
+from gumbel import posterior_times, sample_exponential
 from teacher import AR, model_hash
-from test_gumbel import (DOCS, LONG, SHARED, TINY, gen, interrupt_after, randomise, refused, same_dataset, tiny, tiny_ar)
+from test_gumbel import (DOCS, LONG, SHARED, TINY, gen, interrupt_after, randomise, refused, same_dataset, tiny,
+                         tiny_ar)
 from test_gumbel import cli, runs, text_file, text_runs  # noqa: F401, the fixtures
 
 
@@ -37,11 +38,13 @@ def test_truncated_posterior_is_as_far_off_as_theory_says(w):
     frequency = torch.tensor([0.1, 0.2, 0.05, 0.3, 0.15, 0.2])
     n, logits, tokens = 200_000, p.log(), torch.tensor([w])
     e = sample_exponential((n, 6), gen(w))
-    exact = gumbel._posterior_times(logits.expand(n, 6), tokens.expand(n), e.clone())
+    exact = posterior_times(logits.expand(n, 6), tokens.expand(n), e)
 
     def truncated(ids):
-        return gumbel._truncated_posterior_times(p[ids].expand(n, -1), ids.expand(n, -1), p[tokens].expand(n, 1),
-                                                 frequency, tokens.expand(n), e.clone())
+        logits = truncated_logits(p[ids].expand(n, -1), ids.expand(n, -1), p[tokens].expand(n, 1), frequency,
+                                  tokens.expand(n))
+        assert torch.allclose(logits.logsumexp(-1), torch.zeros(n), atol=1e-6)
+        return posterior_times(logits, tokens.expand(n), e)
     for ids in (torch.arange(6), torch.tensor([5, 3, 1, 0, 2, 4])):
         assert torch.allclose(truncated(ids), exact, rtol=1e-5)
     T, known = truncated(torch.tensor([1, 5])), [1, 5, w]
@@ -55,6 +58,19 @@ def test_truncated_posterior_is_as_far_off_as_theory_says(w):
         e0 = draws[:, [w]] / p[w]
         rate = (draws[:, others] < floor * e0 * (1 - 1e-6)).any(1).double().mean().item()
         assert abs(rate - want) < 5 * (want / n) ** 0.5, (rate, want)
+
+
+def test_truncated_logits_are_never_nan():
+    """No mass left, by rounding even less than none: the others are impossible, the true token is not."""
+    frequency = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    p = torch.tensor([[1.0, 1e-14], [0.7, 0.3001], [0.7, 0.2]])
+    ids = torch.tensor([[2, 1], [0, 3], [0, 3]])
+    p_w = torch.tensor([[1e-14], [0.3001], [0.1]])
+    tokens = torch.tensor([1, 3, 2])
+    q = truncated_logits(p, ids, p_w, frequency, tokens).softmax(-1)
+    want = torch.tensor([[0, 1e-14, 1, 0], [0.7 / 1.0001, 0, 0, 0.3001 / 1.0001], [0.7, 0, 0.1, 0.2]])
+    assert torch.allclose(q, want, atol=1e-6)
+    assert (q.gather(1, tokens[:, None]) > 0).all()
 
 
 def test_teacher_cache(text_runs, tmp_path, monkeypatch):
@@ -78,14 +94,15 @@ def test_teacher_cache(text_runs, tmp_path, monkeypatch):
         cache = TeacherCache(teacher, model_hash(teacher), data, k)
         cache.fill(teacher, data)
         assert cache.done.all() and os.path.getsize(f"{cache.folder}/topk.bin") == len(data) * 23 * (4 * cache.k + 2)
-        p, ids, p_w, frequency = cache.at(cache.load(rows)).posterior_logits(x, masked)(0, 10**6)
+        logits = cache.for_rows(cache.load(rows)).posterior_logits(x, masked)
         counts = np.bincount(data.files[0]["ids"], minlength=257) + 1
-        assert len(data.files) == 1 and np.allclose(frequency, counts / counts.sum())
-        logp = teacher.log_probs(x)[:, :-1][masked[:, 1:]]
-        assert (p_w.log() - logp.gather(1, x[masked][:, None])).abs().max() < 2.5e-4
-        assert (p.log() - logp.topk(cache.k).values).abs().max() < 2.5e-4
-        assert (p.log() - logp.gather(1, ids)).abs().max() < 2.5e-4
-        value, g = loss(cache.at(cache.load(rows)))
+        assert len(data.files) == 1 and np.allclose(cache.frequency, counts / counts.sum())
+        logp, kept = teacher.log_probs(x)[:, :-1][masked[:, 1:]], logits(0, 10**6)
+        assert logits(2, 5).dtype == torch.float32 and torch.equal(logits(2, 5), kept[2:5])
+        top, ids = logp.topk(cache.k)
+        assert (kept.gather(1, x[masked][:, None]) - logp.gather(1, x[masked][:, None])).abs().max() < 2.5e-4
+        assert (kept.gather(1, ids) - top).abs().max() < 2.5e-4
+        value, g = loss(cache.for_rows(cache.load(rows)))
         off[cache.k] = abs(value - want), (g - grad).abs().max() / grad.abs().max()
     assert off[257][0] < 1e-3 and off[257][1] < 1e-2, off
     assert off[4][0] < 0.1, off
@@ -104,7 +121,8 @@ def test_teacher_cache(text_runs, tmp_path, monkeypatch):
         with pytest.raises(BadInput, match="No space left on device"):
             cache.fill(teacher, data)
     assert cache.done.sum() == 2
-    TeacherCache(teacher, model_hash(teacher), data, 4, master=False).fill(teacher, data, 1, 2)   # its share, then what nobody else has done
+    # its share, then what nobody else has done
+    TeacherCache(teacher, model_hash(teacher), data, 4, master=False).fill(teacher, data, 1, 2)
     assert cache.done.all() and open(f"{cache.folder}/topk.bin", "rb").read() == written
     assert TeacherCache(tiny_ar(V=257, L=24), "other", data, 4).folder != cache.folder
     assert TeacherCache(teacher, model_hash(teacher), data, 4, dtype="bfloat16").folder != cache.folder
@@ -235,7 +253,7 @@ def test_prepare_bad_input(text_file, tmp_path, cli, monkeypatch):
             "1 document", "--separator")
     refused(cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=o --val_fraction=0"),
             "--val_fraction", "above 0")
-    refused(cli(prepare, "text --out=o"), "--files")
+    refused(cli(prepare, "text --out=o"), "--files", "--hub")
     refused(cli(prepare, "imagenet"), "'imagenet'", "maze_skewed")
     refused(cli(prepare, "verify nowhere"), "nowhere", "not a folder")
     refused(cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=o --seed=-1"), "--seed", "at least 0")
@@ -243,7 +261,8 @@ def test_prepare_bad_input(text_file, tmp_path, cli, monkeypatch):
     refused(cli(prepare, f"text --files {text_file} --tokenizer=bytes --out={text_file}"), "a.txt exists already")
     assert sorted(os.listdir(tmp_path)) == ["a.txt"]       # nothing half-made is left behind
     (tmp_path / "latin").write_bytes("caf\u00e9".encode("latin-1"))
-    monkeypatch.setattr(prepare, "Tokenizer", lambda name: argparse.Namespace(name="gpt2", vocab_size=50257, bos=50256))
+    monkeypatch.setattr(prepare, "Tokenizer", lambda name: argparse.Namespace(
+        name="gpt2", vocab_size=50257, bos=50256, chars=None, fingerprint=lambda: "0"))
     refused(cli(prepare, f"text --files latin {text_file} --out=o"), "not UTF-8", "--tokenizer=bytes")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -416,6 +435,156 @@ def test_lm1b_is_detokenised_and_its_heldout_files_are_val(tmp_path, cli, monkey
         assert cli(prepare, f"lm1b --files {source} --tokenizer=bytes --out={out}")[0] == 0
         assert read_back(out, "train") == ['He said, "it\'s late" .', "Who knows?"]
         assert read_back(out, "val") == ["(Reuters) It cost $5."]
+
+
+def write_hub(folder, train, validation=None):
+    """A local folder that `datasets` streams like a dataset of the hub."""
+    pa = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    pytest.importorskip("datasets", reason="pip install datasets")
+    import pyarrow.parquet
+    os.makedirs(folder)
+    for split, docs in (("train", train), ("validation", validation)):
+        if docs is not None:
+            pyarrow.parquet.write_table(pa.table({"story": docs}), f"{folder}/{split}.parquet", row_group_size=7)
+
+
+def test_text_from_a_hub(tmp_path, cli, monkeypatch):
+    """One pass over a hub's dataset: its own validation split, else the last documents."""
+    monkeypatch.chdir(tmp_path)
+    write_hub("whole", LONG[:40])
+    write_hub("split", LONG[:30], LONG[30:40])
+    flags = "--tokenizer=bytes --field=story"
+    code, _, err = cli(prepare, f"text --hub=./whole {flags} --val_documents=3 --out=a")
+    assert code == 0 and "the last 3 documents" in err, err
+    assert read_back("a", "train") == LONG[:37] and read_back("a", "val") == LONG[37:40]
+    code, _, err = cli(prepare, f"text --hub=./split {flags} --out=b")
+    assert code == 0 and "its split validation" in err, err
+    assert read_back("b", "train") == LONG[:30] and read_back("b", "val") == LONG[30:40]
+    assert cli(prepare, "verify a")[0] == cli(prepare, "verify b")[0] == 0
+
+    refused(cli(prepare, "text --tokenizer=bytes --out=c"), "--files", "--hub", "give one")
+    refused(cli(prepare, f"text --hub=./whole --files a.txt {flags} --out=c"), "--files and --hub")
+    refused(cli(prepare, f"openwebtext --hub=./whole --files a {flags} --out=c"), "--files and --hub")
+    refused(cli(prepare, "text --hub=./whole --tokenizer=chars --out=c"), "--tokenizer=chars", "--hub")
+    refused(cli(prepare, f"text --hub=./whole {flags} --seed=1 --out=c"), "--seed is not read with --hub")
+    refused(cli(prepare, f"text --hub=./whole {flags} --out=c"), "40 documents", "smaller --val_documents")
+    refused(cli(prepare, "text --hub=./whole --tokenizer=bytes --val_documents=3 --out=c"), "./whole", "'text'")
+    refused(cli(prepare, f"text --hub=./nowhere {flags} --out=c"), "./nowhere", "--files")
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    refused(cli(prepare, "text --files x.jsonl --val_documents=3 --out=c"), "--val_documents is not read with --files")
+    os.rename("split/train.parquet", "split/test.parquet")
+    refused(cli(prepare, f"text --hub=./split {flags} --out=c"), "no split named train", "test")
+    assert not os.path.exists("c") and not os.path.exists("c.partial")
+    # a document that is no text
+    write_hub("null", ["a", None, "b"])
+    refused(cli(prepare, f"text --hub=./null {flags} --out=c"), "./null", "no text")
+
+
+@pytest.mark.parametrize("own_split", [False, True])
+def test_text_from_a_hub_continues_where_it_was_interrupted(tmp_path, cli, monkeypatch, own_split):
+    monkeypatch.chdir(tmp_path)
+    if own_split:
+        write_hub("hub", LONG[:300], LONG[300:])
+    else:
+        write_hub("hub", LONG)
+    flags = "text --hub=./hub --field=story --tokenizer=bytes --val_documents=7"
+    real = prepare.write_text
+    monkeypatch.setattr(prepare, "write_text", lambda *a, **kw: real(*a, **kw, batch_chars=9000))
+    assert cli(prepare, f"{flags} --out=a")[0] == 0
+    with monkeypatch.context() as m:
+        interrupt_after(m, 5)
+        assert cli(prepare, f"{flags} --out=b")[0] == 130
+    assert json.load(open("b.partial/progress.json"))["done"] > 10
+    code, _, err = cli(prepare, f"{flags} --out=b")
+    assert code == 0 and "continuing after" in err and same_dataset("a", "b")
+    assert read_back("b", "val") == (LONG[300:] if own_split else LONG[-7:])
+
+
+def write_bpe(folder, texts):
+    """A small BPE tokenizer of exactly 120 ids, trained on texts, as transformers keeps it."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"]))
+    assert bpe.get_vocab_size() == 120
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+
+
+def test_fingerprint_tells_tokenizers_apart(tmp_path, cli, monkeypatch, text_file):
+    """Two tokenizers of as many ids do not pass for each other; one tokenizer under two paths does."""
+    monkeypatch.chdir(tmp_path)
+    write_bpe("one", LONG[:50] + [string.ascii_lowercase])
+    write_bpe("two", [d.replace("w", "k") for d in LONG[:50]] + [string.ascii_lowercase])
+    shutil.copytree("one", "copy")
+    metas = {}
+    for name in ("one", "two", "copy"):
+        assert cli(prepare, f"text --files {text_file} --tokenizer=hf:{name} --out=data/{name}")[0] == 0
+        metas[name] = read_meta(f"data/{name}")[0]
+        assert metas[name]["fingerprint"] == json.load(open(f"data/{name}/meta.json"))["fingerprint"]
+    one, two, copy = metas["one"], metas["two"], metas["copy"]
+    assert one["vocab_size"] == two["vocab_size"] == 120 and one["bos"] == two["bos"]
+    assert same_tokenizer(one, two) is False
+    assert one["tokenizer"] != copy["tokenizer"] and same_tokenizer(one, copy) is True
+
+    # a model that names its tokenizer, and one whose tokenizer cannot be had
+    model = dict(tokenizer="hf:copy", vocab_size=120)
+    assert same_tokenizer(model, one) is None
+    assert same_tokenizer(add_fingerprint(model), one) is True and same_tokenizer(add_fingerprint(model), two) is False
+    for name in ("hf:nowhere", "ids"):
+        foreign = dict(tokenizer=name, vocab_size=120)
+        assert add_fingerprint(foreign) == foreign and same_tokenizer(foreign, one) is None
+    assert add_fingerprint(one) is one
+
+
+def test_fingerprints_of_the_other_tokenizers(tmp_path, cli, monkeypatch, text_file):
+    """Every dataset has one; an old dataset has none, and its tokenizer's name decides where that says all."""
+    monkeypatch.chdir(tmp_path)
+    commands = {"bytes": "text --files {} --tokenizer=bytes", "chars": "text --files {} --tokenizer=chars",
+                "maze": "maze", "lm1b": "lm1b --files {} --tokenizer=bytes",
+                "zeroshot": "zeroshot ag_news --files {} --tokenizer=bytes"}
+    found = {}
+    for name, command in commands.items():
+        assert cli(prepare, f"{command.format(text_file)} --out={name}")[0] == 0
+        meta = read_meta(name)[0]
+        found[name] = meta["fingerprint"]
+        assert meta["fingerprint"] == Tokenizer(meta["tokenizer"]).fingerprint()
+    assert found["bytes"] == found["lm1b"] == found["zeroshot"]
+    assert len(set(found.values())) == 3
+    assert Tokenizer("chars:ab").fingerprint() != Tokenizer("chars:ba").fingerprint()
+
+    now = read_meta("bytes")[0]
+    content = json.load(open("bytes/meta.json"))
+    del content["fingerprint"]
+    json.dump(content, open("bytes/meta.json", "w"))
+    old = read_meta("bytes")[0]
+    assert "fingerprint" not in old
+    assert same_tokenizer(old, now) is same_tokenizer(now, old) is same_tokenizer(old, old) is True
+    assert same_tokenizer(old, read_meta("maze")[0]) is None
+    assert changed_meta(old, now) == changed_meta(now, old) == []
+    assert changed_meta(now | {"bos": 1, "name": "x"}, now) == ["name", "bos"]
+    assert changed_meta(now | {"fingerprint": "x"}, now) == ["fingerprint"]
+
+
+def test_gpt2_has_one_fingerprint_through_tiktoken_and_transformers(tmp_path):
+    pytest.importorskip("transformers", reason="pip install transformers")
+    cache = os.path.join(SHARED, "assets", "tiktoken_cache")
+    if not os.path.isdir(cache):
+        pytest.skip("GPT-2's BPE files are absent")
+    os.mkdir(tmp_path / "gpt2")
+    for file in os.listdir(cache):                         # named by hashes: vocab.json is JSON, the other the merges
+        with open(f"{cache}/{file}", "rb") as f:
+            content = f.read()
+        name = "vocab.json" if content.startswith(b"{") else "merges.txt"
+        (tmp_path / "gpt2" / name).write_bytes(content)
+    (tmp_path / "gpt2" / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    other = Tokenizer(f"hf:{tmp_path}/gpt2")
+    ours = Tokenizer("gpt2")
+    assert (other.vocab_size, other.bos) == (ours.vocab_size, ours.bos)
+    assert other.fingerprint() == ours.fingerprint()
 
 
 @pytest.mark.skipif(not os.path.isdir(os.path.join(SHARED, "assets", "zeroshot")),

@@ -1,100 +1,139 @@
 """Where time and memory go: random weights and random tokens, so nothing needs to be downloaded.
 
     python -m extra.bench sampling                          # against the authors' way of sampling, in one run
-    python -m extra.bench noise                             # noise and its embedding: full tensors, chunks, sparse
-    python -m extra.bench sparse --ckpt=out/chars-gumbel-s0                  # a trained student, shown sparse noise
+    python -m extra.bench noise                             # noise and its embedding: full tensors against chunks
     python -m extra.bench step --length=128 --micro_batch_size=8                    # a training step, by part
     python -m extra.bench step --teacher=gpt2-large --length=1024 --compile         # the default job's shape, for a GPU
-    python -m extra.bench scaling                           # in L, V, batch and NFE
-    python -m extra.bench cache --teacher=out/bpe-ar --data=data/bpe --length=32    # what a teacher cache leaves out
 
 Caveats first. Medians of --repeats after a warm-up, the cases of a table in turn: on a shared machine only their
 ratios mean anything. Weights are random; in sampling, the output layer gives logits a standard deviation of 3 (6.5
 nats over GPT-2's vocabulary, as in a student's first steps): where a nucleus ends, and so what finding it costs,
 depends on that. Memory is the peak above what is held between repeats; on a CPU, the process's. "Teacher cache" in a
 step is random ids in memory: without the read from disk, 35 KB a row of 1024 at k = 8.
+
+Shapes: n samples, B rows of a batch, L length, V vocabulary, D width, N positions.
 """
 import ctypes
 import re
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from functools import partial
-from unittest.mock import patch
+from typing import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import evaluate
-import gumbel
 from bd3lm import BD3LM
-from data.cli import BadInput, Parser, number, run_main
-from data.shards import Shards
-from gumbel import GumbelEmbedding, _posterior_times, _truncated_posterior_times, noise_features, sample_exponential
+from data.cli import Parser, number, run_main
+from data.teacher_cache import truncated_logits
+from gumbel import GumbelEmbedding, sample_exponential
 from mdlm import MDLM
-from sample import device_and_dtype, load_ar, load_model
-from teacher import AR, GPT2, GPT2_SIZES, body_to_bfloat16
-from train import SIZES, flops_per_row
+from sample import device_and_dtype
+from teacher import AR, GPT2, GPT2_SIZES
+from train import SIZES
 
-SHAPE = "n_layer", "n_embd", "n_head"
+BLOCK_SIZE = 16                                            # of BD3-LM, in sampling
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the clock
 
-sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-
-
-def process_mb(what):
-    with open("/proc/self/status") as file:
-        return int(re.search(what + r":\s+(\d+)", file.read())[1]) / 1e3
-
-
-def peak_memory(f):
-    """MB above what is held before, while f runs: device memory, or the process's."""
+def sync():
+    """Wait until the device has done what it was given: a GPU runs behind the program."""
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated() / 1e6
-        f()
-        return torch.cuda.max_memory_allocated() / 1e6 - held
+        torch.cuda.synchronize()
+
+
+def peak_memory(run):
+    """The most memory that is held while `run` runs, above what is held before, in MB; the device's if there is one."""
+    if torch.cuda.is_available():
+        return peak_device_memory(run)
+    return peak_process_memory(run)
+
+
+def peak_device_memory(run):
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()                   # weights and optimizers: not what is measured
+    run()
+    return (torch.cuda.max_memory_allocated() - held) / 1e6
+
+
+M_TRIM_THRESHOLD = -1                                      # settings of glibc's mallopt
+M_MMAP_THRESHOLD = -3
+
+
+def peak_process_memory(run):
     libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 20)                              # M_MMAP_THRESHOLD: what is freed goes back to the system
-    libc.mallopt(-1, 1 << 17)                              # M_TRIM_THRESHOLD
+    # what is freed goes back to the system at once, so that the process holds what it uses
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    libc.mallopt(M_TRIM_THRESHOLD, 1 << 17)
     libc.malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")                                    # resets VmHWM
+        file.write("5")                                    # resets VmHWM, the peak
     held = process_mb("VmRSS")
-    f()
+    run()
     peak = process_mb("VmHWM")
-    libc.mallopt(-3, 1 << 25)                              # it costs time: not while that is measured
-    libc.mallopt(-1, 1 << 30)
+    # that costs time: not while time is measured
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
     return peak - held
 
 
+def process_mb(name):
+    with open("/proc/self/status") as file:
+        kilobytes = re.search(name + r":\s+(\d+)", file.read())[1]
+    return int(kilobytes) / 1e3
+
+
+@dataclass
+class Case:
+    """A row of a table: something to run, and what is known of it beforehand."""
+    name: str
+    run: Callable[[], None]
+    samples: int = 0                                       # that it draws
+    nfe: int = 0                                           # network calls for each of them
+    flops: float | None = None                             # of a row of training
+
+
 def measure(cases, repeats):
-    """Functions -> [(median seconds, peak MB)], in turn so that a busy spell hits all."""
-    memory, seconds = [peak_memory(f) for f in cases], [[] for _ in cases]               # the warm-up, too
+    """Run all cases in turn, so that a busy spell hits all of them -> [(median seconds, peak MB)]."""
+    memory = [peak_memory(case.run) for case in cases]     # the warm-up, too: compiles, fills caches
+    seconds = [[] for _ in cases]
     for _ in range(repeats):
-        for f, s in zip(cases, seconds):
-            sync()
+        for case, times in zip(cases, seconds):
+            sync()                                         # nothing of the case before is still running
             began = time.perf_counter()
-            f()
+            case.run()
             sync()
-            s.append(time.perf_counter() - began)
-    return [(float(np.median(s)), mb) for s, mb in zip(seconds, memory)]
+            times.append(time.perf_counter() - began)
+    return [(float(np.median(times)), mb) for times, mb in zip(seconds, memory)]
 
 
 class Clock:
-    """Seconds by part: clock("name") books what has passed since the last call."""
+    """Seconds by part of a program: `book(part)` adds what has passed since the last booking to that part."""
+
+    def __init__(self):
+        self.start()
 
     def start(self):
-        self.parts, self.last = defaultdict(float), time.perf_counter()
+        self.parts = defaultdict(float)
+        self.last = time.perf_counter()
 
-    def __call__(self, name):
-        sync()
+    def book(self, part):
+        sync()                                             # or a part would be booked to the one that waits for it
         now = time.perf_counter()
-        self.parts[name] += now - self.last
+        self.parts[part] += now - self.last
         self.last = now
+
+    def call(self, part, before, function, *args, **kw):
+        """Call a function and book its time as `part`; what has passed before it, as `before`. -> its result."""
+        self.book(before)
+        result = function(*args, **kw)
+        self.book(part)
+        return result
 
 
 def against(value, base):
@@ -104,11 +143,28 @@ def against(value, base):
 
 def show(rows):
     """A table of dicts whose keys are the columns' titles."""
-    evaluate.print_table(rows, {title: title for row in rows for title in row})
+    titles = {}
+    for row in rows:
+        titles |= {title: title for title in row}
+    evaluate.print_table(rows, titles)
+
+
+def shape_of(args):
+    n_layer, n_embd, n_head = SIZES[args.size]
+    return dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling
+
+REST = "softmax, nucleus, draw"                            # the parts of a sampling step
+NOISE = "noise"
+NETWORK = "network"
+OUTPUT = "output layer"
 
 
 def filled(model, std=3.0):
-    """Random weights where a new model has zeros; logits of this standard deviation."""
+    """Random weights where a new model has zeros; logits get this standard deviation."""
     for name, p in model.named_parameters():
         if "head.weight" in name:
             torch.nn.init.normal_(p, std=std / p.shape[1] ** 0.5)
@@ -117,82 +173,139 @@ def filled(model, std=3.0):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sampling
-
 def reference_sample(model, tokens, steps, noise, top_p, generator, clock):
-    """Ancestral sampling as the authors' code does it: at each step the noise's softmax and projection, the network,
-    and at every position the output layer, log-probabilities, float64, a sorted nucleus and a draw. (Theirs reuses the
-    probabilities after a step that revealed nothing; with 255 tokens in 16 steps there is none.)"""
-    x, mask = tokens.clone(), model.mask_id
+    """Ancestral sampling as the authors' code does it. tokens [B, L], noise [B, L, V] -> tokens [B, L].
+
+    At each step the noise's softmax and projection, the network, and at every position the output layer,
+    log-probabilities, float64, a sorted nucleus and a draw. (Theirs reuses the probabilities after a step that revealed
+    nothing; with 255 tokens in 16 steps there is none.)
+    """
+    x = tokens.clone()
+    mask_id = model.mask_id
     for i in range(steps):
         g = F.linear(noise.softmax(-1), model.noise_embed.weight)
-        clock("noise")
+        clock.book(NOISE)
         h = model.hidden(x, g)
-        clock("network")
-        logits = F.pad(model.logits(h), (0, 1), value=-1e6)
-        clock("output layer")
+        clock.book(NETWORK)
+        logits = F.pad(model.logits(h), (0, 1), value=-1e6)                 # [MASK] cannot be predicted
+        clock.book(OUTPUT)
+        # a given token predicts itself
         logp = logits - logits.logsumexp(-1, keepdim=True)
-        given = x != mask
+        given = x != mask_id
         logp[given] = -1e6
         logp[given, x[given]] = 0
+        # the nucleus
         p = logp.double().exp()
-        top, where = p.sort(-1, descending=True)
+        top, ids = p.sort(-1, descending=True)
         inside = top.cumsum(-1) <= top_p
         inside[..., 0] = True
-        p.scatter_(-1, where, top * inside)
+        p.scatter_(-1, ids, top * inside)
         p /= p.sum(-1, keepdim=True)
+        # a masked one stays masked with probability (t - 1/steps) / t
         stay = 1 - 1 / (steps - i)
         p *= 1 - stay
-        p[..., mask] = stay
+        p[..., mask_id] = stay
+        # a draw: argmax of p / E, E ~ Exp(1)
         u = torch.rand(p.shape, generator=generator, device=p.device, dtype=torch.float64)
         new = (p / (1e-10 - (u + 1e-10).log())).argmax(-1)
         x = torch.where(given, x, new)
-        clock("softmax, nucleus, draw")
+        clock.book(REST)
     return x
 
 
-def sampling(args, device, autocast):
-    V, L, nfe, net = args.vocab_size, args.length, args.nfe, dict(zip(SHAPE, SIZES[args.size]), dropout=0.0)
-    model, ar, blocks = (filled(m).to(device).eval() for m in (
-        MDLM(V, L, V - 1, noise="gumbel", **net), AR(V, L, V - 1, **net),
-        BD3LM(V, L, V - 1, 16, noise="gumbel", **net)))
-    generator, clock, parts = torch.Generator(device).manual_seed(0), Clock(), {}
-    for method, part in dict(embed_noise="noise", hidden="network", logits="output layer").items():
-        def timed(*a, f=getattr(model, method), part=part, **kw):
-            clock("softmax, nucleus, draw")
-            result = f(*a, **kw)
-            clock(part)
-            return result
-        setattr(model, method, timed)
+class Sampling:
+    """`bench sampling`: the models, and a method for each way of drawing n samples."""
 
-    def start(n):                                          # all masked but BOS
-        return F.pad(torch.full((n, L - 1), V, device=device), (1, 0), value=V - 1)
+    def __init__(self, args, device, autocast):
+        V = args.vocab_size
+        L = args.length
+        bos = V - 1
+        net = dict(shape_of(args), dropout=0.0)
+        self.model = MDLM(V, L, bos, noise="gumbel", **net)
+        self.ar = AR(V, L, bos, **net)
+        self.blocks = BD3LM(V, L, bos, block_size=BLOCK_SIZE, noise="gumbel", **net)
+        for model in (self.model, self.ar, self.blocks):
+            filled(model).to(device).eval()
+        self.args = args
+        self.device = device
+        self.autocast = autocast
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.draws = dict(top_p=args.top_p, generator=self.generator)
+        self.calls_per_block = max(1, args.nfe * BLOCK_SIZE // L)           # --nfe over all blocks
+        self.clock = Clock()
+        self.parts = {}                                    # (name, n) -> seconds by part, of its last run
+        # `generate` knows of no clock: the methods that it calls are replaced by ones that book their time
+        noise_embed = self.model.noise_embed
+        noise_embed.from_prior = partial(self.clock.call, NOISE, REST, noise_embed.from_prior)
+        self.model.hidden = partial(self.clock.call, NETWORK, REST, self.model.hidden)
+        self.model.logits = partial(self.clock.call, OUTPUT, REST, self.model.logits)
+
+    def start(self, model, n):
+        return model.start(n, self.args.length).to(self.device)
 
     @torch.no_grad()
-    def reference(n):
-        noise = -sample_exponential((n, L, V), generator, device).log()
-        reference_sample(model, start(n), nfe, noise, args.top_p, generator, clock)
+    def sample_as_authors(self, n):
+        shape = (n, self.args.length, self.args.vocab_size)
+        noise = -sample_exponential(shape, self.generator, self.device).log()
+        tokens = self.start(self.model, n)
+        reference_sample(self.model, tokens, self.args.nfe, noise, self.args.top_p, self.generator, self.clock)
 
-    def run(name, n, f):
-        clock.start()
-        with autocast:
-            f(n)
-        clock("softmax, nucleus, draw")
-        parts[name, n] = clock.parts                       # of the last run
-    draws, calls = dict(top_p=args.top_p, generator=generator), max(1, nfe * 16 // L)              # calls: of a block
-    cases = [(name, n, steps, partial(run, name, n, f)) for name, steps, f in (
-        ("as the authors' code", nfe, reference),
-        ("here", nfe, lambda n: model.generate(start(n), nfe, "fixed", **draws)),                  # no step is empty
-        ("AR, KV cache", L - 1, lambda n: ar.generate(start(n)[:, :1], L, **draws)),
-        ("BD3-LM, blocks of 16, cached", calls * L // 16, lambda n: blocks.generate(start(n), calls, "fixed", **draws))
-    ) for n in ((1,) if f is reference else (1, args.batch_size))]
-    measured, rows = measure([f for *_, f in cases], args.repeats), []
-    base = measured[0][0]
-    for (name, n, steps, _), (seconds, memory) in zip(cases, measured):
-        shares = {part: f"{s / seconds:.0%}" for part, s in parts[name, n].items()} if len(parts[name, n]) > 1 else {}
-        rows.append({"": name, "batch": n, "NFE": steps, "s per NFE": against(seconds / steps, base / nfe), **shares,
-                     "samples/s": against(n / seconds, 1 / base), "peak MB above": round(memory)})
+    def sample_here(self, n):
+        tokens = self.start(self.model, n)
+        self.model.generate(tokens, self.args.nfe, "fixed", **self.draws)   # fixed: no step is empty
+
+    def sample_ar(self, n):
+        self.ar.generate(self.start(self.ar, n), self.args.length, **self.draws)
+
+    def sample_blocks(self, n):
+        self.blocks.generate(self.start(self.blocks, n), self.calls_per_block, "fixed", **self.draws)
+
+    def run(self, name, sample, n):
+        self.clock.start()
+        with self.autocast:
+            sample(n)
+        self.clock.book(REST)                              # what came after the last booked call
+        self.parts[name, n] = self.clock.parts
+
+    def cases(self):
+        L = self.args.length
+        many = self.args.batch_size
+        nfe_blocks = self.calls_per_block * L // BLOCK_SIZE
+        ways = [
+            ("as the authors' code", self.args.nfe, self.sample_as_authors, [1]),
+            ("here", self.args.nfe, self.sample_here, [1, many]),
+            ("AR, KV cache", L - 1, self.sample_ar, [1, many]),
+            (f"BD3-LM, blocks of {BLOCK_SIZE}, cached", nfe_blocks, self.sample_blocks, [1, many]),
+        ]
+        # theirs holds several [n, L, V] in float64, 1.6 GB each at 16 samples of 256 tokens: one sample only
+        cases = []
+        for name, nfe, sample, batches in ways:
+            for n in batches:
+                cases.append(Case(name, partial(self.run, name, sample, n), samples=n, nfe=nfe))
+        return cases
+
+
+def sampling(args, device, autocast):
+    """A table: the authors' way of sampling, ours, an AR model and BD3-LM, of equal size."""
+    bench = Sampling(args, device, autocast)
+    cases = bench.cases()
+    measured = measure(cases, args.repeats)
+    base, _ = measured[0]                                  # the authors': others are given as multiples of it
+    rows = []
+    for case, (seconds, memory) in zip(cases, measured):
+        row = {
+            "": case.name,
+            "batch": case.samples,
+            "NFE": case.nfe,
+            "s per NFE": against(seconds / case.nfe, base / args.nfe),
+        }
+        parts = bench.parts[case.name, case.samples]
+        if len(parts) > 1:                                 # of AR and BD3-LM only the whole is timed
+            for part, s in parts.items():
+                row[part] = f"{s / seconds:.0%}"
+        row["samples/s"] = against(case.samples / seconds, 1 / base)
+        row["peak MB above"] = round(memory)
+        rows.append(row)
     show(rows)
 
 
@@ -201,283 +314,298 @@ def sampling(args, device, autocast):
 
 def reference_noise(logits, tokens, weight):
     """Posterior, softmax and Linear on full tensors, as Algorithm 1 reads. [N, V], [N], [D, V] -> [N, D]."""
-    logp, w = logits.log_softmax(-1), tokens[:, None]
-    xi, xi0 = (-torch.log(-torch.log(torch.rand(n, device=w.device).clamp(1e-20))) for n in (logits.shape, w.shape))
-    noise = -torch.log(torch.exp(-xi) + torch.exp(logp - xi0))
-    return F.linear(noise.scatter(-1, w, xi0 - logp.gather(-1, w)).softmax(-1), weight)
+    logp = logits.log_softmax(-1)
+    w = tokens[:, None]                                    # (N, 1)
+    xi = standard_gumbel(logits.shape, w.device)
+    xi0 = standard_gumbel(w.shape, w.device)
+    losers = -torch.log(torch.exp(-xi) + torch.exp(logp - xi0))
+    winner = xi0 - logp.gather(-1, w)
+    noise = losers.scatter(-1, w, winner)
+    return F.linear(noise.softmax(-1), weight)
 
 
-def sparse_prior(n, V, K, generator=None, device=None):
-    """The K smallest of V iid Exp(1) as order statistics (Renyi), at random places (few coincide), and softmax(noise)
-    there, and its mean over the other places, in O(K) a row: ids [n, K], s [n, K], rest [n, 1]."""
-    e = sample_exponential((n, K), generator, device) / (V - torch.arange(K, device=device))
-    inverse = e.cumsum_(-1).reciprocal()
-    ids = torch.randint(V, (n, K), generator=generator, device=device)
-    low = 1 / inverse[:, -1:]                              # the others are low + Exp(1), mean of 1/T e^low E1(low)
-    mean = low.exp() * (low - low.square() / 4 - low.log() - 0.577216)                    # (low is about K / V, small)
-    total = inverse.sum(-1, keepdim=True) + (V - K) * mean
-    return ids, inverse / total, mean / total
+def standard_gumbel(shape, device):
+    """Gumbel noise from float32 uniforms, as it is mostly written."""
+    u = torch.rand(shape, device=device).clamp(1e-20)
+    return -torch.log(-torch.log(u))
+
+
+class NoiseEmbeddings:
+    """`bench noise`: N positions, and a method for each way to the embeddings of their noise [N, D]."""
+
+    def __init__(self, args, device, autocast):
+        self.V = args.vocab_size
+        self.N = args.rows
+        self.autocast = autocast
+        self.generator = torch.Generator(device).manual_seed(0)
+        _, D, _ = SIZES[args.size]
+        self.embedding = GumbelEmbedding(self.V, D).to(device)
+        # of about a teacher's sharpness
+        self.logits = 3 * torch.randn(self.N, self.V, generator=self.generator, device=device)
+        self.tokens = torch.distributions.Categorical(logits=self.logits).sample()
+        # what a teacher cache knows of these logits
+        p = self.logits.softmax(-1)
+        self.p, self.ids = p.topk(8)
+        self.p_w = p.gather(1, self.tokens[:, None])
+        self.frequency = torch.full((self.V,), 1 / self.V, device=device)
+
+    def on_full_tensors(self):
+        return reference_noise(self.logits, self.tokens, self.embedding.weight)
+
+    def from_teacher(self):
+        return self.embedding.from_posterior(self.teacher_logits, self.tokens, self.generator)
+
+    def from_cache(self):
+        return self.embedding.from_posterior(self.cached_logits, self.tokens, self.generator)
+
+    def from_prior(self):
+        return self.embedding.from_prior(self.N, 1.0, self.generator)
+
+    def teacher_logits(self, a, b):
+        return self.logits[a:b]
+
+    def cached_logits(self, a, b):
+        return truncated_logits(self.p[a:b], self.ids[a:b], self.p_w[a:b], self.frequency, self.tokens[a:b])
+
+    def forward(self, embed):
+        with self.autocast, torch.no_grad():
+            embed()
+
+    def forward_and_backward(self, embed):
+        with self.autocast:
+            embed().sum().backward()
+        self.embedding.weight.grad = None                  # or the next run would add to it
 
 
 def noise(args, device, autocast):
-    V, D, N = args.vocab_size, SIZES[args.size][1], args.rows
-    generator = torch.Generator(device).manual_seed(0)
-    embedding = GumbelEmbedding(V, D).to(device)
-    logits = 3 * torch.randn(N, V, generator=generator, device=device)
-    tokens = torch.distributions.Categorical(logits=logits).sample()
-    p, ids = logits.softmax(-1).topk(8)
-    p_w, frequency = logits.softmax(-1).gather(1, tokens[:, None]), torch.full((V,), 1 / V, device=device)
-
-    table = embedding.weight.detach().t().contiguous().requires_grad_()          # [V, D]: rows to gather
-
-    @autocast
-    def both(f):
-        f().sum().backward()
-        embedding.weight.grad = table.grad = None
-
-    @autocast
-    @torch.no_grad()
-    def forward(f):
-        f()
-
-    def sparse(K):
-        i, s, rest = sparse_prior(N, V, K, generator, device)
-        # the others at their mean: that times the sum of all columns, which the K take part in
-        return F.embedding_bag(i, table, per_sample_weights=(s - rest), mode="sum") + rest * table.sum(0)
-    cases = {"full tensors": lambda: reference_noise(logits, tokens, embedding.weight),
-             "here: posterior, teacher's logits": lambda: embedding.from_posterior(
-                 lambda a, b: logits[a:b], tokens, generator),
-             "here: posterior, teacher cache, k = 8": lambda: embedding.from_posterior(
-                 lambda a, b: (p[a:b], ids[a:b], p_w[a:b], frequency), tokens, generator),
-             "here: prior": lambda: embedding.from_prior(N, 1.0, generator)}
-    cases |= {f"sparse study: prior, K = {K}": partial(sparse, K) for K in (64, 512, 4096) if 8 * K < V}
-    s = noise_features(sample_exponential((256, V), generator, device)).sort(-1, descending=True).values
-    low, high = (measure([partial(f, case) for case in cases.values()], args.repeats) for f in (forward, both))
+    """A table: the noise and its embedding on full tensors, and in chunks."""
+    bench = NoiseEmbeddings(args, device, autocast)
+    ways = {
+        "full tensors": bench.on_full_tensors,
+        "here: posterior, teacher's logits": bench.from_teacher,
+        "here: posterior, teacher cache, k = 8": bench.from_cache,
+        "here: prior": bench.from_prior,
+    }
+    forward = [Case(name, partial(bench.forward, embed)) for name, embed in ways.items()]
+    both = [Case(name, partial(bench.forward_and_backward, embed)) for name, embed in ways.items()]
+    forward = measure(forward, args.repeats)
+    both = measure(both, args.repeats)
     rows = []
-    for name, a, b in zip(cases, low, high):
-        rows.append({f"{N} rows": name, "forward, s": against(a[0], low[0][0]), "peak MB": against(a[1], low[0][1]),
-                     "with backward, s": against(b[0], high[0][0]), "its peak MB": against(b[1], high[0][1])})
-        if "K = " in name:                                 # what the mean of the others loses of g, as energy
-            rest = s[:, int(name.split()[-1]):]
-            rows[-1]["error of g"] = (
-                f"{((rest - rest.mean(-1, keepdim=True)).square().sum() / s.square().sum()).sqrt():.1%}")
+    for name, (seconds, memory), (seconds_both, memory_both) in zip(ways, forward, both):
+        rows.append({
+            f"{args.rows} rows": name,
+            "forward, s": against(seconds, forward[0][0]),
+            "peak MB": against(memory, forward[0][1]),
+            "with backward, s": against(seconds_both, both[0][0]),
+            "its peak MB": against(memory_both, both[0][1]),
+        })
     show(rows)
-
-
-def sparse(args, device, autocast):
-    args.length = None
-    model, rows, off = load_model(args.ckpt, device=device), [], []
-    V = model.config["vocab_size"]
-
-    def features(T, *kind, K):                             # the K largest, the others at their mean
-        s = noise_features(T, *kind)
-        top, ids = s.topk(K)
-        kept = ((1 - top.sum(-1, keepdim=True)) / max(1, V - K)).expand_as(s).scatter(-1, ids, top)
-        off.append(((kept - s).norm() / s.norm()).item())
-        return kept
-    for K in [V] + [K for K in (4096, 512, 64, 32, 16, 8, 4, 2) if K < V]:
-        off.clear()
-        with patch.object(gumbel, "noise_features", partial(features, K=K)), torch.no_grad(), autocast:
-            (row,), *_ = evaluate.ppl(args, [model], device)
-        if not off:
-            raise BadInput(f"--ckpt={args.ckpt} reads no noise of its text: give a student trained with --gumbel")
-        rows.append({"K": K, "error of softmax(noise)": f"{np.mean(off):.1%}", "loss given noise": f"{row['nll']:.4f}",
-                     "±": f"{row['nll_stderr']:.4f}"})
-    show(rows)
-    print(f"\n{args.n} rows at most, the same with the same draws; {model.name}, V = {V}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a training step
 
 class RandomCache:
-    """In place of a TeacherCache, k = 8: random ids, with probabilities as a teacher's fall off."""
+    """In place of a `TeacherCache`, k = 8: random ids, with probabilities as a teacher's fall off."""
 
     def __init__(self, vocab_size):
-        self.V = vocab_size
+        self.vocab_size = vocab_size
 
     def posterior_logits(self, tokens, masked):
-        n, V, device = int(masked.sum()), self.V, tokens.device
-        p = (0.5 / torch.arange(2, 10, device=device) ** 1.5).expand(n, 8)
-        ids, frequency = torch.randint(V, (n, 8), device=device), torch.full((V,), 1 / V, device=device)
-        return lambda a, b: (p[a:b], ids[a:b], p[a:b, :1], frequency)
+        """As `TeacherCache.posterior_logits`: a function (a, b) -> logits [b - a, V]."""
+        device = tokens.device
+        V = self.vocab_size
+        x = tokens[masked]
+        p = 0.5 / torch.arange(2, 10, device=device) ** 1.5                 # a power law, as of words
+        p = p.expand(len(x), 8)
+        ids = torch.randint(V, (len(x), 8), device=device)
+        frequency = torch.full((V,), 1 / V, device=device)
+        return lambda a, b: truncated_logits(p[a:b], ids[a:b], p[a:b, :1], frequency, x[a:b])
 
 
-def step(args, device, autocast):
-    V, L, B, net = args.vocab_size, args.length, args.micro_batch_size, dict(zip(SHAPE, SIZES[args.size]))
-    teacher = GPT2(V, 1024, V - 1, *GPT2_SIZES[args.teacher], 0.0, learned=1024).to(device).eval().requires_grad_(False)
-    if autocast._enabled:
-        body_to_bfloat16(teacher)
-    plain, noisy, blocks, ar = (m.to(device) for m in (
-        MDLM(V, L, V - 1, **net), MDLM(V, L, V - 1, noise="gumbel", **net), BD3LM(V, L, V - 1, args.block_size, **net),
-        AR(V, L, V - 1, **net)))
-    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (plain, noisy, blocks, ar)}
-    for model, optimizer in optimizers.items():            # its moments are held from now on
+class TrainingStep:
+    """`bench step`: models with their optimizers, one batch, and a method for each kind of step."""
+
+    def __init__(self, args, device, autocast):
+        V = args.vocab_size
+        L = args.length
+        B = args.micro_batch_size
+        bos = V - 1
+        net = shape_of(args)
+        self.args = args
+        self.autocast = autocast
+        self.teacher = GPT2(V, 1024, bos, *GPT2_SIZES[args.teacher], dropout=0.0)
+        self.teacher.to(device).eval().requires_grad_(False)
+        if args.dtype == "bfloat16":
+            self.teacher.body_to_bfloat16()                # as train.py does
+        self.cache = RandomCache(V)
+        self.plain = MDLM(V, L, bos, **net).to(device)
+        self.noisy = MDLM(V, L, bos, noise="gumbel", **net).to(device)
+        self.blocks = BD3LM(V, L, bos, block_size=args.block_size, **net).to(device)
+        self.ar = AR(V, L, bos, **net).to(device)
+        self.optimizers = {}
+        for model in (self.plain, self.noisy, self.blocks, self.ar):
+            self.optimizers[model] = self.make_optimizer(model)
+            if args.compile:
+                model.transformer.compile()
+        self.generator = torch.Generator(device).manual_seed(0)
+        # one batch with its masks, the same for all
+        self.tokens = torch.randint(V - 1, (B, L), device=device)
+        self.tokens[:, 0] = bos
+        self.t = torch.full((B,), 0.5, device=device)      # as many masked as on average
+        self.masked = torch.rand(self.tokens.shape, device=device) < self.t[:, None]
+        self.masked[:, 0] = False
+        self.z = self.tokens.masked_fill(self.masked, V)
+
+    @staticmethod
+    def make_optimizer(model):
+        """AdamW after a step without gradients: from now on it holds its moments, and no run has to make them."""
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if args.compile:
-            model.transformer.compile()
-    generator, cache = torch.Generator(device).manual_seed(0), RandomCache(V)
-    tokens = torch.randint(V - 1, (B, L), device=device)
-    tokens[:, 0] = V - 1
-    t = torch.full((B,), 0.5, device=device)               # as many masked as on average
-    masked = torch.rand(tokens.shape, device=device) < t[:, None]
-    masked[:, 0] = False
-    z = tokens.masked_fill(masked, V)
+        return optimizer
 
-    def run(model, loss):
-        with autocast:
-            value = loss()
-        value.backward()
-        optimizers[model].step()
-        optimizers[model].zero_grad(set_to_none=True)
+    def update(self, model, loss):
+        loss.backward()
+        self.optimizers[model].step()
+        self.optimizers[model].zero_grad(set_to_none=True)
 
-    def diffuse(model, **kw):
-        run(model, lambda: model.loss(tokens, t[:, None].expand(B, model.n_blocks), z=z, generator=generator, **kw)[0])
+    def diffuse(self, model, **kw):
+        """A step of a masked model; kw: what its loss reads besides, as a teacher."""
+        t = self.t[:, None].expand(-1, model.n_blocks)
+        with self.autocast:
+            loss, _ = model.loss(self.tokens, t, z=self.z, generator=self.generator, **kw)
+        self.update(model, loss)
 
-    def nanogpt():                                         # full logits, one cross-entropy
-        logits = ar.transformer.head(ar.hidden(tokens[:, :-1]))
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    def predict_next(self):
+        """A step of the AR model."""
+        with self.autocast:
+            loss, _ = self.ar.loss(self.tokens)
+        self.update(self.ar, loss)
 
-    @autocast
-    def embed(source):
-        noisy.noise_embed.from_posterior(source.posterior_logits(tokens, masked), tokens[masked],
-                                         generator).sum().backward()
-        noisy.zero_grad(set_to_none=True)
+    def predict_next_as_nanogpt(self):
+        """The same with full logits and one cross-entropy."""
+        with self.autocast:
+            logits = self.ar.transformer.head(self.ar.hidden(self.tokens[:, :-1]))
+            loss = F.cross_entropy(logits.float().flatten(0, 1), self.tokens[:, 1:].flatten())
+        self.update(self.ar, loss)
 
-    @autocast
-    @torch.no_grad()
-    def body():
-        teacher.hidden(tokens[:, :-1])
-    base, cached = flops_per_row(plain, None, L), flops_per_row(noisy, None, L)
-    cases = (
-        ("MDLM", lambda: diffuse(plain), base),
-        ("MDLM + Gumbel, teacher cache", lambda: diffuse(noisy, teacher=cache), cached),
-        ("&nbsp; of it: noise, embedding, backward", lambda: embed(cache), cached - base),
-        ("MDLM + Gumbel, teacher", lambda: diffuse(noisy, teacher=teacher), flops_per_row(noisy, teacher, L)),
-        ("&nbsp; of it: teacher's body", body, None),
-        ("&nbsp; of it: teacher, noise, embedding, backward", lambda: embed(teacher), None),
-        ("MDLM + token KD", lambda: diffuse(plain, teacher=teacher, kd=1.0), None),
-        (f"BD3-LM, blocks of {args.block_size}", lambda: diffuse(blocks), flops_per_row(blocks, None, L)),
-        ("AR", lambda: run(ar, lambda: ar.loss(tokens)[0]), flops_per_row(ar, None, L)),
-        ("AR as nanoGPT, full logits", lambda: run(ar, nanogpt), flops_per_row(ar, None, L)))
-    measured, rows = measure([f for _, f, _ in cases], args.repeats), []
-    for (part, _, flops), (seconds, memory) in zip(cases, measured):
-        rows.append({"a step of": part, "seconds": against(seconds, measured[0][0]), "tokens/s": round(B * L / seconds),
-                     "peak MB above": round(memory)})
-        if flops:
-            gflop = B * flops / 1e9
-            rows[-1] |= {"GFLOP, half masked": round(gflop), "GFLOP/s": round(gflop / seconds)}
+    def embed_noise(self, source):
+        """Of a step with noise: the teacher's logits (or the cache's), the noise, its embedding, the gradient of W."""
+        with self.autocast:
+            logits = source.posterior_logits(self.tokens, self.masked)
+            g = self.noisy.noise_embed.from_posterior(logits, self.tokens[self.masked], self.generator)
+            g.sum().backward()
+        self.noisy.zero_grad(set_to_none=True)
+
+    def run_teacher(self):
+        """Of a step with a teacher: its pass without the output layer."""
+        with self.autocast, torch.no_grad():
+            self.teacher.hidden(self.tokens[:, :-1])
+
+    def cases(self):
+        L = self.args.length
+        plain = self.plain.flops_per_row(L)
+        noisy = self.noisy.flops_per_row(L)
+        noisy_with_teacher = noisy + self.teacher.extraction_flops(L, 0.5)
+        blocks = self.blocks.flops_per_row(L)
+        ar = self.ar.flops_per_row(L)
+        return [
+            Case("MDLM", partial(self.diffuse, self.plain), flops=plain),
+            Case("MDLM + Gumbel, teacher cache", partial(self.diffuse, self.noisy, teacher=self.cache), flops=noisy),
+            Case("&nbsp; of it: noise, embedding, backward", partial(self.embed_noise, self.cache),
+                 flops=noisy - plain),
+            Case("MDLM + Gumbel, teacher", partial(self.diffuse, self.noisy, teacher=self.teacher),
+                 flops=noisy_with_teacher),
+            Case("&nbsp; of it: teacher's body", self.run_teacher),
+            Case("&nbsp; of it: teacher, noise, embedding, backward", partial(self.embed_noise, self.teacher)),
+            Case("MDLM + token KD", partial(self.diffuse, self.plain, teacher=self.teacher, kd=1.0)),
+            Case(f"BD3-LM, blocks of {self.args.block_size}", partial(self.diffuse, self.blocks), flops=blocks),
+            Case("AR", self.predict_next, flops=ar),
+            Case("AR as nanoGPT, full logits", self.predict_next_as_nanogpt, flops=ar),
+        ]
+
+
+def step(args, device, autocast):
+    """A table: a training step of each kind of model, with and without noise, and its parts."""
+    bench = TrainingStep(args, device, autocast)
+    cases = bench.cases()
+    measured = measure(cases, args.repeats)
+    base, _ = measured[0]                                  # MDLM without noise
+    B = args.micro_batch_size
+    L = args.length
+    rows = []
+    for case, (seconds, memory) in zip(cases, measured):
+        row = {
+            "a step of": case.name,
+            "seconds": against(seconds, base),
+            "tokens/s": round(B * L / seconds),
+            "peak MB above": round(memory),
+        }
+        if case.flops is not None:
+            gflop = B * case.flops / 1e9
+            row["GFLOP, half masked"] = round(gflop)
+            row["GFLOP/s"] = round(gflop / seconds)
+        rows.append(row)
     show(rows)
-    print(f"\n{B} rows of {L}, {masked.sum()} positions masked")
+    print(f"\n{B} rows of {L}, {bench.masked.sum()} positions masked")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# growth
+# the command
 
-def scaling(args, device, autocast):
-    base, rows = dict(L=256, V=50257, B=4, NFE=16), []
-    grid = dict(L=(64, 128, 256, 512, 1024), V=(512, 4096, 50257), B=(1, 4, 16), NFE=(4, 16, 64))
-    for key, value in ((key, value) for key, values in grid.items() for value in values):
-        L, V, B, nfe = (base | {key: value}).values()
-        model = filled(MDLM(V, L, V - 1, *SIZES[args.size], noise="gumbel")).to(device)
-        generator, cache = torch.Generator(device).manual_seed(0), RandomCache(V)
-        tokens, position = torch.randint(V - 1, (B, L), device=device), torch.arange(L, device=device)
-        tokens[:, 0] = V - 1
-        t = torch.full((B,), 0.5, device=device)
+def flags():
+    parser = Parser(description="Time and memory, by part.", epilog="Caveats: see the file's first lines.")
+    commands = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
+    count = number(int, 1)
+    length = number(int, 2, 1024)
 
-        @autocast
-        def sample():
-            model.eval().generate(tokens.masked_fill(position > 0, V), nfe, "fixed", top_p=0.9, generator=generator)
+    sub = add_command(commands, sampling)
+    sub.add_argument("--length", type=length, default=256, help="tokens of a row")
+    sub.add_argument("--nfe", type=count, default=16)
+    sub.add_argument("--batch_size", type=count, default=16)
+    sub.add_argument("--top_p", type=number(float, above=0, high=1), default=0.9)
 
-        def train():
-            with autocast:
-                loss, _ = model.train().loss(tokens, t, cache, tokens.masked_fill(position % 2 > 0, V),
-                                             generator=generator)
-            loss.backward()
-            model.zero_grad(set_to_none=True)
-        (a, low), (b, high) = measure([sample, train], args.repeats)
-        rows.append({"varied": f"{key} = {value}", "sampling, s": f"{a:.3g}", "peak MB above": round(low),
-                     "ms per sample and NFE": f"{1e3 * a / B / nfe:.3g}", "forward + backward, s": f"{b:.3g}",
-                     "us per token": f"{1e6 * b / B / L:.3g}", "its peak MB": round(high)})
-    show(rows)
-    print("\nthe others: " + ", ".join(f"{k} = {v}" for k, v in base.items()))
+    sub = add_command(commands, noise)
+    sub.add_argument("--rows", type=count, default=2048, help="positions")
+
+    sub = add_command(commands, step)
+    sub.add_argument("--length", type=length, default=1024, help="tokens of a row")
+    sub.add_argument("--teacher", choices=GPT2_SIZES, default="gpt2",
+                     help="its shape; the weights are random")
+    sub.add_argument("--micro_batch_size", type=count, default=8, help="rows per step")
+    sub.add_argument("--block_size", type=count, default=4, help="of BD3-LM")
+    sub.add_argument("--compile", action="store_true", help="torch.compile the student's transformer")
+    return parser
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a teacher cache leaves out
-
-def cache(args, device, _):
-    data = Shards(args.data, "train", args.length)
-    teacher = load_ar("--teacher", args.teacher, data.meta, data.length, device)
-    order = np.random.default_rng(0).permutation(len(data))[:max(1, args.rows // (data.length - 1))]
-    tokens = torch.from_numpy(data.rows(order)).to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    sums, frequency = defaultdict(lambda: np.zeros(4)), torch.from_numpy(data.frequency()).to(device)
-    h, x = teacher.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-    n = len(x)
-    for h, x in zip(h.split(64), x.split(64)):
-        logits = teacher.logits(h)
-        e, probs, i = sample_exponential(logits.shape, generator, device), logits.softmax(-1), x[:, None]
-        exact = noise_features(_posterior_times(logits, x, e.clone()))
-        for k in sorted({min(k, teacher.vocab_size) for k in (1, 2, 4, 8, 32, 128)}):
-            p, ids = probs.topk(k)
-            T = _truncated_posterior_times(p, ids, probs.gather(1, i), frequency, x, e.clone())
-            off = noise_features(T) - exact
-            others, f = (v.scatter(1, ids, 0).scatter(1, i, 0) for v in (probs, frequency.repeat(len(x), 1)))
-            rest = others.sum(1, keepdim=True)
-            d = (rest * f / f.sum(1, keepdim=True).clamp(min=1e-9) - others).clamp(min=0).sum(1)
-            sums[k] += [v.sum().item() for v in (rest, d / (1 + d), off.abs() / 2, off.norm(dim=1) / exact.norm(dim=1))]
-    show([{"k": k, "bytes a token": 4 * k + 2, "OpenWebText, GB": f"{9.04 * (4 * k + 2):.0f}",
-           "mass left out": f"{rest / n:.4f}", "noise off by (total variation)": f"{tv / n:.4f}",
-           "mass of softmax(noise) moved": f"{moved / n:.5f}", "its change / norm": f"{norm / n:.5f}"}
-          for k, (rest, tv, moved, norm) in sums.items()])
-    print(f"\n{n} positions of {args.data}, teacher {args.teacher}; the last two with the same draws")
+def add_command(commands, function):
+    """A subcommand named like the function that it runs, with the flags that all of them have."""
+    sub = commands.add_parser(function.__name__)
+    sub.set_defaults(function=function)
+    sub.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    sub.add_argument("--repeats", type=number(int, 1), default=3, help="after one warm-up")
+    sub.add_argument("--size", choices=SIZES, default="small")
+    sub.add_argument("--vocab_size", type=number(int, 16), default=50257)
+    return sub
 
 
 def main():
-    parser = Parser(description="Time and memory, by part.", epilog="Caveats: see the file's first lines.")
-    commands = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
-    whole = number(int, 1)
-
-    def command(f, **flags):
-        sub = commands.add_parser(f.__name__)
-        sub.set_defaults(f=f)
-        for name, kw in flags.items():
-            sub.add_argument(f"--{name}", **kw)
-    shared = dict(dtype=dict(choices=["auto", "float32", "bfloat16"], default="auto"),
-                  repeats=dict(type=whole, default=3, help="after one warm-up"))
-    size = dict(choices=SIZES, default="small")
-    vocab_size, rows = dict(type=number(int, 16), default=50257), dict(type=whole, default=2048, help="positions")
-    length = dict(type=number(int, 2, 1024), help="tokens of a row")
-    command(sampling, **shared, size=size, vocab_size=vocab_size, length=length | dict(default=256),
-            nfe=dict(type=whole, default=16), batch_size=dict(type=whole, default=16),
-            top_p=dict(type=number(float, above=0, high=1), default=0.9))
-    command(noise, **shared, size=size, vocab_size=vocab_size, rows=rows)
-    command(sparse, ckpt=dict(required=True, help="a student trained with --gumbel"),
-            data=dict(help="folder of shards; default: the student's"), teacher=dict(help="default: the student's"),
-            n=dict(type=number(int, 2), default=1000, help="validation rows"), batch_size=dict(type=whole, default=50),
-            seed=dict(type=number(int, 0), default=0))
-    command(step, **shared, size=size, vocab_size=vocab_size, length=length | dict(default=1024),
-            teacher=dict(choices=GPT2_SIZES, default="gpt2", help="its shape; the weights are random"),
-            micro_batch_size=dict(type=whole, default=8, help="rows per step"),
-            block_size=dict(type=whole, default=4, help="of BD3-LM"),
-            compile=dict(action="store_true", help="torch.compile the student's transformer"))
-    command(scaling, **shared, size=size | dict(default="tiny"))
-    command(cache, teacher=dict(required=True, help="as in train.py"), length=length, rows=rows,
-            data=dict(required=True, help="folder of shards"))
+    parser = flags()
     args = parser.parse_args()
     if args.what == "step" and args.length % args.block_size:
         parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: choose a divisor")
-    if args.what == "sampling" and args.length % 16:
-        parser.error(f"--length={args.length} must be a multiple of 16, BD3-LM's blocks")
-    device, dtype, autocast = device_and_dtype(getattr(args, "dtype", "float32"))
-    torch.manual_seed(0)
-    args.f(args, device, autocast)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{name}, {dtype}, torch {torch.__version__}, {getattr(args, 'size', 'no student')}")
+    if args.what == "sampling" and args.length % BLOCK_SIZE:
+        parser.error(f"--length={args.length} must be a multiple of {BLOCK_SIZE}, BD3-LM's blocks")
+    device, args.dtype, autocast = device_and_dtype(args.dtype)
+    torch.manual_seed(0)                                   # of weights and tokens
+    args.function(args, device, autocast)
+    machine = f"CPU, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(f"\n{machine}, {args.dtype}, torch {torch.__version__}, {args.size}")
 
 
 if __name__ == "__main__":

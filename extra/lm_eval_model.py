@@ -13,6 +13,8 @@ A student with noise needs noise. Its score is the bound of `evaluate.py ppl`,
 q the posterior of the noise under the teacher (KL to the prior: the second term). `--score=given_noise` leaves the
 teacher's term out. That is no likelihood: the noise was drawn given the completion, and gives the answer away, for a
 wrong answer as well as for the right one. The paper does not say which it used.
+
+Shapes: B batch, L length, V vocabulary, D width, N scored tokens of all rows.
 """
 import time
 
@@ -22,146 +24,248 @@ from tqdm import tqdm
 from data.cli import BadInput, Parser, check_output, number, optional, run_main
 from data.vocab import Tokenizer
 from evaluate import load_teacher, report
-from medusa import Medusa
 from sample import device_and_dtype, load_model, loading_flags, torch_seed
-from teacher import CausalLM
 
-TASKS = "arc_easy,arc_challenge,boolq,hellaswag,piqa,openbookqa,winogrande"                              # Figure 4
+TASKS = "arc_easy,arc_challenge,boolq,hellaswag,piqa,openbookqa,winogrande"      # Figure 4
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the score of a batch of completions
 
 @torch.no_grad()
 def score(model, tokens, scored, teacher=None, given_noise=False, generator=None):
-    """log p of the tokens in `scored` given the others -> (nats [B], whether each of them is the argmax [B]).
+    """log p of the completions given their contexts -> (nats [B], whether each of its tokens is the argmax [B]).
 
-    tokens [B, L], scored [B, L] bool, the end of each row. BD3-LM: L is a multiple of the block; what follows `scored`
-    in its last block is masked and not scored. `teacher`, for a student with noise; `given_noise` leaves its term out.
+    tokens [B, L]; scored [B, L] bool: the completion, the end of each row. BD3-LM: L is a multiple of the block; what
+    follows the completion in its last block is masked and not scored. `teacher`: of a student with noise, whose term
+    `given_noise` leaves out.
     """
-    x, source = tokens[scored], model if isinstance(model, CausalLM) else teacher
-    ar = source.posterior_logits(tokens, scored) if source else None             # the AR model's logits, in chunks
-
-    def log_p(logits):
-        return logits.log_softmax(-1).gather(-1, x[:, None]).squeeze(1).double()
-
-    def per_row(v):
-        return torch.zeros_like(tokens, dtype=v.dtype).masked_scatter(scored, v).sum(1)
-    if source is model:
-        logits = ar(0, len(x))                                                                              # (N, V)
+    x = tokens[scored]                                     # (N)
+    teacher_logits = None
+    if teacher is not None:
+        teacher_logits = teacher.posterior_logits(tokens, scored)
+    if model.can_teach:
+        # an AR model: the chain rule, each token given those before it
+        logits = model.posterior_logits(tokens, scored)(0, len(x))  # (N, V)
     else:
-        after, g = scored.cumsum(1) > 0, None              # everything from the completion on
+        # a masked model: nothing is seen from the completion on
+        masked = scored.cumsum(1) > 0
+        g = None
         if model.noise_embed is not None:
-            rest = after & ~scored
-            g = torch.zeros(*tokens.shape, model.noise_embed.weight.shape[0], device=tokens.device)
-            rows = (model.noise_embed.from_posterior(ar, x, generator) if ar else
-                    model.noise_embed.from_prior(len(x), generator=generator))                       # unpaired noise
-            g[scored] = rows.to(g.dtype)                   # (of another dtype under autocast)
-            g[rest] = model.noise_embed.from_prior(int(rest.sum()), generator=generator).to(g.dtype)
-        logits = model.logits(model.hidden(tokens.masked_fill(after, model.mask_id), g, tokens, scored))
-    nats = log_p(logits)
+            g = noise_of_completions(model.noise_embed, tokens, scored, masked, teacher_logits, generator)
+        z = tokens.masked_fill(masked, model.mask_id)
+        logits = model.logits(model.hidden(z, g, clean=tokens, wanted=scored))  # (N, V)
+    nats = log_p(logits, x)
     if teacher is not None and not given_noise:
-        nats = nats + log_p(ar(0, len(x)))
-    return per_row(nats), per_row((logits.argmax(-1) != x).long()) == 0
+        nats = nats + log_p(teacher_logits(0, len(x)), x)
+    mistakes = sum_per_row((logits.argmax(-1) != x).long(), scored)
+    return sum_per_row(nats, scored), mistakes == 0
 
 
-def language_model(model, teacher, given_noise, draws, batch_size, seed):
-    """The model as an `lm_eval` LM, for tasks that compare likelihoods."""
+def noise_of_completions(noise_embed, tokens, scored, masked, teacher_logits, generator):
+    """Noise embeddings g [B, L, D]: of the scored tokens from the posterior of the noise (for noise that is unpaired,
+    from the prior), of what is masked after them from the prior, and zero elsewhere.
+    """
+    if teacher_logits is None:
+        of_scored = noise_embed.from_prior(int(scored.sum()), generator=generator)
+    else:
+        of_scored = noise_embed.from_posterior(teacher_logits, tokens[scored], generator)
+    rest = masked & ~scored
+    of_rest = noise_embed.from_prior(int(rest.sum()), generator=generator)
+    D = noise_embed.weight.shape[0]
+    g = torch.zeros(*tokens.shape, D, device=tokens.device)
+    g[scored] = of_scored.to(g.dtype)                      # under autocast it may come in bfloat16
+    g[rest] = of_rest.to(g.dtype)
+    return g
+
+
+def log_p(logits, x):
+    """logits [N, V], tokens x [N] -> their log-probabilities [N], float64, to be summed."""
+    return logits.log_softmax(-1).gather(-1, x[:, None]).squeeze(1).double()
+
+
+def sum_per_row(values, scored):
+    """Values [N] of the scored tokens -> their sums over each row [B]. scored [B, L]."""
+    spread = torch.zeros(scored.shape, dtype=values.dtype, device=values.device)
+    return spread.masked_scatter(scored, values).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# all completions of a task
+
+class Scorer:
+    """Scores lists of (context, completion), both lists of token ids, in batches of rows of one length."""
+
+    def __init__(self, model, teacher, given_noise, draws, batch_size, seed):
+        """draws: of the noise, over which scores are averaged. The other arguments are those of the command."""
+        self.model = model
+        self.teacher = teacher
+        self.given_noise = given_noise
+        self.draws = draws
+        self.batch_size = batch_size
+        self.seed = seed
+        self.tokenizer = Tokenizer(model.meta["tokenizer"], model.vocab_size)
+        self.block_size = 1
+        if model.any_length:                               # BD3-LM reads whole blocks
+            self.block_size = model.block_size
+
+    def score_all(self, pairs, show_bar=True):
+        """-> for each pair (log p of the completion in nats, whether greedy decoding would write it)."""
+        rows = [self.make_row(context, completion) for context, completion in pairs]
+        # a bidirectional network would read padding: rows of one length at a time (of one number of blocks)
+        of_length = {}
+        for i, (ids, _) in enumerate(rows):
+            length = -(-len(ids) // self.block_size) * self.block_size
+            of_length.setdefault(length, []).append(i)
+        results = [None] * len(rows)
+        bar = tqdm(total=len(rows), desc=self.model.name, unit="completion", disable=not show_bar)
+        for length, members in sorted(of_length.items(), reverse=True):      # the longest first: memory fails early
+            for a in range(0, len(members), self.batch_size):
+                chosen = members[a:a + self.batch_size]
+                seed = torch_seed(self.seed, length, a)
+                scores = self.score_batch([rows[i] for i in chosen], length, seed)
+                for i, result in zip(chosen, scores):
+                    results[i] = result
+                bar.update(len(chosen))
+        bar.close()
+        return results
+
+    def make_row(self, context, completion):
+        """-> (ids of the row: BOS, context, completion; how many of them are scored)."""
+        if context[:1] == [self.model.bos]:                # lm-eval's own, in place of an empty context
+            context = context[1:]
+        text = context + completion
+        ids = [self.model.bos] + text[1 - self.model.length:]               # if it is too long, its end
+        return ids, min(len(completion), len(ids) - 1)
+
+    def score_batch(self, rows, length, seed):
+        """Rows of `make_row` that are padded to `length` -> [(nats, whether it is greedy)]."""
+        device = next(self.model.parameters()).device
+        tokens = torch.full((len(rows), length), self.model.bos, device=device)
+        scored = torch.zeros_like(tokens, dtype=torch.bool)
+        for i, (ids, n) in enumerate(rows):
+            tokens[i, :len(ids)] = torch.tensor(ids)
+            scored[i, len(ids) - n:len(ids)] = True
+        generator = torch.Generator(device).manual_seed(seed)
+        nats = []
+        greedy = []
+        for _ in range(self.draws):
+            result = score(self.model, tokens, scored, self.teacher, self.given_noise, generator)
+            nats.append(result[0])
+            greedy.append(result[1])
+        mean = torch.stack(nats).mean(0)
+        return list(zip(mean.tolist(), greedy[0].tolist()))
+
+
+def language_model(scorer):
+    """The scorer as an `lm_eval` LM, for tasks that compare likelihoods."""
     from lm_eval.api.model import TemplateLM
-    tokenizer = Tokenizer(model.meta["tokenizer"], model.config["vocab_size"])
-    block = getattr(model, "block_size", 1)
-    device = next(model.parameters()).device
 
     class Model(TemplateLM):
+        """What lm-eval asks of a model. In here because the package is optional."""
+
         @property
         def eot_token_id(self):
-            return model.bos
+            return scorer.model.bos
 
         def tok_encode(self, string, add_special_tokens=None, **kw):
-            return tokenizer.encode([string])[0].tolist()
+            return scorer.tokenizer.encode([string])[0].tolist()
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kw):
-            rows, groups, out = [], {}, [None] * len(requests)
-            for i, (_, context, completion) in enumerate(requests):
-                context = context[1:] if context[:1] == [model.bos] else context         # lm-eval's, if it is empty
-                ids = [model.bos] + (context + completion)[1 - model.length:]             # too long: the end of it
-                rows.append((ids, min(len(completion), len(ids) - 1)))
-                # a bidirectional network would read padding: rows of one length at a time (of one number of blocks)
-                groups.setdefault(-(-len(ids) // block) * block, []).append(i)
-            bar = tqdm(total=len(rows), desc=model.name, unit="completion", disable=disable_tqdm)
-            for length, members in sorted(groups.items(), reverse=True):
-                for a in range(0, len(members), batch_size):
-                    some = members[a:a + batch_size]
-                    tokens = torch.full((len(some), length), model.bos, device=device)
-                    scored = torch.zeros_like(tokens, dtype=torch.bool)
-                    for j, (ids, n) in enumerate(rows[i] for i in some):
-                        tokens[j, :len(ids)] = torch.tensor(ids)
-                        scored[j, len(ids) - n:len(ids)] = True
-                    generator = torch.Generator(device).manual_seed(torch_seed(seed, length, a))
-                    results = [score(model, tokens, scored, teacher, given_noise, generator) for _ in range(draws)]
-                    nats = torch.stack([r[0] for r in results]).mean(0).tolist()
-                    for i, value, greedy in zip(some, nats, results[0][1].tolist()):
-                        out[i] = (value, greedy)
-                    bar.update(len(some))
-            bar.close()
-            return out
+            pairs = [(context, completion) for _, context, completion in requests]
+            return scorer.score_all(pairs, show_bar=not disable_tqdm)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             raise BadInput("whole texts are scored by evaluate.py ppl, not by lm-eval tasks")
 
         def generate_until(self, requests, disable_tqdm=False):
             raise BadInput("only tasks that compare likelihoods are supported, no generation")
+
     return Model()
 
 
-def main(argv=None):
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+def flags():
     parser = Parser(description="Zero-shot multiple choice with lm-eval.")
     parser.add_argument("--ckpt", nargs="+", required=True, help="checkpoints or run directories")
     parser.add_argument("--tasks", default=TASKS, help=f"comma list of lm-eval tasks; default: {TASKS}")
     parser.add_argument("--include_path", help="folder with tasks of your own, as lm-eval's YAML files")
     parser.add_argument("--n", type=number(int, 1), help="only the first n questions of each task")
     parser.add_argument("--batch_size", type=number(int, 1), default=32, help="completions at once")
-    parser.add_argument("--teacher", help="of students with noise; default: the one that they were trained with")
+    parser.add_argument("--teacher",
+                        help="of students with noise; default: the one that they were trained with")
     parser.add_argument("--score", choices=["bound", "given_noise"], default="bound",
                         help="students with noise; given_noise is no likelihood: the noise knows the answer")
     parser.add_argument("--draws", type=number(int, 1), default=1, help="of the noise, averaged")
     parser.add_argument("--json", help="also write the rows to this file")
     loading_flags(parser)
-    args, began = parser.parse_args(argv), time.time()
+    return parser
+
+
+def find_tasks(args):
+    """-> (the names in --tasks, lm-eval's register of tasks)."""
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_path=args.include_path)
+    tasks = args.tasks.split(",")
+    unknown = set(tasks) - set(manager.all_tasks)
+    if unknown:
+        raise BadInput(f"--tasks: lm-eval knows no {', '.join(sorted(unknown))}: "
+                       "correct it, or set --include_path")
+    return tasks, manager
+
+
+def evaluate_model(args, model, teacher, tasks, manager, autocast):
+    """-> the table's rows of a model: one for each task and, of several, their mean."""
+    from lm_eval import simple_evaluate
+    began = time.perf_counter()
+    scorer = Scorer(model, teacher, args.score == "given_noise", args.draws, args.batch_size, args.seed)
+    lm = language_model(scorer)
+    try:
+        with autocast:
+            found = simple_evaluate(lm, tasks=tasks, num_fewshot=0, limit=args.n, task_manager=manager)
+    except (OSError, ValueError) as e:                     # of a download
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise BadInput(f"--tasks={args.tasks}: {why}") from None
+    facts = dict(model=model.name, score=None)
+    if teacher is not None:
+        facts["score"] = args.score
+    rows = []
+    for task, n in found["n-samples"].items():             # its results hold groups of tasks as well
+        row = dict(facts, task=task, n=n["effective"])
+        for key, value in found["results"][task].items():
+            metric, _, filtered = key.partition(",")       # as in "acc_stderr,none"
+            if filtered == "none" and isinstance(value, float):             # "N/A": the error of one question
+                row[metric] = value
+        rows.append(row)
+    accuracies = [row["acc"] for row in rows if "acc" in row]
+    if len(accuracies) > 1:
+        rows.append(dict(facts, task="mean", acc=sum(accuracies) / len(accuracies)))
+    rows[-1]["seconds"] = time.perf_counter() - began
+    return rows
+
+
+def main(argv=None):
+    began = time.time()
+    args = flags().parse_args(argv)
     optional("lm_eval", "extra.lm_eval_model")
     if args.json:
         check_output("--json", args.json)
     device, dtype, autocast = device_and_dtype(args.dtype)
     models = [load_model(path, args.weights, device) for path in args.ckpt]
     for model in models:
-        if isinstance(model, Medusa):
+        if model.drafts:
             raise BadInput(f"--ckpt: {model.name} holds Medusa heads, which score nothing: give its backbone")
     teachers = [load_teacher(args, model, model.meta, model.length, device) for model in models]
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-    tasks, manager = args.tasks.split(","), TaskManager(include_path=args.include_path)
-    if unknown := set(tasks) - set(manager.all_tasks):
-        raise BadInput(f"--tasks: lm-eval knows no {', '.join(sorted(unknown))}: correct it, or set --include_path")
+    tasks, manager = find_tasks(args)
     rows = []
     for model, teacher in zip(models, teachers):
-        start = time.perf_counter()
-        lm = language_model(model, teacher, args.score == "given_noise", args.draws, args.batch_size, args.seed)
-        try:
-            with autocast:
-                found = simple_evaluate(lm, tasks=tasks, num_fewshot=0, limit=args.n, task_manager=manager)
-        except (OSError, ValueError) as e:                 # of a download
-            raise BadInput(f"--tasks={args.tasks}: {(str(e) or type(e).__name__).splitlines()[0]}") from None
-        facts = dict(model=model.name, score=None if teacher is None else args.score)
-        of_model = [dict(facts, task=task, n=found["n-samples"][task]["effective"],
-                         **{k.removesuffix(",none"): v for k, v in found["results"][task].items()
-                            if k.endswith(",none") and isinstance(v, float)})    # (no error of one question: "N/A")
-                    for task in found["n-samples"]]        # (not the groups, which the results hold as well)
-        scores = [row["acc"] for row in of_model if "acc" in row]
-        if len(scores) > 1:
-            of_model.append(dict(facts, task="mean", acc=sum(scores) / len(scores)))
-        of_model[-1]["seconds"] = time.perf_counter() - start
-        rows += of_model
-    report(args, rows, "zero-shot, one step; by length: completions compared per character.\n"
-           "seconds: for all tasks of a model.",
-           dict(model="model", task="task", score="score", acc="accuracy %", acc_norm="by length %"),
-           began=began, device=device, dtype=dtype)
+        rows += evaluate_model(args, model, teacher, tasks, manager, autocast)
+    note = ("zero-shot, one step; by length: completions compared per character.\n"
+            "seconds: for all tasks of a model.")
+    columns = dict(model="model", task="task", score="score", acc="accuracy %", acc_norm="by length %")
+    report(args, rows, note, columns, began=began, device=device, dtype=dtype)
 
 
 if __name__ == "__main__":

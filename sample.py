@@ -61,9 +61,13 @@ def load_model(path, weights=None, device="cpu"):
 
 
 def source_of(path):
-    """Where a model comes from: "checkpoint" (train.py's, the file or its run directory); "hf" (hf:NAME); "gpt2" (a
-    published name, as gpt2-large); "published": a Lightning .ckpt of the authors' code, a .safetensors file, or a folder
-    as Hugging Face has it (GPT-2, or the authors' networks).
+    """Where a model comes from:
+
+    "checkpoint"  train.py's, the file or its run directory
+    "hf"          hf:NAME
+    "gpt2"        a published name, as gpt2-large
+    "published"   a Lightning .ckpt of the authors' code, a .safetensors file, or a folder as
+                  Hugging Face has it: GPT-2, or the authors' networks
     """
     if os.path.exists(os.path.join(path, "ckpt.pt")):
         return "checkpoint"

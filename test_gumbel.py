@@ -2286,6 +2286,24 @@ def test_sample_cli(runs, cli, monkeypatch, tmp_path):
         refused(cli(sample, flags), *words)
 
 
+@pytest.mark.parametrize("a,b,want", [
+    (("hf:a", "1"), ("hf:b", "1"), "fine"),                 # one tokenizer under two paths
+    (("hf:a", "1"), ("hf:b", "2"), "another"),              # two of equal size
+    (("hf:a", "1"), ("hf:a", "2"), "another"),              # the path holds another one now
+    (("hf:a", None), ("hf:b", "2"), "cannot be told"),      # from before fingerprints, and not to be had
+    (("hf:a", None), ("hf:a", "2"), "fine"), (("ids", None), ("gpt2", "2"), "fine"), (("bytes", None), ("gpt2", None), "another"),
+    (("chars:ab", "1"), ("chars:ba", "2"), "other characters")])
+def test_vocabularies_of_equal_size_are_told_apart(capsys, a, b, want):
+    meta_a, meta_b = (dict(tokenizer=name, vocab_size=10, bos=9) | ({"fingerprint": f} if f else {}) for name, f in (a, b))
+    model = argparse.Namespace(vocab_size=10, bos=9, meta=meta_a)
+    if want in ("another", "other characters"):
+        with pytest.raises(BadInput, match=f"--teacher=x.*{want}"):
+            sample.check_vocabulary("--teacher=x", model, meta_b)
+        return
+    sample.check_vocabulary("--teacher=x", model, meta_b)
+    assert ("cannot be told" in capsys.readouterr().err) == (want == "cannot be told")
+
+
 @functools.cache
 def bytes_runs(root):
     root.mkdir()
@@ -2323,6 +2341,7 @@ def test_teacher_written_shards(text_runs, cli, monkeypatch, tmp_path):
     assert not np.array_equal(rows, np.fromfile(tmp_path / "c" / "train.bin", dtype="<u2").reshape(-1, 15))
     meta = read_meta(str(tmp_path / "a"))[0]
     assert (meta["row_length"], meta["tokenizer"], meta["vocab_size"]) == (15, "bytes", 257)
+    assert meta["fingerprint"] == read_meta("data/mine")[0]["fingerprint"]
     # the rows are the teacher's: batch 0 is its own generation from that seed, BOS left out
     ar = sample.load_model("out/ar")
     first, _ = ar.generate(torch.full((8, 1), ar.bos), 16, generator=gen(sample.torch_seed(0, 0)))

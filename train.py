@@ -684,7 +684,7 @@ def read_ahead(items):
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(next, items)
         while True:
-            item = ahead.result()
+            item = ahead.result()                          # what went wrong in the thread is raised here
             ahead = pool.submit(next, items)
             yield item
 
@@ -875,7 +875,7 @@ def train(args, world):
                     raise BadInput(f"the loss was not finite for 20 steps in a row, up to step {step}: start "
                                    f"again with a lower --lr (now {args.lr}) and another --out; {args.out} "
                                    "keeps its weights")
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)          # of a skipped step as well
             step += 1
 
             # log, validate, save

@@ -29,13 +29,14 @@ from tqdm import tqdm
 from data.cli import BadInput, Parser, check_output, git_commit, number, optional, run_main
 from data.maze import (MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset, maze_keys, maze_paths,
                        maze_valid)
+from data.run import device_and_dtype
+from data.samples import names_file, read_samples, write_samples
 from data.shards import Shards
 from data.vocab import Tokenizer, same_tokenizer
-from gumbel import sample_gumbel
 from mdlm import reveal_steps, revealing_path, stratified_t, unmask
 from medusa import ACCEPT
 from sample import (check_sampler, check_sampling_flags, check_vocabulary, default_teacher,
-                    device_and_dtype, entropy, generate, load_ar, load_model, load_verifier,
+                    entropy, generate, load_ar, load_model, load_verifier,
                     loading_flags, medusa_flags, options_read, resolve_sampling, sampling_flags,
                     sampling_options, torch_seed, typical_flags)
 from teacher import extract_sequential
@@ -141,7 +142,7 @@ def drawn_rows(args, models, device, batch, length=None, start=None):
         for decode in decodes:
             for steps in steps_of(model, length or model.length, args):
                 jobs.append((model, decode, steps))
-    if reads_samples(args) and len(jobs) != 1:
+    if names_file(args.samples) and len(jobs) != 1:
         raise BadInput(f"--samples={args.samples} holds the samples of one row, these flags ask for "
                        f"{len(jobs)}: give one --ckpt, one --decode and one --nfe, or a folder")
     verifier = load_verifier(args, models, device)
@@ -180,7 +181,7 @@ def sample_rows(model, decode, steps, args, device, verifier, length, batch, sta
     settings = dict(model=model.name, decode=decode, steps=steps, n=args.n, seed=args.seed,
                     batch=batch)
     settings |= settings_of(model, options, args, device, start)
-    if reads_samples(args):
+    if names_file(args.samples):
         samples = read_samples(args.samples, settings)
     else:
         drawn = draw_samples(model, options, args, device, verifier, batch, start)
@@ -226,61 +227,6 @@ def draw_samples(model, options, args, device, verifier, batch, start):
             for name, calls in zip(("nfe", "verifier_calls"), counts):
                 sample[name] = int(calls[i])
             yield sample
-
-
-def write_samples(folder, settings, samples):
-    """Write the settings and the samples, as they come, to a .jsonl file of the folder -> a list of the samples.
-
-    Other settings have another file; it appears when it is complete. BadInput where the folder cannot be written.
-    """
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-    model = os.path.basename(settings["model"])
-    name = f"{model}-{settings['decode']}-{settings['steps']}-{key}.jsonl"
-    path = os.path.join(folder, name)
-    part = f"{path}.{os.getpid()}.tmp"      # another process may be drawing the same
-    try:
-        os.makedirs(folder, exist_ok=True)
-        f = open(part, "w")
-    except OSError as e:
-        raise BadInput(f"--samples={folder} cannot be written ({e.strerror}): "
-                       "choose another folder") from None
-    written = []
-    with f:
-        f.write(json.dumps(dict(settings=settings)) + "\n")
-        for sample in samples:
-            f.write(json.dumps(sample) + "\n")
-            written.append(sample)
-    os.replace(part, path)                  # complete, or not there at all
-    return written
-
-
-def reads_samples(args):
-    """Whether --samples names a file to read; else it is a folder to write to."""
-    return args.samples.endswith(".jsonl")
-
-
-# settings that say where and when samples were drawn, not how: they may differ from those of the flags
-MAY_DIFFER = {"path", "batch", "dtype", "device"}
-
-
-def read_samples(path, settings):
-    """The samples of a file that `write_samples` wrote, for a row with these settings; BadInput if it has others."""
-    try:
-        with open(path) as f:
-            first, *samples = [json.loads(line) for line in f]
-        found = first["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BadInput(f"--samples={path} is no file of samples ({type(e).__name__}): "
-                       "name one that evaluate.py wrote, or a folder to write to") from None
-    wanted = json.loads(json.dumps(settings))   # as they come back from a file
-    for name, value in wanted.items():
-        if name not in MAY_DIFFER and name in found and found[name] != value:
-            raise BadInput(f"--samples={path} was drawn with {name} {found[name]}, these flags ask "
-                           f"for {value}: make them the same, or draw anew into a folder")
-    if len(samples) != settings["n"]:
-        raise BadInput(f"--samples={path} holds {len(samples)} of its {settings['n']} samples: "
-                       "draw anew into a folder")
-    return samples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -735,145 +681,8 @@ def load_teacher(args, model, meta, length, device):
 
 def acceptance(args, models, device):
     """Medusa's drafts: acceptance per head, accepted length, speed against the backbone alone (Table 3, C.2)."""
-    for model in models:
-        if not model.drafts:
-            raise BadInput(f"--ckpt: {model.name} is a {model.args['model']} checkpoint, "
-                           "acceptance is of Medusa heads")
-    length = args.length or min(128, *(model.length for model in models))
-    data = Shards(args.data or models[0].args["data"], "val", length)
-    is_maze = data.meta["name"] in ("maze", "maze_skewed")
-    prompt_length = args.prompt_length
-    if prompt_length is None:
-        prompt_length = 1 if is_maze else max(1, length // 4)
-    for model in models:
-        check_acceptance(model, data, length, prompt_length)
-    order = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
-    if prompt_length == 1:
-        order = np.resize(order, args.n)    # BOS alone: any number of samples
-    prompts = torch.from_numpy(data.rows(order)[:, :prompt_length])
-    rows = []
-    bar = tqdm(total=len(prompts) * len(models) * len(args.accept), unit="prompt", disable=None)
-    for model, accept in itertools.product(models, args.accept):
-        rows.append(measure_acceptance(model, accept, args, prompts, length, device, bar))
-    bar.close()
-    # perfect heads are counted for the backbone's own distribution, and exact acceptance
-    if is_maze and args.tau == args.top_p == 1 and "exact" in args.accept:
-        for n_heads in sorted({len(model.heads) for model in models}):
-            rows.append(acceptance_theory(data.meta["name"], n_heads, length, prompt_length))
-
-    most_heads = max(len(model.heads) for model in models)
-    heads = {f"head{k}": f"head {k}" for k in range(1, 1 + most_heads)}
-    columns = dict(model="model", accept="acceptance") | heads | dict(
-        accepted_length="accepted length", calls_per_token="calls per token", agreement="same text",
-        tokens_per_s="tokens/s", alone_tokens_per_s="backbone alone", speedup="speed-up")
-    note = (f"prompts of {prompt_length} tokens (BOS included) continued to {length}, "
-            f"{args.batch_size} at once, tau {args.tau}, top_p {args.top_p}, epsilon {args.epsilon}, "
-            f"delta {args.delta}, {args.weights or 'EMA'} weights, {torch.get_num_threads()} threads.\n"
-            "head k: of its candidates with accepted predecessors, the accepted ones; "
-            "accepted length: tokens per backbone call, in whole drafts;\nsame text: of up to 8 "
-            "samples, the tokens that the backbone alone writes from the same noise.")
-    if is_maze:
-        note += "\ntheory: heads without noise that know the true marginals."
-    return rows, note, columns, dict.fromkeys(["accepted_length", *heads], 3)
-
-
-def check_acceptance(model, data, length, prompt_length):
-    check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
-    if length > model.backbone.length:
-        raise BadInput(f"--length={length} is more than the {model.backbone.length} tokens "
-                       f"of {model.name}'s backbone")
-    if prompt_length + len(model.heads) >= length:
-        raise BadInput(f"rows of {length} tokens have no room for a prompt of {prompt_length} and a "
-                       f"draft of {model.name}: set --length or --prompt_length")
-
-
-def measure_acceptance(model, accept, args, prompts, length, device, bar):
-    """A row of the table: prompts [n, P] continued to `length` by the model, and by its backbone alone."""
-    sampling = dict(length=length, tau=args.tau, top_p=args.top_p)
-    rule = dict(accept=accept, epsilon=args.epsilon, delta=args.delta)
-    greedy = accept == "greedy"
-    counts = []                             # calls [b], verified [b, K], accepted [b, K]
-    seconds = 0.0
-    alone = 0.0
-    for i, start in enumerate(prompts.split(args.batch_size)):
-        start = start.to(device)
-        generator = torch.Generator(device).manual_seed(torch_seed(args.seed, i * args.batch_size))
-        if i == 0:                          # the warm-up, and the same noise for both
-            some = start[:8]
-            xi = sample_gumbel((len(some), length, model.vocab_size), generator, device)
-            drafted, *_ = model.decode(some, **sampling, **rule, noise=xi)
-            written, _ = model.backbone.generate(some, **sampling, noise=xi, greedy=greedy)
-            same = (drafted == written)[:, start.shape[1]:].cpu()
-        began = time.perf_counter()
-        _, *drafts = model.decode(start, **sampling, **rule, generator=generator)
-        counts.append([count.cpu().numpy() for count in drafts])      # (waits for the device)
-        # the backbone alone, at once after it: a busy spell slows both
-        middle = time.perf_counter()
-        model.backbone.generate(start, **sampling, greedy=greedy, generator=generator)[0].cpu()
-        seconds += middle - began
-        alone += time.perf_counter() - middle
-        bar.update(len(start))
-    calls, verified, accepted = (np.concatenate(count) for count in zip(*counts))
-    n_new = len(prompts) * (length - prompts.shape[1])
-    row = dict(model=model.name, accept=accept, nfe_counted=float(calls.mean()), n=len(prompts))
-    row |= acceptance_row(verified, accepted)
-    row |= dict(calls_per_token=float(calls.sum() / n_new), tokens_per_s=n_new / seconds,
-                alone_tokens_per_s=n_new / alone, speedup=alone / seconds, seconds=seconds)
-    return row | dict(agreement=float(same.double().mean()))
-
-
-def acceptance_row(verified, accepted):
-    """Counts per prompt [n, K] -> each head's conditional acceptance, and the accepted length: tokens per backbone call
-    (head 0's and the accepted ones) over whole drafts. With standard errors over prompts.
-    """
-    from extra.scores import ratio_with_error
-    row = {}
-    for k in range(verified.shape[1]):
-        ratio, error = ratio_with_error(accepted[:, k], verified[:, k])
-        row |= {f"head{k + 1}": ratio, f"head{k + 1}_stderr": error}
-    drafts = verified[:, 0]                 # head 1's candidate is looked at in each of them
-    ratio, error = ratio_with_error(drafts + accepted.sum(1), drafts)
-    return row | dict(accepted_length=ratio, accepted_length_stderr=error)
-
-
-def acceptance_theory(name, n_heads, length, prompt_length):
-    """The row of perfect heads without noise on the maze."""
-    paths = maze_dataset(name).astype(np.int64)
-    more = length - 1 - paths.shape[1]      # the PADs of longer rows
-    paths = np.pad(paths, ((0, 0), (0, more)), constant_values=PAD)
-    verified, accepted = perfect_heads(paths, n_heads, prompt_length - 1)
-    row = dict(model="theory", accept="exact")
-    for key, value in acceptance_row(verified, accepted).items():
-        if not key.endswith("_stderr"):     # all paths, not a sample of them
-            row[key] = value
-    return row
-
-
-def perfect_heads(rows, heads, start=0, weights=None):
-    """Heads without noise that learnt their task perfectly, on an enumerable language: counts [n, K] as `Medusa.decode`
-    has them under exact acceptance. rows [n, L] without BOS, of probability `weights` [n]; `start` tokens are given.
-
-    Head k proposes the mode of its marginal: the most frequent token k places after the next one, given the prefix
-    (head 1 can do no better; later ones could, by building on those before). The row decides what is accepted.
-    """
-    verified = np.zeros((len(rows), heads), dtype=int)
-    accepted = np.zeros((len(rows), heads), dtype=int)
-    for r, row in enumerate(rows):
-        p = start                           # the place of the next token
-        while p + heads < len(row):
-            like = (rows[:, :p] == row[:p]).all(1)         # the rows with this prefix
-            weights_of_like = None
-            if weights is not None:
-                weights_of_like = weights[like]
-            fits = []
-            for k in range(1, heads + 1):
-                mode = np.bincount(rows[like, p + k], weights_of_like).argmax()
-                fits.append(mode == row[p + k])
-            taken = np.cumprod(fits)        # a candidate falls with those before it
-            verified[r] += np.append(1, taken[:-1])
-            accepted[r] += taken
-            p += 1 + taken.sum()
-    return verified, accepted
+    from extra.acceptance import acceptance_table
+    return acceptance_table(args, models, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

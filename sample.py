@@ -27,6 +27,7 @@ import teacher
 from bd3lm import BD3LM
 from data.cli import BadInput, Parser, check_output, number, run_main
 from data.maze import draw_maze
+from data.run import device_and_dtype
 from data.shards import Writer
 from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
 from mdlm import MDLM, ORDERS, SAMPLERS
@@ -211,14 +212,6 @@ def find_weight(state, ending):
         if name.endswith(ending):
             return w
     return None
-
-
-def device_and_dtype(dtype):
-    """-> (device, dtype, autocast context for it); the dtype "auto" is bfloat16 on CUDA and float32 on a CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    return device, dtype, torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

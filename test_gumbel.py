@@ -41,6 +41,7 @@ from data.maze import PAD, ExactDenoiser, maze_dataset, maze_keys, maze_paths, m
 from data.shards import Shards, Writer, read_meta
 from data.teacher_cache import TeacherLogits
 from extra import scores
+from extra.acceptance import acceptance_row, perfect_heads
 from extra.confidence import unmask_by_confidence
 from gumbel import (GumbelEmbedding, draw_tokens, gumbel_max, nucleus, posterior_gumbel, sample_exponential,
                     sample_gumbel)
@@ -680,7 +681,7 @@ def test_remasking_with_the_exact_denoiser_on_the_maze():
 
 @pytest.mark.parametrize("block_size", [None, 128])
 def test_remasking_keeps_the_share_of_masks_of_what_the_network_sees(block_size, monkeypatch):
-    """The same through `generate`, for MDLM and in each block: rows so long that each reveals something at each step."""
+    """The same through `generate`, for MDLM and in each block: rows so long that each reveals some at each step."""
     B, L, steps = 24, 256, 8
     if block_size:
         model, K = tiny_blocks(L=L, block_size=block_size), block_size
@@ -871,9 +872,10 @@ def test_golden_bd3lm(name):
         assert (logp - want)[real].abs().max() < 1e-5 and (logp[~real] == -math.inf).all()
         z, want = i["sample_indices"], d["sample_backbone_out"][:, 8:, :100]
         g = None if sample_noise is None else model.noise_embed(sample_noise)[:, 8:]
-        assert (model.logits(model.block_hidden(model.new_cache(3, 12), z[:, :8], z[:, 8:], g)) - want).abs().max() < 1e-5
+        h = model.block_hidden(model.new_cache(3, 12), z[:, :8], z[:, 8:], g)
+        assert (model.logits(h) - want).abs().max() < 1e-5
         cache = model.new_cache(3, 12)
-        model.block_hidden(cache, z[:, :4], z[:, 4:8], None if g is None else g)             # a call for the second block
+        model.block_hidden(cache, z[:, :4], z[:, 4:8], g)  # a call for the second block
         assert (model.logits(model.block_hidden(cache, z[:, 4:8], z[:, 8:], g)) - want).abs().max() < 1e-5
         for key, clip in (("loss", None), ("loss_clip_0.6_to_1", (0.6, 1.0))):
             x = d[key]
@@ -1398,7 +1400,7 @@ def decode_by_hand(model, x, T, tau, top_p, accept, epsilon, delta, xi):
                 e = torch.stack([(tau * r).softmax(-1) for r in rows]) @ model.noise_embed.weight.t()
                 a = a + model.accumulator(e[None])[0, -1]
             z = model.heads[k - 1].out(a + F.silu(model.heads[k - 1].fc(a)))
-            proposals.append(int(z[:V - (not model.config.predict_bos)].argmax()))                      # BOS is the last id
+            proposals.append(int(z[:V - (not model.config.predict_bos)].argmax()))  # BOS is the last id
         x.append(choose(backbone.logits(h), xi[p]))
         if len(x) == T:
             break
@@ -1454,7 +1456,7 @@ def test_typical_acceptance_in_its_limits():
     assert torch.equal(verified, accepted) and (nfe == 4).all()                 # prompt, 4 + 4 tokens, 1 + 1
     x, nfe, verified, accepted = model.decode(start, 12, epsilon=1.0, delta=1e9, noise=xi)
     assert accepted.sum() == 0 and (nfe == 10).all() and torch.equal(x, model.backbone.generate(start, 12, noise=xi)[0])
-    assert evaluate.acceptance_row(verified.numpy(), accepted.numpy())["head2"] is None
+    assert acceptance_row(verified.numpy(), accepted.numpy())["head2"] is None
 
 
 def test_decoding_bad_input():
@@ -1481,7 +1483,7 @@ def test_what_the_noise_buys():
     rows = torch.cartesian_prod(*[torch.arange(V - 1)] * (L - 1))
     rows = torch.cat([torch.full((len(rows), 1), V - 1), rows], 1)
     p = ar.log_probs(rows[:, :-1]).gather(-1, rows[:, 1:, None]).sum((1, 2)).exp().double()
-    verified, accepted = evaluate.perfect_heads(rows[:, 1:].numpy(), K, weights=p.numpy())
+    verified, accepted = perfect_heads(rows[:, 1:].numpy(), K, weights=p.numpy())
     best = (p.numpy() @ accepted) / (p.numpy() @ verified)
     # head 1 after BOS alone, from its definition: q(x) = sum_y p(y) p(x | y), accepted with probability max q
     q = torch.stack([p[rows[:, 2] == x].sum() for x in range(V - 1)])
@@ -1499,7 +1501,7 @@ def test_what_the_noise_buys():
             optimizer.step()
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 400)
         _, _, v, a = model.eval().decode(torch.full((4000, 1), V - 1), accept="exact", generator=gen(1))
-        got[noise] = evaluate.acceptance_row(v.numpy(), a.numpy())
+        got[noise] = acceptance_row(v.numpy(), a.numpy())
     print(f"\nacceptance of heads 1, 2 under exact acceptance: best without noise {best.round(3)}, "
           f"trained without {got[None]}, with {got['gumbel']}")
     for k in (1, 2):
@@ -1512,7 +1514,7 @@ def test_perfect_heads_and_errors():
     """
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 3, (60, 7))
-    v, a = evaluate.perfect_heads(rows, 2, start=1)
+    v, a = perfect_heads(rows, 2, start=1)
     for row, vr, ar in zip(rows, v, a):
         p, seen, taken = 1, [0, 0], [0, 0]
         while p + 2 < 7:
@@ -2291,10 +2293,12 @@ def test_sample_cli(runs, cli, monkeypatch, tmp_path):
     (("hf:a", "1"), ("hf:b", "2"), "another"),              # two of equal size
     (("hf:a", "1"), ("hf:a", "2"), "another"),              # the path holds another one now
     (("hf:a", None), ("hf:b", "2"), "cannot be told"),      # from before fingerprints, and not to be had
-    (("hf:a", None), ("hf:a", "2"), "fine"), (("ids", None), ("gpt2", "2"), "fine"), (("bytes", None), ("gpt2", None), "another"),
+    (("hf:a", None), ("hf:a", "2"), "fine"), (("ids", None), ("gpt2", "2"), "fine"),
+    (("bytes", None), ("gpt2", None), "another"),
     (("chars:ab", "1"), ("chars:ba", "2"), "other characters")])
 def test_vocabularies_of_equal_size_are_told_apart(capsys, a, b, want):
-    meta_a, meta_b = (dict(tokenizer=name, vocab_size=10, bos=9) | ({"fingerprint": f} if f else {}) for name, f in (a, b))
+    meta_a, meta_b = (dict(tokenizer=name, vocab_size=10, bos=9) | ({"fingerprint": f} if f else {})
+                      for name, f in (a, b))
     model = argparse.Namespace(vocab_size=10, bos=9, meta=meta_a)
     if want in ("another", "other characters"):
         with pytest.raises(BadInput, match=f"--teacher=x.*{want}"):

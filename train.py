@@ -10,10 +10,9 @@ micro-step), so nothing but the step needs to be restored.
 In this order:
     FLAGS, PRESETS      the recipe: all flags with their defaults, and what data and models change
     parse               the flags of a run, and which of them its model reads
-    World, Log ..       around a run: its processes, what it tells, the signals that stop it
     resume, new_model   where it starts: its checkpoint, its teacher, its weights
     micro_batches ..    what the loop calls: batches, validation
-    train               the loop
+    train               the loop; processes, log and signals around it are in data/run.py
 
 Shapes: tokens [B, L], a row being BOS and L - 1 tokens; noise levels t [B, n_blocks].
 """
@@ -21,14 +20,10 @@ import argparse
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import os
-import signal
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import lru_cache
 
 import numpy as np
@@ -41,12 +36,13 @@ import evaluate
 from bd3lm import clip_windows, search_clip
 from data.cli import BadInput, Parser, git_commit, number, optional, run_main
 from data.prepare import make_maze
+from data.run import Log, StopSignals, World, read_ahead, save
 from data.shards import Shards, changed_meta, read_meta
 from data.teacher_cache import TeacherCache, TeacherLogits
 from gumbel import KINDS, needs_teacher
 from mdlm import T_MIN, stratified_t
-from sample import (MODELS, build, default_teacher, device_and_dtype, load_ar, load_checkpoint,
-                    load_model, torch_seed)
+from sample import (MODELS, build, default_teacher, load_ar, load_checkpoint, load_model,
+                    torch_seed)
 from teacher import model_hash
 
 
@@ -159,11 +155,6 @@ MAZES = ("maze", "maze_skewed")
 MAY_DIFFER = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wandb", "compile",
               "report"}
 
-# torch's bf16 peak per device without sparsity, FLOP/s, for the log's MFU
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-         "L40": 181e12, "L4": 121e12, "4090": 165e12}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # flags
 
@@ -268,174 +259,6 @@ def asks_teacher(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# processes
-
-class World:
-    """The processes of this run: one, or those of torchrun (nccl on CUDA, gloo on CPU)."""
-
-    def __init__(self, dtype):
-        self.device, self.dtype, self.autocast = device_and_dtype(dtype)
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.master = self.rank == 0
-        self.cuda = self.device == "cuda"
-        if self.cuda:
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            torch.cuda.set_device(self.device)
-        if self.size > 1:
-            dist.init_process_group("nccl" if self.cuda else "gloo")
-
-    def sum(self, *values):
-        """Floats, summed over the processes."""
-        # float64: a sum over processes is to differ from that of one process by rounding only
-        x = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(x)
-        return x.tolist()
-
-    def barrier(self):
-        if self.size > 1:
-            dist.barrier()
-
-    @contextmanager
-    def in_turn(self, first):
-        """The processes that are `first` go through the body before the others do."""
-        if not first:
-            self.barrier()
-        try:
-            yield
-        finally:
-            if first:
-                self.barrier()
-
-    def say(self, text):
-        """A line on stderr, from the first process, that leaves the bars whole."""
-        if self.master:
-            tqdm.write(text, file=sys.stderr)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run tells, and hears
-
-class Log:
-    """log.jsonl in the run directory, a bar on stderr and, with --wandb, a board; written by the first process only."""
-
-    def __init__(self, args, world, step, tokens_per_step, flops_per_token):
-        self.file = open_log(args.out, step) if world.master else open(os.devnull, "w")
-        self.board = None
-        if world.master and args.wandb:
-            wandb = optional("wandb", "--wandb")
-            self.board = wandb.init(project=args.wandb, name=os.path.basename(args.out), config=vars(args))
-        self.bar = tqdm(total=args.steps, initial=step, desc=args.out, unit="step", disable=not world.master,
-                        mininterval=1)
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token = flops_per_token
-        self.peak = peak_flops(world)
-        self.restart_clock(step)
-
-    def restart_clock(self, step):
-        """Speed is counted from here: from the last line on, without validation."""
-        self.began = time.time()
-        self.first_step = step
-
-    def tokens_per_second(self, step):
-        return (step - self.first_step) * self.tokens_per_step / max(1e-9, time.time() - self.began)
-
-    def speed(self, step):
-        """What a line says of it; MFU: the share of the devices' peak that useful FLOPs take."""
-        rate = self.tokens_per_second(step)
-        speed = {"tokens_per_s": round(rate)}
-        if self.peak:
-            speed["mfu"] = round(rate * self.flops_per_token / self.peak, 4)
-        return speed
-
-    def record(self, **line):
-        self.file.write(json.dumps(line) + "\n")
-        if self.board is not None and "step" in line:
-            self.board.log(line, step=line["step"])
-
-    def describe(self, args, world, model, data, micro, step):
-        """What the run is, on stderr and as the first line."""
-        parameters = sum(p.numel() for p in model.parameters())
-        world.say(f"{args.out}: {args.n_layer} layers x {model.config.n_embd}, {parameters / 1e6:.1f}M "
-                  f"parameters, {len(data)} rows of {data.length}, {world.size} x {world.device}, {world.dtype}, "
-                  f"micro-batch {micro} of {args.batch_size}")
-        if step == 0:
-            self.record(args=vars(args), config=vars(model.config), device=world.device, dtype=world.dtype,
-                        processes=world.size, micro_batch_size=micro, parameters=parameters,
-                        threads=torch.get_num_threads(), torch=torch.__version__, git=git_commit(),
-                        rows=len(data), meta=data.meta)
-
-    def show(self, step, loss):
-        """Move the bar by one step."""
-        self.bar.update()
-        rate = self.tokens_per_second(step)
-        self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
-
-    def close(self):
-        self.bar.close()
-        self.file.close()
-        if self.board is not None:
-            self.board.finish()
-
-
-def open_log(out, step):
-    """log.jsonl, to append to: lines of steps to be run again are dropped, as is a broken last line."""
-    os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, "log.jsonl")
-    kept = []
-    if step and os.path.exists(path):
-        with open(path) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
-    log = open(path, "w", buffering=1)                     # by line: a crash loses none
-    log.writelines(kept)
-    return log
-
-
-def peak_flops(world):
-    """The bf16 peak of the run's devices together, FLOP/s; None where it is not known."""
-    device = torch.cuda.get_device_name() if world.cuda else ""
-    for name, peak in PEAKS.items():
-        if name in device:
-            return peak * world.size
-    return None
-
-
-def flops_per_row(model, teacher, length):
-    """Useful FLOPs of training on a row; `teacher`: the AR model that is asked for each batch, or None."""
-    flops = model.flops_per_row(length)
-    if teacher is None:
-        return flops
-    masked = 0.0                                           # the share of places whose logits are read
-    if model.fills_masks:
-        masked = 0.5                                       # on average
-    elif model.noise_embed is not None:
-        masked = 1.0
-    return flops + teacher.extraction_flops(length, masked)
-
-
-class StopSignals:
-    """While in its body, SIGTERM and SIGINT are only noted: the run finishes its step, saves, stops."""
-
-    def __enter__(self):
-        self.received = []
-        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def note(self, signum, frame):
-        self.received.append(signum)
-
-    def exit(self):
-        """End the process as the signal would have; without one here, another process has got a SIGTERM."""
-        first = [*self.received, signal.SIGTERM][0]
-        sys.exit(128 + first)
-
-    def __exit__(self, *error):
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # randomness: everything is a function of the seed and of where it is used
 
 ROWS = 0                                                    # what a draw is for, part of its key
@@ -513,15 +336,6 @@ def resume(args, meta):
         raise BadInput(f"{args.out} holds a run with other settings ({'; '.join(changed)}): choose another --out, or "
                        "repeat its command to continue it")
     return ckpt
-
-
-def save(path, state):
-    """Written beside, synced, renamed: a crash leaves the old checkpoint or the new one."""
-    with open(path + ".tmp", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
 
 
 def teacher_path(args, meta):
@@ -679,16 +493,6 @@ def micro_batches(data, answers, args, micro, world, step):
             yield tokens, known
 
 
-def read_ahead(items):
-    """The items of an endless iterator, each made in a thread while the one before it is used. `close` ends it."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(next, items)
-        while True:
-            item = ahead.result()                          # what went wrong in the thread is raised here
-            ahead = pool.submit(next, items)
-            yield item
-
-
 def loss_inputs(model, world, t, teacher, seed, **more):
     """What `model.loss` reads besides the tokens, of all that there is: noise levels t, the teacher, a seed's draws."""
     generator = torch.Generator(world.device).manual_seed(seed)
@@ -766,6 +570,19 @@ class Validation:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training
+
+def flops_per_row(model, teacher, length):
+    """Useful FLOPs of training on a row; `teacher`: the AR model that is asked for each batch, or None."""
+    flops = model.flops_per_row(length)
+    if teacher is None:
+        return flops
+    masked = 0.0                                           # the share of places whose logits are read
+    if model.fills_masks:
+        masked = 0.5                                       # on average
+    elif model.noise_embed is not None:
+        masked = 1.0
+    return flops + teacher.extraction_flops(length, masked)
+
 
 def lr_at(step, args):
     """The learning rate of the step after `step` others."""

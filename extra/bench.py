@@ -28,10 +28,10 @@ import torch.nn.functional as F
 import evaluate
 from bd3lm import BD3LM
 from data.cli import Parser, number, run_main
+from data.run import device_and_dtype
 from data.teacher_cache import truncated_logits
 from gumbel import GumbelEmbedding, sample_exponential
 from mdlm import MDLM
-from sample import device_and_dtype
 from teacher import AR, GPT2, GPT2_SIZES
 from train import SIZES
 

@@ -27,7 +27,7 @@ from extra import bench
 from extra import judge as llm_judge
 from extra import lm_eval_model, published, scores
 from extra.verified import generate_apd
-from gumbel import GumbelEmbedding, sample_gumbel
+from gumbel import GumbelEmbedding, nucleus, sample_gumbel
 from mdlm import load_published
 from teacher import GPT2, CausalConfig, CausalLM, extract_parallel
 from teacher import load_published as load_published_ar

@@ -1,0 +1,64 @@
+"""Samples on disk, one .jsonl file for each row of a table: the settings first, then an object for each sample.
+
+evaluate.py writes them, and reads them with --samples=FILE; extra/judge.py sends them to a judge.
+"""
+import hashlib
+import json
+import os
+
+from data.cli import BadInput
+
+
+def write_samples(folder, settings, samples):
+    """Write the settings and the samples, as they come, to a .jsonl file of the folder -> a list of the samples.
+
+    Other settings have another file; it appears when it is complete. BadInput where the folder cannot be written.
+    """
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    model = os.path.basename(settings["model"])
+    name = f"{model}-{settings['decode']}-{settings['steps']}-{key}.jsonl"
+    path = os.path.join(folder, name)
+    part = f"{path}.{os.getpid()}.tmp"      # another process may be drawing the same
+    try:
+        os.makedirs(folder, exist_ok=True)
+        f = open(part, "w")
+    except OSError as e:
+        raise BadInput(f"--samples={folder} cannot be written ({e.strerror}): "
+                       "choose another folder") from None
+    written = []
+    with f:
+        f.write(json.dumps(dict(settings=settings)) + "\n")
+        for sample in samples:
+            f.write(json.dumps(sample) + "\n")
+            written.append(sample)
+    os.replace(part, path)                  # complete, or not there at all
+    return written
+
+
+def names_file(path):
+    """Whether --samples names a file to read; else it is a folder to write to."""
+    return path.endswith(".jsonl")
+
+
+# settings that say where and when samples were drawn, not how: they may differ from those of the flags
+MAY_DIFFER = {"path", "batch", "dtype", "device"}
+
+
+def read_samples(path, settings):
+    """The samples of a file that `write_samples` wrote, for a row with these settings; BadInput if it has others."""
+    try:
+        with open(path) as f:
+            first, *samples = [json.loads(line) for line in f]
+        found = first["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"--samples={path} is no file of samples ({type(e).__name__}): "
+                       "name one that evaluate.py wrote, or a folder to write to") from None
+    wanted = json.loads(json.dumps(settings))   # as they come back from a file
+    for name, value in wanted.items():
+        if name not in MAY_DIFFER and name in found and found[name] != value:
+            raise BadInput(f"--samples={path} was drawn with {name} {found[name]}, these flags ask "
+                           f"for {value}: make them the same, or draw anew into a folder")
+    if len(samples) != settings["n"]:
+        raise BadInput(f"--samples={path} holds {len(samples)} of its {settings['n']} samples: "
+                       "draw anew into a folder")
+    return samples

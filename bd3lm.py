@@ -109,8 +109,8 @@ class BD3LM(MDLM):
     # training
 
     def losses(self, tokens, t, teacher=None, z=None, noise=None, kd=0.0, generator=None, clip=None):
-        """As MDLM's, with a noise level per block, t [B, n_blocks]. `clip` (low, high): t was drawn in this window; the
-        masks are kept in it.
+        """As MDLM's, with a noise level per block, t [B, n_blocks]. `clip` (low, high): t was drawn in this window, and
+        the masked fraction of each block is kept in it.
         """
         if clip is None:
             return super().losses(tokens, t, teacher, z, noise, kd, generator)
@@ -143,6 +143,7 @@ class BD3LM(MDLM):
         alive = torch.arange(B, device=x.device)               # rows that have not ended
         cache = None
         if cached:
+            # room for what a block sees (L - K), a prompt that comes at once (L + K at most) and the noised block (K)
             cache = self.new_cache(B, min(end, 2 * self.length + K))
         for a in range(0, end, K):
             block = x[alive, a:a + K]  # (b, K)
@@ -166,11 +167,13 @@ class BD3LM(MDLM):
                 x[gone] = x[gone].masked_fill(x[gone] == self.mask_id, self.bos)
                 alive = alive[~ended]
                 if cached:
-                    cache.batch_select_indices(~ended)
+                    cache.batch_select_indices(~ended)  # (before_block comes anew with the next block)
         return x[:, :T], nfe
 
     def check_given_text(self, tokens):
-        """ValueError where more text is given in a row than a block can see, before a [MASK] that is to be drawn."""
+        """ValueError where more than L tokens are given in a row, before a [MASK] that is to be drawn: one network call
+        takes them all into the cache. (The block that is drawn then sees the last L - K of them.)
+        """
         masked = tokens == self.mask_id
         position = torch.arange(tokens.shape[1], device=tokens.device)
         last_masked = torch.where(masked, position, -1).cummax(1)[0]  # at or before each position
@@ -218,10 +221,11 @@ class BD3LM(MDLM):
             # its own block and those before it, L positions in all
             mask = (block_of_key <= block_of_query) & (block_of_key > block_of_query - self.n_blocks)
         h = self.transformer(h, cache, mask=mask)
-        cache.length -= K  # the noised block leaves the cache again
+        cache.length -= K  # the transformer has appended the noised block, too: it leaves the cache again
         if not self.config.shift:
             return h[:, -K:]
-        # a block's first state is that of the clean token before it, from the call in which that token came
+        # the first state of a block is that of the clean token before it; in later calls of the block, where n = 0,
+        # it is the one kept from the first call
         if n:
             cache.before_block = h[:, n - 1:n]
         before_block = cache.state_before_block()
@@ -307,7 +311,9 @@ class BlockDenoiser(Denoiser):
             empty = model.new_cache(len(z), self.clean.shape[1] + z.shape[1])
             h = model.block_hidden(empty, self.clean[rows], z, self.noise_of(rows))
         elif cache.length < self.clean.shape[1]:
-            # the first call for this block is for all rows: the clean tokens since the last one enter the cache
+            # the first call for this block: clean tokens since the last block have to enter the cache, in every row.
+            # So all are run, with the block as it was at first (nothing is revealed yet), and the result cut to `rows`;
+            # rows that reveal nothing in this block are computed once, and not counted
             new = self.clean[:, cache.length:]
             cache.rows = None
             everything = slice(None)
@@ -326,8 +332,8 @@ def clipped_mask(t, length, clip, generator=None):
 
     The original code redraws a block until its masked fraction lies in the window. The same law in one draw, of bounded
     work: the number of masked tokens m is binomial (n, t), restricted to the window; which tokens is uniform. BOS is
-    never masked and does not count. A block in which no m / n lies in the window, and a bound at the end of [T_MIN, 1],
-    are not restricted.
+    never masked and does not count. low = T_MIN or high = 1 is no bound on that side; a block in which no m / n lies in
+    the window is not restricted.
     """
     B, n_blocks = t.shape
     K = length // n_blocks
@@ -357,7 +363,9 @@ def clipped_mask(t, length, clip, generator=None):
 
 
 def clip_windows(block_size):
-    """The windows of noise levels that `search_clip` compares: all levels, and widths 0.5 to 0.9 in steps of 0.05."""
+    """The windows of noise levels that `search_clip` compares: all levels, and widths 0.5 to 0.9 in steps of 0.05; for
+    blocks of one token, all levels and t = 1.
+    """
     windows = [(T_MIN, 1.0)]
     if block_size == 1:
         return windows + [(1.0, 1.0)]

@@ -11,14 +11,17 @@ Everything is computed in "exponential time" T = exp(-noise), where Gumbel-max i
 T_k / p_k with T_k ~ Exp(1), and the first arrival wins. The winning time is Exp(1) whoever wins, so, given the
 winner w and p, the posterior is (E_0, E_1 .. E_V iid Exp(1))
 
-    T_w = p_w E_0            T_k = E_k + p_k E_0   (k != w: a loser arrives E_k after the winner, in its own clock)
+    T_w = p_w E_0            T_k = E_k + p_k E_0   (k != w)
 
-which is Algorithm 1 with noise = -log T. Race and reciprocals need no exp and no log of a large number.
+(the winner arrives at E_0; Exp(1) is memoryless, so a loser arrives at E_0 + E_k / p_k: times p_k, that is T_k), which
+is Algorithm 1 with noise = -log T. argmax(log p + noise) is argmin(T / p), and softmax(noise)_k is (1/T_k) / sum_j
+(1/T_j): no logarithm has to be taken and undone. For a text that the teacher did not write, the noise that is drawn
+still makes it write that text, but is no longer iid Gumbel: an unlikely token's is larger than prior draws are.
 
 `python gumbel.py` runs the method on two tokens that must agree: the end of this file.
 
-Shapes: N rows (positions), V vocabulary, D width. The noise of a position is one V-vector. Nothing here holds more
-than `CHUNK` noise values at a time, except the functions whose result is itself the full noise.
+Shapes: N positions, V vocabulary, D width. The noise of a position is one V-vector. What training and sampling call
+holds no more than `CHUNK` noise values at a time.
 """
 import math
 from functools import partial
@@ -75,7 +78,7 @@ def posterior_times(logits, tokens, e):
     """
     w = tokens.unsqueeze(-1)  # (N, 1), the winners
     p = logits.float().softmax(-1)
-    e0 = e.gather(-1, w)  # e_w is not read otherwise, so it can serve as E_0
+    e0 = e.gather(-1, w)                                   # E_0; what is computed from e_w below is overwritten
     T_w = p.gather(-1, w) * e0                             # the winner
     impossible = logits.gather(-1, w) == -math.inf
     # losers: T = e + p e0, e_k after the winner in their own clock. In place, since fresh memory costs more than this
@@ -251,8 +254,8 @@ class GumbelEmbedding(nn.Module):
     def from_posterior(self, logits, tokens, generator=None):
         """Noise drawn from its posterior given tokens [N] -> [N, D], with gradient to W.
 
-        `logits(a, b)` returns the teacher's float32 logits [b - a, V] for rows a to b; it is called again in the
-        backward pass and must return the same values. Not read by noise that is unpaired: that comes from the prior.
+        `logits` is a function: logits(a, b) are the teacher's, float32 [b - a, V], behind tokens a to b. It is called
+        again in the backward pass and must return the same values. Unpaired noise ignores it: drawn from the prior.
         `raise_above_runner_up` is skipped: W reads softmax(noise), not an argmax.
         """
         if not self.needs_teacher:
@@ -294,7 +297,7 @@ def nucleus(logits, top_p):
 
 
 def draw_tokens(logits, top_p=1.0, greedy=False, noise=None, generator=None):
-    """A token for each row of logits [N, V] -> [N]: Gumbel-max with `noise` [N, V] if given, else by inversion."""
+    """A token for each row of logits [N, V] -> [N]: argmax, Gumbel-max with `noise` [N, V], or a draw by inversion."""
     if greedy:
         return logits.argmax(-1)
     if noise is not None:
@@ -381,7 +384,7 @@ if __name__ == "__main__":
         logits = predict(student, reads_noise * noise.softmax(-1))
         if reads_noise:
             return logits.argmax(-1)                       # the noise has decided the text
-        return gumbel_max(logits, noise)                   # the noise decides each token by itself
+        return gumbel_max(logits, noise)                   # plain Gumbel-max: independent draws
 
     def report(name, equal, total_variation):
         print(f"{name:40s}{equal:12.3f}{total_variation:18.3f}")

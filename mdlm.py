@@ -12,7 +12,9 @@ In this order:
     unmask            the sampler loop
     Transformer       the network, which BD3-LM and the AR model share
 
-Shapes: B batch, L length, V vocabulary (without [MASK], whose id is V), D width, H heads, N rows (masked positions).
+"Noised" tokens have [MASK]s, "clean" ones none; "noise" is Gumbel noise, "noise level" the probability of a [MASK].
+
+Shapes: B batch, L length, V vocabulary (without [MASK], whose id is V), D width, H heads, N masked positions.
 """
 import math
 from dataclasses import dataclass
@@ -64,8 +66,8 @@ class Model(nn.Module):
     loss_name = "nll"                         # what the mean of `loss` is
     loss_reads = ()  # what `loss` takes besides the tokens: t, teacher, generator, kd, clip
     generate_reads = ("length", "tau", "top_p", "greedy")  # what `generate` takes besides them
-    samplers = ()                             # of what --sampler offers
-    n_blocks = 1                              # noise levels of a training row
+    samplers = ()                             # those of --sampler's choices that it has
+    n_blocks = 1                              # noise levels of a training row: block_count(self.length)
 
     def __init__(self, config):
         super().__init__()
@@ -80,7 +82,7 @@ class Model(nn.Module):
         return torch.full((n, 1), self.bos)
 
     def block_count(self, length):
-        """Over how many blocks the steps of a sample are spread; also the noise levels of a row."""
+        """Over how many blocks the steps of a sample of this length are spread."""
         return 1
 
     def default_steps(self, length):
@@ -159,14 +161,15 @@ class MDLM(Model):
     def hidden(self, z, g=None, clean=None, wanted=None):
         """z, g as in `embed` -> hidden states [B, L, D], or [N, D]: those at the positions `wanted` [B, L] only.
 
-        `clean`: the rows without noise, which BD3-LM reads as well; not read here.
+        `clean`: the rows without [MASK]s, which BD3-LM reads as well; not read here.
         """
         h = self.embed(z, g)
         if not self.config.shift:
             return self.transformer(h, wanted=wanted)
+        # the state for position i stands at i - 1; position 0, which wraps around, is BOS's and never wanted
         if wanted is not None:
             return self.transformer(h, wanted=wanted.roll(-1, 1))
-        return self.transformer(h).roll(1, 1)  # column 0, which wraps around, is BOS's: never read
+        return self.transformer(h).roll(1, 1)
 
     def logits(self, h):
         """h [N, D] -> float32 [N, V]. [MASK] has no entry (SUBS: logit -inf); BOS is -inf where it never occurs."""
@@ -219,11 +222,12 @@ class MDLM(Model):
         x = tokens[masked]  # (N)
 
         # 2. what the teacher says at the masked positions, and the noise behind their tokens
-        teacher_logits = None
         draws_noise = self.noise_embed is not None and noise is None
-        if kd or draws_noise and self.noise_embed.needs_teacher:
+        draws_posterior = draws_noise and self.noise_embed.needs_teacher
+        teacher_logits = None                                 # a function: (a, b) -> logits of masked tokens a to b
+        if kd or draws_posterior:
             if teacher is None:
-                raise ValueError("token distillation needs a teacher, and a student with noise a teacher or the noise")
+                raise ValueError("a loss with kd, or of a student with noise that is not given, needs a teacher")
             teacher_logits = teacher.posterior_logits(tokens, masked)
         g = None
         if draws_noise:
@@ -231,15 +235,16 @@ class MDLM(Model):
         elif noise is not None:
             g = scatter(masked, self.noise_embed(noise[masked]))  # (B, L, D)
 
-        # 3. predict the masked tokens from the rest and their noise; the weight 1/t makes the sum a NELBO
+        # 3. predict the masked tokens from the rest and their noise; the weight 1/t makes the sum a NELBO.
+        # (`wanted` would save 3 % of a step, and break the compiled graph: its size differs from step to step)
         h = self.hidden(z, g, clean=tokens)[masked]  # (N, D)
         if weight is None:
             weight = 1 / t
         weight = self.per_token(weight, tokens)[masked]
         if not kd:
-            nll = row_losses(self.logits, h, x, self.mask_id)
+            nll = row_losses(self.logits, h, x, self.vocab_size)
             return weight * nll, masked, {"nll_masked": nll}
-        nll, kl = row_losses(self.logits, h, x, self.mask_id, teacher_logits)
+        nll, kl = row_losses(self.logits, h, x, self.vocab_size, teacher_logits)
         return weight * (nll + kd * kl), masked, {"nll_masked": nll, "kl_masked": kl}
 
     def noised(self, tokens, t, generator=None):
@@ -263,8 +268,8 @@ class MDLM(Model):
         """Fill in the [MASK]s of tokens [B, L] (BOS first) -> (tokens [B, L], nfe [B], network calls per row).
 
         Noise is tau * Gumbel(0, 1), drawn once per sample and kept for all steps (`resample_noise`: anew at each).
-        `noise` [B, L, V] replaces the draw. `sampler`, `order`: see `reveal_steps`; "remdm", with `remask`: see
-        `remasked_path`. Given tokens are never changed.
+        `noise` [B, L, V], standard Gumbel, replaces the draw; tau multiplies it too. `sampler`, `order`: see
+        `reveal_steps`; "remdm", with `remask`: `remasked_path`. Given tokens are never changed.
         """
         self.check_sampling(tokens, tau, top_p, noise, resample_noise)
         denoiser = Denoiser(self, tokens == self.mask_id, tau, noise, resample_noise, generator)
@@ -303,7 +308,7 @@ class MDLM(Model):
         return tokens
 
     def default_tau(self):
-        """0.85 for noise, as the authors released it."""
+        """0.85 for noise, as the authors released it (training reads noise at 1); lower makes likelier text."""
         if self.noise_embed is None:
             return 1.0
         return 0.85
@@ -399,7 +404,7 @@ def check_steps(sampler, steps, order):
 
 
 def close_gaps(step):
-    """Renumber each row's steps 1, 2, 3 .. without gaps, so that no step of any row is empty. [B, L] -> [B, L]."""
+    """Renumber each row's steps 1, 2 .. without gaps, so that none is empty: 0 3 5 3 -> 0 1 2 1. [B, L] -> [B, L]."""
     ascending, where = step.sort(-1)
     is_first = torch.cat([ascending[:, :1] > 0, ascending[:, 1:] != ascending[:, :-1]], 1)
     return torch.zeros_like(step).scatter_(-1, where, is_first.cumsum(-1))
@@ -463,7 +468,7 @@ class Denoiser:
         self.g = scatter(self.masked, rows)
 
     def noise_of(self, rows):
-        """The noise embeddings of these rows of the batch, [b, L, D], or None. Asked once per network call."""
+        """The noise embeddings of these rows of the batch for one network call, [b, L, D], or None."""
         if self.g is None:
             return None
         if self.resample:
@@ -496,9 +501,9 @@ def unmask(x, path, mask_id, denoiser, top_p=1.0, greedy=False, generator=None):
     return x, nfe
 
 
-def draw_in_chunks(h, denoiser, vocab_size, top_p, greedy, generator):
-    """Tokens [N] for hidden states h [N, D]; [N, V] is never held."""
-    chunks = h.split(max(1, CHUNK // vocab_size))
+def draw_in_chunks(h, denoiser, mask_id, top_p, greedy, generator):
+    """Tokens [N] for hidden states h [N, D]; [N, V], V = mask_id, is never held."""
+    chunks = h.split(max(1, CHUNK // mask_id))
     return torch.cat([draw_tokens(denoiser.logits(c), top_p, greedy, generator=generator) for c in chunks])
 
 

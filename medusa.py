@@ -7,8 +7,8 @@ noise of positions j + 1 .. j + 1 + k: what the backbone would draw is then a fu
     a_k = h_j [+ c_jk]        logits_k = W_k (a_k + SiLU(U_k a_k + b_k))
     c_jk = output k of a small causal transformer over e_{j+1} .. e_{j+1+K},   e_i = W softmax(noise^i)
 
-Noise of the past is not read: it says nothing that the text does not. The backbone is teacher, verifier and feature
-extractor at once: one call of it verifies a draft and yields the hidden state for the next one.
+Noise of the past is not read: given the text, it is independent of what comes next. The backbone is teacher, verifier
+and feature extractor at once: one call of it verifies a draft and yields the hidden state for the next one.
 
 Shapes: B batch, b its rows that are not complete, L row length, T sample length, V vocabulary, D width of the backbone,
 K heads.
@@ -229,10 +229,10 @@ class Medusa(Model):
             exact     it is what the backbone draws there, with the same noise: the text is then what the backbone alone
                       would have written
             greedy    it is the backbone's argmax; head 0 takes its argmax too. There is no noise then: heads with noise
-                      read zeros, an input that they were not trained on
+                      read noise of zeros (a flat softmax), an input that they were not trained on
         nfe counts backbone calls, that for the prompt included. verified, accepted: how often head k's candidate was
         looked at and taken, in drafts that end within the sample. `noise` [B, T, V]: drawn once per position unless
-        given. Rows go at their own pace: each call computes anew what the slowest row has not reached.
+        given. Rows go at their own pace: the cache is cut back to the slowest row, the others recompute from there.
         """
         B, P = tokens.shape
         T = length or self.length
@@ -326,7 +326,7 @@ class Decoding:
         self.nfe += 1
         self.noise = None
         if noise is not None:
-            self.noise = F.pad(noise, (0, 0, 0, self.K))
+            self.noise = F.pad(noise, (0, 0, 0, self.K))  # beyond the sample: no candidate that counts reads it
             self.xi = self.noise[:, P:P + self.K + 1]
         else:
             self.xi = self.fresh_noise(B * (self.K + 1)).view(B, self.K + 1, -1)
@@ -415,7 +415,8 @@ class Decoding:
 
     def advance_noise(self, n):
         """The noise of the next K + 1 positions, after n + 1 were decided. That of positions not yet decided is kept:
-        drawn anew, it would avoid the candidates that were rejected.
+        what was accepted so far depends on it (through the heads, or by comparison), so that a fresh draw after a
+        rejection would not follow the backbone's distribution.
         """
         if self.noise is not None:
             self.xi = self.noise[self.rows[:, None], self.p[self.rows, None] + self.places]

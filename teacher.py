@@ -26,7 +26,7 @@ from mdlm import Model, Transformer, row_losses
 # draws, at the masked positions only, without a [B, L, V] tensor
 
 def extract_parallel(teacher, tokens, generator=None):
-    """The noise that would have made the teacher write `tokens` [B, L] -> [B, L, V], float32; row 0 (BOS) is zero.
+    """The noise that would have made the teacher write `tokens` [B, L] -> [B, L, V], float32; zero at position 0 (BOS).
 
     One forward pass over the text, then Algorithm 1 at each position.
     """
@@ -37,7 +37,7 @@ def extract_parallel(teacher, tokens, generator=None):
 
 
 def extract_sequential(teacher, n, length=None, generator=None):
-    """n texts by the teacher with the noise that produced them: tokens [n, L], noise [n, L, V]; row 0 (BOS) is zero."""
+    """n texts by the teacher with the noise that produced them: tokens [n, L], noise [n, L, V], zero at position 0."""
     length = length or teacher.length
     noise = sample_gumbel((n, length, teacher.vocab_size), generator, teacher.device)
     noise[:, 0] = 0
@@ -70,7 +70,7 @@ class ARConfig(CausalConfig):
 class CausalLM(Model):
     """What every AR model here does: a teacher, a baseline of student size, a verifier or a judge.
 
-    A subclass has `hidden`, `output_layer`, `new_cache`, `networks` and `matrices`.
+    A subclass has `hidden`, `output_layer`, `new_cache`, `networks`, `matrices` and `extraction_flops`.
     """
     can_teach = True
     predict_bos = True
@@ -115,9 +115,10 @@ class CausalLM(Model):
 
     @torch.no_grad()
     def generate(self, tokens, length=None, tau=1.0, top_p=1.0, greedy=False, noise=None, generator=None):
-        """Continue tokens [B, P] (BOS first) to `length` -> (tokens [B, length], nfe [B]), by Gumbel-max.
+        """Continue tokens [B, P] (BOS first) to `length` -> (tokens [B, length], nfe [B]).
 
-        x_i = argmax(logits + tau * noise_i), tau the sampling temperature. `noise` [B, length, V], drawn unless given.
+        With `noise` [B, length, V], standard Gumbel: x_i = argmax(logits / tau + noise_i), the same token as
+        argmax(logits + tau * noise_i). Without, a draw of the same law by inversion, which costs less.
         """
         length = length or self.length
         B, P = tokens.shape

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import mdlm
 from gumbel import sample_gumbel
-from mdlm import MDLM, T_MIN, Denoiser, MDLMConfig
+from mdlm import MDLM, SAMPLERS, T_MIN, Denoiser, MDLMConfig
 from teacher import KVCache
 
 
@@ -72,7 +72,7 @@ class BD3LM(MDLM):
     any_length = True
     loss_reads = MDLM.loss_reads + ("clip",)
     generate_reads = MDLM.generate_reads + ("stop_at_eos", "cached")
-    samplers = ("ancestral", "fixed", "first_hitting", "remdm")
+    samplers = (*SAMPLERS, "remdm")
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)

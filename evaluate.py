@@ -45,7 +45,8 @@ from teacher import extract_sequential
 # ---------------------------------------------------------------------------------------------------------------------
 # results
 
-# every table's columns: the key in a row, and its title
+# every table's columns: the key in a row, and its title; what has no column is in --json only. A fraction is named in
+# PERCENT, too, and other numbers in DIGITS, unless one digit is right
 COLUMNS = dict(
     # nfe: the steps asked for; nfe_counted: the network calls that they took
     model="model", decode="decode", kind="what", nfe="NFE", nfe_counted="calls",
@@ -236,7 +237,8 @@ def maze(args, models, device):
     """Success ± standard error per NFE, with diversity (so that success bought by collapse shows). Appendix E.1."""
     rows = maze_rows(models, args, device)
     tau, top_p = resolve_sampling(args, models[-1])
-    note = (f"n = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM). "
+    note = (f"n = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM, "
+            "ancestral sampler). "
             "effective: number of equally likely paths that would repeat as often.\n"
             f"Students: tau {tau}, top_p {top_p}, {sampler_note(args)}")
     return rows, note
@@ -333,12 +335,14 @@ def refuse_heads(models):
 
 
 def sampler_note(args):
-    how = f"{args.order} order"
-    if args.sampler == "apd":
-        how = f"R {args.apd_ratio}, up to {args.max_lookahead} ahead"
-    if args.sampler == "remdm":
-        how = f"remask {args.remask}"
-    return f"{args.sampler} sampler, {how}, {args.weights or 'EMA'} weights."
+    how = ""
+    if args.sampler == "fixed":
+        how = f", {args.order} order"
+    elif args.sampler == "apd":
+        how = f", R {args.apd_ratio}, up to {args.max_lookahead} ahead"
+    elif args.sampler == "remdm":
+        how = f", remask {args.remask}"
+    return f"{args.sampler} sampler{how}, {args.weights or 'EMA'} weights."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,12 +35,6 @@ CHUNK = 1 << 22
 if torch.cuda.is_available():
     CHUNK = 1 << 25
 TINY = 1e-37           # arrival times are clamped here: below it float32's reciprocal overflows
-KINDS = ("gumbel", "gaussian", "uniform", "unpaired")  # Table 5's noises, and the control that carries no information
-
-
-def needs_teacher(kind):
-    """Whether a student that reads this kind of noise (None: no noise) is trained with a teacher's posterior."""
-    return kind in KINDS and kind != "unpaired"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +147,15 @@ def to_gaussian(T):
     return torch.where(T < math.log(2), upper, lower)
 
 
-TRANSFORMS = {"uniform": to_uniform, "gaussian": to_gaussian}
+# Table 5's noises: arrival times T >= 0, float32, to the same information with another marginal, float64: finite,
+# falling in T. A new kind of noise is one entry here
+TRANSFORMS = {"gaussian": to_gaussian, "uniform": to_uniform}
+KINDS = ("gumbel", *TRANSFORMS, "unpaired")               # the last is a control that carries no information
+
+
+def needs_teacher(kind):
+    """Whether a student that reads this kind of noise (None: no noise) is trained with a teacher's posterior."""
+    return kind in KINDS and kind != "unpaired"
 
 
 def noise_features(T, kind="gumbel", tau=1.0):

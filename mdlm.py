@@ -29,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from gumbel import CHUNK, GumbelEmbedding, check_draws, draw_tokens
 
 T_MIN = 1e-3  # t lives in [T_MIN, 1]: bounds the weight 1/t of a rarely masked row
+SAMPLERS = ("ancestral", "fixed", "first_hitting")  # what `reveal_steps` knows
+ORDERS = ("random", "left_to_right", "confidence")  # of "fixed"; a new one is a key for each position there
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,8 +44,7 @@ def stratified_t(n, rng, t_one=0.0, low=T_MIN, high=1.0):
     """
     n_ones = round(t_one * n)
     n_spread = n - n_ones
-    u = rng.random()
-    t = (u + torch.arange(n_spread, dtype=torch.float64)) / max(1, n_spread) % 1
+    t = (rng.random() + torch.arange(n_spread, dtype=torch.float64)) / max(1, n_spread) % 1
     t = torch.cat([low + (high - low) * t, torch.ones(n_ones, dtype=torch.float64)])
     shuffled = torch.from_numpy(rng.permutation(n))
     return t[shuffled].float()
@@ -125,7 +126,7 @@ class MDLM(Model):
     loss_name = "nelbo"
     loss_reads = ("t", "teacher", "generator", "kd")
     generate_reads = ("steps", "sampler", "order", "remask", "resample_noise", "tau", "top_p", "greedy")
-    samplers = ("ancestral", "fixed", "first_hitting", "remdm", "apd")  # apd: extra/verified.py
+    samplers = (*SAMPLERS, "remdm", "apd")  # apd: extra/verified.py
 
     def __init__(self, *args, **kw):
         super().__init__(self.Config(*args, **kw))
@@ -256,9 +257,8 @@ class MDLM(Model):
 
     def per_token(self, v, tokens):
         """Values of rows [B], or of blocks [B, n_blocks] -> of each of their tokens [B, L]."""
-        B, L = tokens.shape
-        v = v.view(B, -1)
-        return v.repeat_interleave(L // v.shape[1], 1)
+        v = v.view(len(tokens), -1)
+        return v.repeat_interleave(tokens.shape[1] // v.shape[1], 1)
 
     # sampling
 
@@ -287,9 +287,9 @@ class MDLM(Model):
             return unmask_by_confidence(x, step, self.mask_id, denoiser, top_p, greedy, generator)
         return unmask(x, revealing_path(step), self.mask_id, denoiser, top_p, greedy, generator)
 
-    def reveal_steps(self, *args):
-        """The function of that name; a subclass may have another order."""
-        return reveal_steps(*args)
+    def reveal_steps(self, masked, steps, sampler, order, generator):
+        """The function of that name; a subclass may reveal otherwise."""
+        return reveal_steps(masked, steps, sampler, order, generator)
 
     def check_sampling(self, tokens, tau, top_p, noise, resample_noise):
         """ValueError for what a sampler cannot be given."""
@@ -366,10 +366,6 @@ def _chunk_losses(logits, teacher, a, h, x):
 # ---------------------------------------------------------------------------------------------------------------------
 # samplers: when each position is revealed, and the loop
 
-SAMPLERS = ("ancestral", "fixed", "first_hitting")
-ORDERS = ("random", "left_to_right", "confidence")
-
-
 def reveal_steps(masked, steps, sampler="ancestral", order="random", generator=None):
     """When each position is revealed. masked [B, L] bool -> step [B, L] long: 1 .. steps, 0 where nothing is masked.
 
@@ -384,14 +380,15 @@ def reveal_steps(masked, steps, sampler="ancestral", order="random", generator=N
     check_steps(sampler, steps, order)
     if sampler == "ancestral":
         return torch.randint(1, steps + 1, masked.shape, generator=generator, device=masked.device) * masked
+    # key: who comes first; no two of a row are equal
     key = torch.rand(masked.shape, generator=generator, device=masked.device, dtype=torch.float64)
     if order == "left_to_right":
         key = torch.arange(masked.shape[1], device=masked.device).expand(masked.shape).double()
     rank = key.masked_fill(~masked, math.inf).argsort(-1).argsort(-1)  # 0 .. n - 1 among the masked
     n = masked.sum(-1, keepdim=True)
-    parts = n
-    if sampler == "fixed":
-        parts = n.clamp(max=steps)
+    parts = n.clamp(max=steps)
+    if sampler == "first_hitting":
+        parts = n
     return (rank * parts // n.clamp(min=1) + 1) * masked
 
 
@@ -400,7 +397,7 @@ def check_steps(sampler, steps, order):
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if sampler != "fixed" and order != "random":
-        raise ValueError(f"sampler {sampler!r} reveals at random: order {order!r} goes with sampler 'fixed'")
+        raise ValueError(f"order {order!r} is read by sampler 'fixed' only, not by {sampler!r}")
 
 
 def close_gaps(step):
@@ -527,8 +524,7 @@ def rope_tables(position_ids, head_dim):
 
 def apply_rope(x, cos, sin):
     """Rotate each head's halves (a, b), not interleaved: (a cos - b sin, b cos + a sin). x [B, L, 2, H, head_dim]."""
-    half = x.shape[-1] // 2
-    return (x * cos + x.roll(half, -1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 class Block(nn.Module):

@@ -261,7 +261,7 @@ def load_ar(flag, path, meta, length, device="cpu"):
     check_vocabulary(f"{flag}={path}", model, meta)
     if length is not None and length > model.length:
         raise BadInput(f"{flag}={path} has rows of {model.length} tokens: "
-                       f"use --length={model.length} or less")
+                       f"use --length={model.length} or less, or train it with --length={length}")
     return model
 
 

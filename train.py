@@ -187,6 +187,7 @@ def parse(argv):
     values["gumbel"] = values["noise"] is not None
 
     name = os.path.basename(values["data"].rstrip("/"))
+    # a preset applies if its conditions hold for the flags as given, so that no preset sets off another
     recipe = values | {"data": "maze" if name in MAZES else name}
     for flags, preset in PRESETS:
         if flags.items() <= recipe.items():
@@ -201,7 +202,7 @@ def parse(argv):
         if given.get(flag):
             parser.error(f"--{flag} is {reader}: leave --{flag} out, or change the other flags")
         if flag in ("block_size", "heads", "n_embd", "n_head"):
-            setattr(args, flag, None)                      # no checkpoint names a shape that it has not
+            setattr(args, flag, None)                      # so that no checkpoint records what its model does not use
     if args.n_head and args.n_embd % (2 * args.n_head):    # RoPE turns pairs of channels
         parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = "
                      f"{2 * args.n_head}")
@@ -494,7 +495,9 @@ def micro_batches(data, answers, args, micro, world, step):
 
 
 def loss_inputs(model, world, t, teacher, seed, **more):
-    """What `model.loss` reads besides the tokens, of all that there is: noise levels t, the teacher, a seed's draws."""
+    """What `model.loss` reads besides the tokens, of all that there is: noise levels t, the teacher, a seed's draws,
+    and `more`. Every model is offered everything.
+    """
     generator = torch.Generator(world.device).manual_seed(seed)
     known = dict(more, t=t.to(world.device), teacher=teacher, generator=generator)
     return {name: known[name] for name in model.loss_reads if name in known}

@@ -41,7 +41,7 @@ def names_file(path):
 
 
 # settings that say where and when samples were drawn, not how: they may differ from those of the flags
-MAY_DIFFER = {"path", "batch", "dtype", "device"}
+WHERE_DRAWN = {"path", "batch", "dtype", "device"}
 
 
 def read_samples(path, settings):
@@ -55,7 +55,7 @@ def read_samples(path, settings):
                        "name one that evaluate.py wrote, or a folder to write to") from None
     wanted = json.loads(json.dumps(settings))   # as they come back from a file
     for name, value in wanted.items():
-        if name not in MAY_DIFFER and name in found and found[name] != value:
+        if name not in WHERE_DRAWN and name in found and found[name] != value:
             raise BadInput(f"--samples={path} was drawn with {name} {found[name]}, these flags ask "
                            f"for {value}: make them the same, or draw anew into a folder")
     if len(samples) != settings["n"]:

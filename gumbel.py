@@ -75,8 +75,8 @@ def posterior_times(logits, tokens, e):
     e0 = e.gather(-1, w)                                   # E_0; what is computed from e_w below is overwritten
     T_w = p.gather(-1, w) * e0                             # the winner
     impossible = logits.gather(-1, w) == -math.inf
-    # losers: T = e + p e0, e_k after the winner in their own clock. In place, since fresh memory costs more than this
-    T = p.mul_(e0).add_(e)
+    # losers: T = e + p e0. Written into p, since fresh memory would cost more than the arithmetic
+    T = torch.addcmul(e, p, e0, out=p)
     T.scatter_(-1, w, T_w.masked_fill(impossible, math.nan))
     return T.clamp_(min=TINY)
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -2197,6 +2198,16 @@ def test_ddp_gives_the_gradients_of_one_process(tmp_path):
     model.loss(x, t, z=z, noise=noise)[0].backward()
     for got, p in zip(torch.load(tmp_path / "g.pt", weights_only=True), model.parameters()):
         assert torch.allclose(got, p.grad, atol=1e-6)
+
+
+def test_the_lines_that_the_readme_names_are_these():
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    lines = open(os.path.join(HERE, "mdlm.py"), encoding="utf-8").read().split("\n")
+    found = re.findall(r"(\d+) to (\d+) \(`(\w+)`", text)
+    assert [name for _, _, name in found] == ["losses", "unmask"]
+    for first, last, name in found:
+        assert f"def {name}(" in lines[int(first) - 1] and lines[int(last) - 1].strip().startswith("return ")
+        assert not any("def " in line for line in lines[int(first):int(last)])
 
 
 class FromTheLeft(MDLM):

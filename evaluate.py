@@ -11,14 +11,12 @@
 The samples behind a row are written to out/samples; --samples=FILE.jsonl reads one such file in place of drawing.
 
 A new table is a function (args, models, device) -> (rows, note [, columns, digits, table]), as `report` takes them, and
-a line of COMMANDS; a new column is a key in its rows and a line of COLUMNS.
+a line of COMMANDS; a new column is a key in its rows and a line of data/report.py's COLUMNS.
 """
 import hashlib
 import itertools
-import json
 import math
 import os
-import re
 import sys
 import time
 
@@ -26,105 +24,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.cli import BadInput, Parser, check_output, git_commit, number, optional, run_main
-from data.maze import (MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset, maze_keys, maze_paths,
-                       maze_valid)
+from data.cli import BadInput, Parser, check_output, number, optional, run_main
+from data.maze import MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
+from data.report import device_name, report
 from data.run import device_and_dtype
 from data.samples import names_file, read_samples, write_samples
 from data.shards import Shards
 from data.vocab import Tokenizer, same_tokenizer
 from mdlm import reveal_steps, revealing_path, stratified_t, unmask
 from medusa import ACCEPT
-from sample import (check_sampler, check_sampling_flags, check_vocabulary, default_teacher,
-                    entropy, generate, load_ar, load_model, load_verifier,
-                    loading_flags, medusa_flags, options_read, resolve_sampling, sampling_flags,
+from sample import (check_sampler, check_sampling_flags, check_vocabulary, generate, load_model, load_teacher,
+                    load_verifier, loading_flags, medusa_flags, options_read, resolve_sampling, sampling_flags,
                     sampling_options, torch_seed, typical_flags)
 from teacher import extract_sequential
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# results
-
-# every table's columns: the key in a row, and its title; what has no column is in --json only. A fraction is named in
-# PERCENT, too, and other numbers in DIGITS, unless one digit is right
-COLUMNS = dict(
-    # nfe: the steps asked for; nfe_counted: the network calls that they took
-    model="model", decode="decode", kind="what", nfe="NFE", nfe_counted="calls",
-    verifier_calls="verifier",
-    # the maze
-    success="success %", stderr="±", distinct="distinct", effective="effective",
-    validity_mass="validity mass %", agree="map agreement, paths %", agree_position="positions %",
-    # text
-    tau="τ", top_p="top_p", gen_ppl="GenPPL", gen_ppl_stderr="±", mauve="MAUVE", mauve_std="±",
-    recovered="recovered %", entropy="entropy", entropy_set="entropy of the set",
-    distinct_1="distinct-1", distinct_2="distinct-2", distinct_3="distinct-3",
-    # likelihood
-    nll="nats per token", nll_stderr="±", teacher_nll="teacher's nats", ppl="perplexity (bound)")
-RUN_COLUMNS = dict(n="n", seconds="seconds", precision="precision", device="device", seed="seed",
-                   git="commit")
-PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position", "recovered", "acc",
-           "acc_norm"}
-# behind the point, where it is not 1
-DIGITS = dict(tau=2, top_p=2, gen_ppl=2, gen_ppl_stderr=2, entropy=2, entropy_set=2, distinct_1=3,
-              distinct_2=3, distinct_3=3, nll=3, nll_stderr=3, teacher_nll=3, ppl=2, mauve=3,
-              mauve_std=3, calls_per_token=3, agreement=3, speedup=2, tokens_per_s=0,
-              alone_tokens_per_s=0)
-
-
-def print_table(rows, columns, digits=DIGITS):
-    """Flat dicts as a Markdown table, `columns` {key: title}; a column that no row has is left out. Fractions become %.
-    A standard error (key + "_stderr") stands behind its value, unless it has a column of its own.
-    """
-    shown = {}                              # most tables have few of all the columns
-    for key, title in columns.items():
-        if any(row.get(key) is not None for row in rows):
-            shown[key] = title
-    print("| " + " | ".join(shown.values()) + " |")
-    print("|" + "---|" * len(shown))
-    for row in rows:
-        cells = []
-        for key in shown:
-            error = None                    # that stands in this cell
-            if f"{key}_stderr" not in columns:
-                error = row.get(f"{key}_stderr")
-            cells.append(format_cell(key, row.get(key), error, digits.get(key, 1)))
-        print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def format_cell(key, value, error, digits):
-    """A value as text; with its standard error, if there is one."""
-    if value is None:
-        return ""
-    if not isinstance(value, float):
-        return str(value)
-    numbers = [value]
-    if error is not None:
-        numbers.append(error)
-    if key in PERCENT:
-        numbers = [100 * number for number in numbers]
-    return " ± ".join(f"{number:.{digits}f}" for number in numbers)
-
-
-def report(args, rows, note, columns=COLUMNS, digits={}, table=None, began=0.0, device="cpu",
-           dtype="float32"):
-    """Print the rows, or a `table` made of them, with what they were measured on, and write them to args.json."""
-    facts = dict(precision=dtype, device=device_name(device), seed=args.seed, git=git_commit())
-    rows = [row | facts for row in rows]
-    printed = rows                          # the file has every row, a table may show their means
-    if table is not None:
-        printed = [row | facts for row in table]
-    print_table(printed, columns | RUN_COLUMNS, DIGITS | digits)
-    print("\n" + note)
-    if args.json:
-        meta = dict(n=args.n, seconds=round(time.time() - began, 1), **facts, args=vars(args))
-        with open(args.json, "w") as f:
-            json.dump(dict(meta=meta, rows=rows), f, indent=1)
-
-
-def device_name(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return device
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,20 +185,6 @@ def maze_rows(models, args, device):
     return rows
 
 
-def maze_statistics(rows):
-    """Samples [n, 10] -> success, its standard error, distinct valid paths, effective number n(n-1) / sum c(c-1)."""
-    valid = maze_valid(rows)
-    p = valid.mean()
-    n = valid.sum()
-    _, c = np.unique(maze_keys(rows[valid]), return_counts=True)    # how often each path occurs
-    pairs = (c * (c - 1)).sum()             # of samples that are the same path
-    effective = None                        # where no two are the same
-    if pairs:
-        effective = float(n * (n - 1) / pairs)
-    error = math.sqrt(p * (1 - p) / len(rows))
-    return dict(n=len(rows), success=float(p), stderr=error, distinct=len(c), effective=effective)
-
-
 def maze_theory(name, n, steps, seed):
     """What a perfect noise-blind MDLM reaches at `steps` ancestral steps: the sampler with the true conditionals.
 
@@ -303,14 +201,6 @@ def maze_theory(name, n, steps, seed):
         samples.append(x)
         calls += int(nfe.sum())
     return torch.cat(samples).numpy(), calls / n
-
-
-def validity_mass(model, device):
-    """The exact probability that an AR model writes a valid path: a sum over all 2000, in one pass."""
-    rows = torch.from_numpy(maze_paths().astype(np.int64)).to(device)
-    rows = torch.nn.functional.pad(rows, (1, 0), value=model.bos)
-    logp = model.log_probs(rows[:, :-1]).gather(-1, rows[:, 1:, None]).squeeze(-1)     # (2000, 10)
-    return float(logp.double().sum(-1).exp().sum())
 
 
 def map_agreement(student, teacher, n, seed, device):
@@ -427,18 +317,6 @@ def text_rows(args, models, device, length, start=None):
         yield row | dict(tau=tau, top_p=top_p), sampled
 
 
-def text_facts(sampled):
-    """How varied samples [n, T] are: unigram entropy in nats, and the share of their n-grams that are distinct."""
-    of_samples = [entropy(row) for row in sampled]
-    facts = dict(n=len(sampled), entropy=float(np.mean(of_samples)), entropy_set=entropy(sampled))
-    # a k-gram is one number: three ids below 2^20 fit into 63 bits
-    grams = sampled.astype(np.int64)
-    for k in range(1, 1 + min(3, sampled.shape[1])):
-        facts[f"distinct_{k}"] = len(np.unique(grams)) / grams.size
-        grams = grams[:, :-1] * 2**20 + sampled[:, k:]
-    return facts
-
-
 def validation_rows(data, n, seed):
     """n rows of a dataset, the same for a seed, with BOS."""
     order = np.random.default_rng(seed).permutation(len(data))
@@ -447,7 +325,7 @@ def validation_rows(data, n, seed):
 
 def genppl(args, models, device):
     """Generative perplexity of samples under an AR judge, always with their entropy (lower entropy lowers GenPPL)."""
-    from extra.scores import gen_ppl
+    from extra.scores import gen_ppl, text_facts
     setting = TextSetting(args, models, device)
     drawn = text_rows(args, models, device, setting.length)
     if setting.data:                        # what the data themselves have, to compare with
@@ -462,7 +340,7 @@ def genppl(args, models, device):
 
 def infill(args, models, device):
     """GenPPL of the tokens alone that a masked model fills into validation rows: 32 of 128 (Section E.3)."""
-    from extra.scores import gen_ppl
+    from extra.scores import gen_ppl, text_facts
     setting = TextSetting(args, models, device, longest=128, needs_data=True)
     for model in models:
         if not model.fills_masks:
@@ -499,7 +377,7 @@ def infill(args, models, device):
 
 def mauve(args, models, device):
     """MAUVE of samples against validation text: mean and standard deviation over 5 runs of k-means (Section D.1)."""
-    from extra.scores import last_hidden, mauve_scores
+    from extra.scores import last_hidden, mauve_scores, text_facts
     setting = TextSetting(args, models, device, needs_data=True)
     text = validation_rows(setting.data, args.n, args.seed)[:, 1:]
     real = last_hidden(setting.judge, setting.for_judge(text), device)
@@ -536,68 +414,16 @@ def nfe(args, models, device):
         metric = "success" if models[0].meta["tokenizer"] == "maze" else "gen_ppl"
     function, error, scale, digits, title = METRICS[metric]
     rows, note = function(args, models, device)
+    from extra.plot import nfe_table, plot_nfe
     steps = sorted({row["nfe"] for row in rows if row.get("nfe")})
-    table = []
-    lines = {}                              # for the plot: label -> {nfe: (value, error)}
-    for (label, decode), line in lines_of(rows).items():
-        points = {}
-        for k, runs in line.items():
-            value, spread = mean_and_error(runs, metric, error)
-            points[k] = (scale * value, scale * spread)
-        runs = next(iter(line.values()))
-        row = dict(model=label, decode=decode, n=runs[0]["n"])
-        for k, (value, spread) in points.items():
-            text = f"{value:.{digits}f} ± {spread:.{digits}f}"
-            if k is None:                   # the data, which have no NFE and so no column
-                row["model"] += ": " + text
-            row[k] = text
-        entropies = [run["entropy"] for runs in line.values() for run in runs if "entropy" in run]
-        if entropies:
-            row["entropy"] = f"{min(entropies):.2f} to {max(entropies):.2f}"
-        table.append(row)
-        lines[f"{label}, {decode}" if decode else label] = points
+    table, lines = nfe_table(rows, metric, error, scale, digits)
     if args.plot:
-        from extra.plot import plot_nfe
         plot_nfe(args.plot, lines, steps, title)
     columns = dict(model=title, decode="decode")
     columns |= {k: f"NFE {k}" for k in steps} | dict(entropy="entropy")
     note = ("±: over samples (MAUVE: over seeds of k-means), or, where there are runs of several "
             "seeds, their standard deviation.\n" + note)
     return rows, note, columns, {}, table
-
-
-def recipe_of(name):
-    """A run's name without its seed: those of one recipe are called NAME-s0, NAME-s1, .."""
-    return re.sub(r"-s\d+$", "", name)
-
-
-def lines_of(rows):
-    """A table's rows by line: {(label, decoding): {nfe: [the row of each seed]}}."""
-    groups = {}
-    names = {}                              # recipe -> its runs, in their order
-    for row in rows:
-        recipe = recipe_of(row["model"])
-        names.setdefault(recipe, {})[row["model"]] = True
-        line = groups.setdefault((recipe, row.get("decode")), {})
-        line.setdefault(row.get("nfe"), []).append(row)
-    lines = {}
-    for (recipe, decode), line in groups.items():
-        first, *others = names[recipe]
-        label = first
-        if len(others) == 1:
-            label += " and 1 other seed"
-        elif others:
-            label += f" and {len(others)} other seeds"
-        lines[label, decode] = line
-    return lines
-
-
-def mean_and_error(runs, metric, error):
-    """The mean over the runs of a recipe, with their standard deviation; of one run, its own standard error."""
-    values = [run[metric] for run in runs]
-    if len(values) == 1:
-        return values[0], runs[0][error]
-    return np.mean(values), np.std(values, ddof=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -668,16 +494,6 @@ def ppl_row(args, model, length, device):
     if teacher:
         row |= dict(kind="nll_given_noise", teacher_nll=reference, ppl_bound=row["ppl"])
     return row
-
-
-def load_teacher(args, model, meta, length, device):
-    """The teacher whose noise a student reads, for rows of `length` tokens; None for the other models."""
-    if model.noise_embed is None or not model.noise_embed.needs_teacher:
-        return None
-    path = args.teacher or model.args.get("teacher") or default_teacher(meta, length)
-    if path is None:
-        raise BadInput(f"--teacher is needed for {model.name}: an AR checkpoint of its vocabulary")
-    return load_ar("--teacher", path, meta, length, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -265,6 +265,16 @@ def load_ar(flag, path, meta, length, device="cpu"):
     return model
 
 
+def load_teacher(args, model, meta, length, device):
+    """The teacher whose noise a student reads, for rows of `length` tokens; None for the other models."""
+    if model.noise_embed is None or not model.noise_embed.needs_teacher:
+        return None
+    path = args.teacher or model.args.get("teacher") or default_teacher(meta, length)
+    if path is None:
+        raise BadInput(f"--teacher is needed for {model.name}: an AR checkpoint of its vocabulary")
+    return load_ar("--teacher", path, meta, length, device)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
 
@@ -394,13 +404,6 @@ def encode_parts(tokenizer, parts, mask_id):
     if max(ids, default=0) > mask_id:
         raise unfit
     return ids
-
-
-def entropy(ids):
-    """Unigram entropy of token ids in nats: repetition shows as a low value."""
-    _, count = np.unique(ids, return_counts=True)
-    p = count / count.sum()
-    return float(-(p * np.log(p)).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -556,6 +559,7 @@ def check_model(args, model):
 
 def draw(model, args, length, device, autocast):
     """Draw n samples, print them, and write them to args.out."""
+    from extra.scores import entropy
     verifier = load_verifier(args, [model], device)
     tokenizer = Tokenizer(model.meta["tokenizer"], model.vocab_size)
     is_maze = tokenizer.name == "maze"

@@ -39,6 +39,7 @@ from bd3lm import BD3LM, clipped_mask, training_mask
 from data import prepare
 from data.cli import BadInput, run_main
 from data.maze import PAD, ExactDenoiser, maze_dataset, maze_keys, maze_paths, maze_valid
+from data.report import report
 from data.shards import Shards, Writer, read_meta
 from data.teacher_cache import TeacherLogits
 from extra import scores
@@ -2727,7 +2728,7 @@ def test_nfe_averages_over_seeds(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(evaluate, "maze_rows", lambda *a: rows)
     args = argparse.Namespace(n=100, nfe=[1, 2], plot=None, tau=None, top_p=None, sampler="ancestral", order="random",
                               weights="ema", seed=0, metric=None, json=None)
-    evaluate.report(args, *evaluate.nfe(args, models, "cpu"))
+    report(args, *evaluate.nfe(args, models, "cpu"))
     out = capsys.readouterr().out
     assert "| a-s0 and 1 other seed | greedy | 40.0 ± 14.1 | 50.0 ± 14.1 |" in out
     assert "| a-s1-more | greedy | 70.0 ± 1.0 |" in out and "| teacher | sample |  |  | 98.0 ± 0.5 |" in out

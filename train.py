@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import evaluate
 from bd3lm import clip_windows, search_clip
-from data.cli import BadInput, Parser, git_commit, number, optional, run_main
+from data.cli import BadInput, Parser, add_flags, git_commit, number, optional, run_main
 from data.prepare import make_maze
 from data.run import Log, StopSignals, World, read_ahead, save
 from data.shards import Shards, changed_meta, read_meta
@@ -158,27 +158,12 @@ MAY_DIFFER = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wand
 # ---------------------------------------------------------------------------------------------------------------------
 # flags
 
-def make_parser():
-    """The command line of FLAGS. What is not given is left out of its result, so that presets can tell."""
-    parser = Parser(argument_default=argparse.SUPPRESS, description="Train an AR teacher, or a parallel "
-                    "student with or without Gumbel Distillation.")
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, default, takes, meaning in flags:
-            if default is not None and default is not False:
-                meaning += f" (default: {default})"
-            if takes is bool:
-                group.add_argument(f"--{name}", action="store_true", help=meaning)
-            elif callable(takes):
-                group.add_argument(f"--{name}", type=takes, help=meaning)
-            else:
-                group.add_argument(f"--{name}", choices=list(takes), help=meaning)
-    return parser
-
-
 def parse(argv):
     """The flags of a run, as a Namespace: DEFAULTS, then PRESETS, then --size, then what is given explicitly."""
-    parser = make_parser()
+    # what is not given is left out of the result, so that presets can tell
+    parser = Parser(argument_default=argparse.SUPPRESS, description="Train an AR teacher, or a parallel "
+                    "student with or without Gumbel Distillation.")
+    add_flags(parser, FLAGS)
     given = vars(parser.parse_args(argv))
     # the noise's kind and --gumbel say one thing: a preset may ask for either
     values = DEFAULTS | given

@@ -48,6 +48,23 @@ def parse_number(kind, low, high, above, text):
     return value
 
 
+def add_flags(parser, groups):
+    """Flags by group: {title: [(name, default, what it takes, what it means)]}. It takes bool (a switch), a function of
+    the text, or one of several names. The defaults are for --help only.
+    """
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for name, default, takes, meaning in flags:
+            if default is not None and default is not False:
+                meaning += f" (default: {default})"
+            if takes is bool:
+                group.add_argument(f"--{name}", action="store_true", help=meaning)
+            elif callable(takes):
+                group.add_argument(f"--{name}", type=takes, help=meaning)
+            else:
+                group.add_argument(f"--{name}", choices=list(takes), help=meaning)
+
+
 def unescape(text):
     """An argparse type: \\n, \\t and the like, as typed in a shell, become the characters they stand for."""
     try:

@@ -3,6 +3,7 @@
 Ids: U D L R PAD BOS = 0 .. 5; a row is a path of 10 tokens, padded with PAD.
 """
 import functools
+import math
 
 import numpy as np
 
@@ -95,6 +96,29 @@ def draw_maze(row):
     picture = "\n".join(" ".join(line) for line in grid)
     moves = "".join("UDLR.?"[min(k, 5)] for k in row)
     return f"{picture}\n{moves}: {note}\n"
+
+
+def maze_statistics(rows):
+    """Samples [n, 10] -> success, its standard error, distinct valid paths, effective number n(n-1) / sum c(c-1)."""
+    valid = maze_valid(rows)
+    p = valid.mean()
+    n = valid.sum()
+    _, c = np.unique(maze_keys(rows[valid]), return_counts=True)    # how often each path occurs
+    pairs = (c * (c - 1)).sum()             # of samples that are the same path
+    effective = None                        # where no two are the same
+    if pairs:
+        effective = float(n * (n - 1) / pairs)
+    error = math.sqrt(p * (1 - p) / len(rows))
+    return dict(n=len(rows), success=float(p), stderr=error, distinct=len(c), effective=effective)
+
+
+def validity_mass(model, device):
+    """The exact probability that an AR model writes a valid path: a sum over all 2000, in one pass."""
+    import torch                                           # here alone: making datasets needs none
+    rows = torch.from_numpy(maze_paths().astype(np.int64)).to(device)
+    rows = torch.nn.functional.pad(rows, (1, 0), value=model.bos)
+    logp = model.log_probs(rows[:, :-1]).gather(-1, rows[:, 1:, None]).squeeze(-1)     # (2000, 10)
+    return float(logp.double().sum(-1).exp().sum())
 
 
 class ExactDenoiser:

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import evaluate
 from bd3lm import BD3LM
 from data.cli import Parser, number, run_main
+from data.report import print_table
 from data.run import device_and_dtype
 from data.teacher_cache import truncated_logits
 from gumbel import GumbelEmbedding, sample_exponential
@@ -146,7 +146,7 @@ def show(rows):
     titles = {}
     for row in rows:
         titles |= {title: title for title in row}
-    evaluate.print_table(rows, titles)
+    print_table(rows, titles)
 
 
 def shape_of(args):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from data.cli import BadInput, Parser, check_output, number, run_main
-from evaluate import report
+from data.report import report
 
 CRITERIA = {
     "clarity": "is it easy to follow, does each sentence say something definite",

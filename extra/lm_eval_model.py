@@ -22,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 from data.cli import BadInput, Parser, check_output, number, optional, run_main
+from data.report import report
 from data.run import device_and_dtype
 from data.vocab import Tokenizer
-from evaluate import load_teacher, report
-from sample import load_model, loading_flags, torch_seed
+from sample import load_model, load_teacher, loading_flags, torch_seed
 
 TASKS = "arc_easy,arc_challenge,boolq,hellaswag,piqa,openbookqa,winogrande"      # Figure 4
 

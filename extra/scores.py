@@ -1,4 +1,4 @@
-"""How good samples are under a judge, an AR model: generative perplexity, and MAUVE.
+"""How good samples are under a judge, an AR model (generative perplexity, MAUVE), and how varied.
 
 A sample is an array of token ids without BOS. Shapes: n samples, b of a batch, T tokens of the longest, D width.
 """
@@ -199,3 +199,22 @@ def lloyd(x, centre, iterations):
         empty = count == 0
         centre[empty] = x[distance.topk(int(empty.sum())).indices]
     return float(distance.square().sum()), labels
+
+
+def entropy(ids):
+    """Unigram entropy of token ids in nats: repetition shows as a low value."""
+    _, count = np.unique(ids, return_counts=True)
+    p = count / count.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def text_facts(sampled):
+    """How varied samples [n, T] are: unigram entropy in nats, and the share of their n-grams that are distinct."""
+    of_samples = [entropy(row) for row in sampled]
+    facts = dict(n=len(sampled), entropy=float(np.mean(of_samples)), entropy_set=entropy(sampled))
+    # a k-gram is one number: three ids below 2^20 fit into 63 bits
+    grams = sampled.astype(np.int64)
+    for k in range(1, 1 + min(3, sampled.shape[1])):
+        facts[f"distinct_{k}"] = len(np.unique(grams)) / grams.size
+        grams = grams[:, :-1] * 2**20 + sampled[:, k:]
+    return facts

@@ -323,13 +323,13 @@ def test_genppl_on_a_case_with_a_known_answer():
     assert 0.8 < errors.mean() / values.std() < 1.25
     assert (np.abs(values[::2] - values[1::2]) < 4 * np.hypot(errors[::2], errors[1::2])).all()              # two seeds
     same = np.zeros((40, 30), dtype=int)
-    facts = scores.gen_ppl(judge, same, "cpu") | evaluate.text_facts(same)
+    facts = scores.gen_ppl(judge, same, "cpu") | scores.text_facts(same)
     assert abs(facts["gen_ppl"] - 2) < 1e-4 < truth - 2 and facts["entropy"] == facts["entropy_set"] == 0
     assert (facts["distinct_1"], facts["distinct_3"]) == (1 / 1200, 1 / 1120)
-    once = evaluate.text_facts(np.arange(200_000, 200_000 + 24).reshape(2, 12))
+    once = scores.text_facts(np.arange(200_000, 200_000 + 24).reshape(2, 12))
     assert once["distinct_1"] == once["distinct_2"] == once["distinct_3"] == 1
     assert abs(once["entropy"] - math.log(12)) < 1e-12
-    twice = evaluate.text_facts(np.array([[1, 2, 1, 2], [1, 2, 3, 1]]))         # 12 21 12 12 23 31, 121 212 123 231
+    twice = scores.text_facts(np.array([[1, 2, 1, 2], [1, 2, 3, 1]]))         # 12 21 12 12 23 31, 121 212 123 231
     assert (twice["distinct_1"], twice["distinct_2"], twice["distinct_3"]) == (3 / 8, 4 / 6, 1)
     with pytest.raises(BadInput, match="MASK"):
         scores.gen_ppl(judge, np.array([[1, 5]]), "cpu")

@@ -37,6 +37,7 @@ import sample
 import train
 from bd3lm import BD3LM, clipped_mask, training_mask
 from data import prepare
+from data.batches import rows_of_step
 from data.cli import BadInput, run_main
 from data.maze import PAD, ExactDenoiser, maze_dataset, maze_keys, maze_paths, maze_valid
 from data.report import report
@@ -44,6 +45,7 @@ from data.shards import Shards, Writer, read_meta
 from data.teacher_cache import TeacherLogits
 from extra import scores
 from extra.acceptance import acceptance_row, perfect_heads
+from extra.init_from import initial_weights
 from extra.confidence import unmask_by_confidence
 from gumbel import (GumbelEmbedding, draw_tokens, gumbel_max, nucleus, posterior_gumbel, sample_exponential,
                     sample_gumbel)
@@ -955,7 +957,7 @@ def test_blocks_from_an_ar_model_continue_it():
     ar, x = tiny_ar(L=8), rows_of(3, L=8)
     for K in (1, 4):
         model = BD3LM(7, 8, 6, block_size=K, n_layer=2, n_embd=32, n_head=2, dropout=0.0, shift=True).eval()
-        train.initial_weights(model, ar, "ar")
+        initial_weights(model, ar, "ar")
         logp = model.log_probs(x.clone().index_fill_(1, torch.arange(1, 8), 7), x)
         if K == 1:
             assert torch.allclose(logp[:, 1:, :7], ar.log_probs(x)[:, :-1], atol=1e-5)
@@ -1866,7 +1868,7 @@ def test_student_from_an_ar_model_computes_what_it_did():
     for noise in (None, "gumbel"):
         student = MDLM(**{k: v for k, v in vars(ar.config).items() if k != "predict_bos"}, noise=noise, shift=True)
         before = copy.deepcopy(student.state_dict())
-        train.initial_weights(student, ar, "x")
+        initial_weights(student, ar, "x")
         assert torch.equal(student.transformer.embed.weight[:-1], ar.transformer.embed.weight)
         assert torch.equal(student.transformer.embed.weight[-1], before["transformer.embed.weight"][-1])
         student.eval().transformer.causal = True
@@ -1875,9 +1877,9 @@ def test_student_from_an_ar_model_computes_what_it_did():
         got = student.logits(student.hidden(rows, g)).log_softmax(-1)
         assert torch.allclose(got[:, 1:], ar.log_probs(rows)[:, :-1], atol=1e-5)
     with pytest.raises(BadInput, match="another kind or shape"):
-        train.initial_weights(tiny(V=8), ar, "x")
+        initial_weights(tiny(V=8), ar, "x")
     plain, noisy = tiny(seed=1), tiny("gumbel")            # without the noise embedding, where there is no noise
-    train.initial_weights(plain, noisy, "x")
+    initial_weights(plain, noisy, "x")
     assert torch.equal(plain.transformer.head.weight, noisy.transformer.head.weight)
 
 
@@ -2166,11 +2168,11 @@ def test_averaged_weights_hold_no_graph(runs, monkeypatch):
 
 
 def test_row_order_is_a_permutation_and_a_function_of_the_step():
-    rows = np.concatenate([train.rows_of_step(step, 10, 4, seed=1) for step in range(5)])
+    rows = np.concatenate([rows_of_step(step, 10, 4, seed=1) for step in range(5)])
     assert (sorted(rows[:10]) == list(range(10)) and sorted(rows[10:20]) == list(range(10))
             and rows[:10].tolist() != rows[10:20].tolist())
-    assert (train.rows_of_step(3, 10, 4, 1).tolist() == rows[12:16].tolist()
-            and train.rows_of_step(0, 10, 4, 2).tolist() != rows[:4].tolist())
+    assert (rows_of_step(3, 10, 4, 1).tolist() == rows[12:16].tolist()
+            and rows_of_step(0, 10, 4, 2).tolist() != rows[:4].tolist())
 
 
 def ddp_worker(rank, world, port, path):

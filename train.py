@@ -3,30 +3,25 @@
     python train.py --model=mdlm --gumbel --data=maze                        # minutes on 2 CPU cores, prints a table
     torchrun --nproc_per_node=8 train.py --model=mdlm --gumbel               # the paper: OpenWebText, GPT-2-large
 
-Rerun the same command to continue an interrupted run: on a CPU the result is the same, bit for bit. The row order and
-noise levels of a global batch are functions of (seed, step, row), its masks, noise and dropout of (seed, step, rank,
-micro-step), so nothing but the step needs to be restored.
+Rerun the same command to continue an interrupted run: on a CPU the result is the same, bit for bit (why that takes
+nothing but the step: data/batches.py).
 
 In this order:
-    FLAGS, PRESETS      the recipe: all flags with their defaults, and what data and models change
-    parse               the flags of a run, and which of them its model reads
+    FLAGS, PRESETS      the recipe: all flags with their defaults, and what data and models change; `parse`
     resume, new_model   where it starts: its checkpoint, its teacher, its weights
-    micro_batches ..    what the loop calls: batches, validation
-    train               the loop; processes, log and signals around it are in data/run.py
+    loss_inputs ..      what the loop calls: what a model's loss reads, validation
+    train               the loop; processes, log and signals are in data/run.py, the order of rows in data/batches.py
 
 Shapes: tokens [B, L], a row being BOS and L - 1 tokens; noise levels t [B, n_blocks].
 """
 import argparse
 import copy
 import dataclasses
-import itertools
 import math
 import os
 import sys
 from contextlib import closing
-from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -34,15 +29,15 @@ from tqdm import tqdm
 
 import evaluate
 from bd3lm import clip_windows, search_clip
+from data.batches import EVAL, LEVELS, NOISE, micro_batches, part_of_batch, read_ahead, rng
 from data.cli import BadInput, Parser, add_flags, git_commit, number, optional, run_main
 from data.prepare import make_maze
-from data.run import Log, StopSignals, World, read_ahead, save
+from data.run import Log, StopSignals, World, flops_per_row, save
 from data.shards import Shards, changed_meta, read_meta
 from data.teacher_cache import TeacherCache, TeacherLogits
 from gumbel import KINDS, needs_teacher
 from mdlm import T_MIN, stratified_t
-from sample import (MODELS, build, default_teacher, load_ar, load_checkpoint, load_model,
-                    torch_seed)
+from sample import MODELS, build, default_teacher, load_ar, load_checkpoint, load_model, torch_seed
 from teacher import model_hash
 
 
@@ -142,8 +137,7 @@ PRESETS = [
     ({"data": "maze"},                                     # maze_skewed counts as maze
      dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.0, batch_size=128, lr=1e-3,
           steps=1600, warmup=100, schedule="cosine", eval_every=500, save_every=200, log_every=20)),
-    ({"data": "maze", "model": "ar"},
-     dict(n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200)),
+    ({"data": "maze", "model": "ar"}, dict(n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200)),
     ({"data": "maze", "model": "bd3lm"}, dict(length=12)),  # 11 is prime: rows get one more PAD
     ({"data": "maze", "model": "mdlm", "gumbel": True}, dict(t_one=0.5)),
     ({"data": "maze", "model": "bd3lm", "gumbel": True}, dict(t_one=0.5)),
@@ -242,30 +236,6 @@ def unread_flags(args):
 def asks_teacher(args):
     """Whether the run needs an AR model beside the one that it trains: a teacher, or the backbone of heads."""
     return needs_teacher(args.noise) or args.kd is not None or MODELS[args.model].drafts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# randomness: everything is a function of the seed and of where it is used
-
-ROWS = 0                                                    # what a draw is for, part of its key
-LEVELS = 1
-NOISE = 2
-EVAL = 3
-
-
-def rng(*key):
-    return np.random.default_rng(key)
-
-
-@lru_cache(maxsize=1)                                      # of the epoch that the run is in
-def permutation(n, seed, epoch):
-    return rng(seed, ROWS, epoch).permutation(n)
-
-
-def rows_of_step(step, n, batch_size, seed):
-    """Row numbers of a global batch: an epoch visits all n rows in a seeded permutation; batches run across epochs."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return np.array([permutation(n, seed, i // n)[i % n] for i in places])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,32 +369,9 @@ def new_model(args, data, teacher, ckpt, world):
     if model_kind.drafts:
         model.attach(teacher, start=True)                  # output layers start as the backbone's
     if source is not None:
+        from extra.init_from import initial_weights
         initial_weights(model, source, args.init_from)
     return model.to(world.device)
-
-
-def initial_weights(model, source, name):
-    """--init_from=name: the weights of `source` into `model`; BadInput where they do not fit.
-
-    What reads the noise is optional: it stays new where the source has none, is left out where the model has none.
-    """
-    reads_noise = ("noise_embed.", "accumulator.")
-    own = model.state_dict()
-    state = {key: weight for key, weight in own.items() if key.startswith(reads_noise)}
-    for key, weight in source.state_dict().items():
-        if key in own or not key.startswith(reads_noise):
-            state[key] = weight
-    # an AR model's embedding has no row of [MASK], the last one: the new model's own stays
-    ids = "transformer.embed.weight"
-    if ids in own and ids in state and state[ids].shape == own[ids][:-1].shape:
-        state[ids] = torch.cat([state[ids], own[ids][-1:]])
-    for key in [*own, *state]:
-        here = list(own[key].shape) if key in own else "nothing"
-        there = list(state[key].shape) if key in state else "nothing"
-        if here != there:
-            raise BadInput(f"--init_from={name} is another kind or shape of network ({key} is {there} there, {here} "
-                           "here): give the same flags of the network and vocabulary, or leave --init_from out")
-    model.load_state_dict(state)
 
 
 def teacher_of_rows(args, model, teacher, data, world):
@@ -453,31 +400,6 @@ def teacher_of_rows(args, model, teacher, data, world):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
-
-def part_of_batch(m, micro, world):
-    """The places in the global batch of this process's rows in micro-step m."""
-    first = (m * world.size + world.rank) * micro
-    return slice(first, first + micro)
-
-
-def micro_batches(data, answers, args, micro, world, step):
-    """This process's rows of each micro-step from `step` on, without end: yields (tokens [micro, L], what `answers`,
-    a `teacher_of_rows`, knows of them, or None), on the host.
-    """
-    for s in itertools.count(step):
-        batch = rows_of_step(s, len(data), args.batch_size, args.seed)
-        for m in range(args.batch_size // world.size // micro):
-            rows = batch[part_of_batch(m, micro, world)]
-            tokens = torch.from_numpy(data.rows(rows))
-            known = None
-            if answers is not None:
-                known = answers.load(rows)
-            if world.cuda:                                 # pinned: nothing waits for the copy
-                tokens = tokens.pin_memory()
-                if known is not None:
-                    known = known.pin_memory()
-            yield tokens, known
-
 
 def loss_inputs(model, world, t, teacher, seed, **more):
     """What `model.loss` reads besides the tokens, of all that there is: noise levels t, the teacher, a seed's draws,
@@ -558,19 +480,6 @@ class Validation:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training
-
-def flops_per_row(model, teacher, length):
-    """Useful FLOPs of training on a row; `teacher`: the AR model that is asked for each batch, or None."""
-    flops = model.flops_per_row(length)
-    if teacher is None:
-        return flops
-    masked = 0.0                                           # the share of places whose logits are read
-    if model.fills_masks:
-        masked = 0.5                                       # on average
-    elif model.noise_embed is not None:
-        masked = 1.0
-    return flops + teacher.extraction_flops(length, masked)
-
 
 def lr_at(step, args):
     """The learning rate of the step after `step` others."""

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -161,6 +160,19 @@ def peak_flops(world):
     return None
 
 
+def flops_per_row(model, teacher, length):
+    """Useful FLOPs of training on a row; `teacher`: the AR model that is asked for each batch, or None."""
+    flops = model.flops_per_row(length)
+    if teacher is None:
+        return flops
+    masked = 0.0                                           # the share of places whose logits are read
+    if model.fills_masks:
+        masked = 0.5                                       # on average
+    elif model.noise_embed is not None:
+        masked = 1.0
+    return flops + teacher.extraction_flops(length, masked)
+
+
 class StopSignals:
     """While in its body, SIGTERM and SIGINT are only noted: the run finishes its step, saves, stops."""
 
@@ -192,13 +204,3 @@ def save(path, state):
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
-
-
-def read_ahead(items):
-    """The items of an endless iterator, each made in a thread while the one before it is used. `close` ends it."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(next, items)
-        while True:
-            item = ahead.result()                          # what went wrong in the thread is raised here
-            ahead = pool.submit(next, items)
-            yield item

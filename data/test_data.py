@@ -1,6 +1,7 @@
 """The tests of data/: the maze, tokenizers, documents, shards, and the teacher's cache."""
 import argparse
 import gzip
+import importlib.util
 import io
 import json
 import lzma
@@ -407,7 +408,8 @@ def test_openwebtext_from_any_file_and_the_last_documents_held_out(tmp_path, cli
         refused(cli(prepare, f"openwebtext {source} --tokenizer=bytes --out=p"), "40 documents", "--val_documents")
         refused(cli(prepare, f"openwebtext {source} --tokenizer=bytes --out=p --field=body"), "x.jsonl", "KeyError")
         (tmp_path / "cut.parquet").write_bytes(b"PAR1")
-        refused(cli(prepare, "openwebtext --files cut.parquet --tokenizer=bytes --out=p"), "cut.parquet", "be read")
+        words = "be read" if importlib.util.find_spec("pyarrow") else "pip install pyarrow"
+        refused(cli(prepare, "openwebtext --files cut.parquet --tokenizer=bytes --out=p"), "cut.parquet", words)
         for name, content in (("null.jsonl", b'{"text": null}'), ("array.jsonl", b'[{"text": "a"}]'),
                               ("cut.gz", gzip.compress(b"word " * 999)[:-9]), ("bad.xz", b"no xz"), ("n.json", b"{")):
             (tmp_path / name).write_bytes(content)

@@ -276,7 +276,7 @@ class GPT2(AR):
             if layer not in GPT2_NAMES:
                 raise ValueError(f"unknown weight {key}")
             w = w.float()
-            if "c_" in layer and kind == "weight":
+            if "c_" in layer and kind == "weight":  # a Conv1D
                 w = w.t()
             prefix = f"blocks.{block}." if block else ""
             ours[f"transformer.{prefix}{GPT2_NAMES[layer]}.{kind}"] = w
@@ -291,7 +291,7 @@ class GPT2(AR):
         V, D = embedding.shape
         length = len(state["transformer.positions.weight"])
         layers = [int(key.split(".")[2]) for key in state if key.startswith("transformer.blocks.")]
-        bos = config.get("bos_token_id")
+        bos = config.get("bos_token_id")  # 0 is an id, too
         if bos is None:
             bos = V - 1
         n_head = config.get("n_head") or D // 64
@@ -337,11 +337,12 @@ class HF(CausalLM):
             why = (str(e) or type(e).__name__).splitlines()[0]
             raise ValueError(f"transformers cannot load hf:{name}: {why}") from None
         c = lm.config
-        length = getattr(c, "max_position_embeddings", None) or 1 << 30
+        length = getattr(c, "max_position_embeddings", None) or 1 << 30  # none named: no bound of its own
         bos = c.eos_token_id if c.bos_token_id is None else c.bos_token_id
         super().__init__(CausalConfig(c.vocab_size, length, bos))
         self.lm = lm.eval().requires_grad_(False)
         self.transformers = transformers
+        # the wrapper asks body and output layer only: what a model does besides (scaling, caps) shows on any tokens
         probe = torch.arange(4)[None]
         if not torch.allclose(self.logits(self.hidden(probe)), lm(probe).logits, atol=1e-3):
             raise ValueError(f"hf:{name} scales or caps the logits of its output layer, which this wrapper does not: "

@@ -58,7 +58,7 @@ def training_mask(length, block_size, device, sparse=False):
 @dataclass
 class BD3LMConfig(MDLMConfig):
     """What describes a BD3LM: an MDLM, and the size of its blocks."""
-    block_size: int = 4  # tokens of a block; BOS is the first of the first block
+    block_size: int = 4                       # tokens of a block; BOS is the first of the first block
 
 
 class BD3LM(MDLM):

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.batches import loss_inputs
 from data.cli import BadInput, Parser, check_output, number, optional, run_main
 from data.maze import MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
 from data.report import device_name, report
@@ -474,10 +475,8 @@ def ppl_row(args, model, length, device):
     batches = []                            # (share of the rows, nats per token, teacher's)
     for i, a in enumerate(tqdm(range(0, n, args.batch_size), desc=model.name, disable=None)):
         tokens = torch.from_numpy(data.rows(order[a:a + args.batch_size])).to(device)
-        known = dict(t=levels[a:a + args.batch_size].to(device), teacher=teacher,
-                     generator=torch.Generator(device).manual_seed(args.seed + i))
-        read = {name: known[name] for name in model.loss_reads if name in known}
-        nats = model.loss(tokens, **read)[0].item()
+        kw = loss_inputs(model, device, levels[a:a + args.batch_size], teacher, args.seed + i)
+        nats = model.loss(tokens, **kw)[0].item()
         teacher_nats = 0.0
         if teacher:
             teacher_nats = teacher.loss(tokens)[0].item()

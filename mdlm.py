@@ -60,12 +60,12 @@ class Model(nn.Module):
     `loss(tokens, ...) -> (scalar, {floats to log})` and `generate(tokens, ...) -> (tokens, nfe)`; `networks()`, the
     modules that are worth compiling; `flops_per_row(length)`.
     """
-    fills_masks = False  # a sample starts from [MASK]s, anywhere; False: it continues a prompt
-    can_teach = False  # gives p(x_i | x_<i) exactly: a teacher, a verifier, a judge
+    fills_masks = False                       # a sample starts from [MASK]s, anywhere; False: it continues a prompt
+    can_teach = False                         # gives p(x_i | x_<i) exactly: a teacher, a verifier, a judge
     drafts = False                            # drafts tokens that its `backbone` verifies
     any_length = False                        # samples may be longer than the rows of training
     loss_name = "nll"                         # what the mean of `loss` is
-    loss_reads = ()  # what `loss` takes besides the tokens: t, teacher, generator, kd, clip
+    loss_reads = ()                           # what `loss` takes besides the tokens: t, teacher, generator, kd, clip
     generate_reads = ("length", "tau", "top_p", "greedy")  # what `generate` takes besides them
     samplers = ()                             # those of --sampler's choices that it has
     n_blocks = 1                              # noise levels of a training row: block_count(self.length)
@@ -105,10 +105,10 @@ class MDLMConfig:
     n_embd: int = 768
     n_head: int = 12
     dropout: float = 0.1                      # on both residual branches
-    noise: str | None = None  # the kind of noise that the student reads, of gumbel.KINDS; None: none
-    inject: str = "replace"  # the noise embedding stands in place of that of [MASK], or "add": on top
-    predict_bos: bool = True  # False: BOS never occurs within a row, and is never predicted
-    shift: bool = False  # the output for position i is read at i - 1, as in an AR model
+    noise: str | None = None                  # the kind of noise that the student reads, of gumbel.KINDS; None: none
+    inject: str = "replace"                   # the noise embedding stands in place of that of [MASK], or "add": on top
+    predict_bos: bool = True                  # False: BOS never occurs within a row, and is never predicted
+    shift: bool = False                       # the output for position i is read at i - 1, as in an AR model
 
 
 class MDLM(Model):
@@ -126,7 +126,7 @@ class MDLM(Model):
     loss_name = "nelbo"
     loss_reads = ("t", "teacher", "generator", "kd")
     generate_reads = ("steps", "sampler", "order", "remask", "resample_noise", "tau", "top_p", "greedy")
-    samplers = (*SAMPLERS, "remdm", "apd")  # apd: extra/verified.py
+    samplers = (*SAMPLERS, "remdm", "apd")    # apd: extra/verified.py
 
     def __init__(self, *args, **kw):
         super().__init__(self.Config(*args, **kw))
@@ -429,7 +429,7 @@ def remasked_path(masked, steps, eta, order="random", generator=None):
     if not 0 <= eta <= 1:
         raise ValueError(f"remask must lie in [0, 1], got {eta}")
     u = torch.rand(steps, *masked.shape, generator=generator, device=masked.device)
-    state = masked                                            # what is masked now (B, L)
+    state = masked                            # what is masked now (B, L)
     for k in range(steps):
         alpha_t = k / steps
         alpha_s = (k + 1) / steps

@@ -39,8 +39,8 @@ class MedusaConfig:
     heads: int = 3                            # K, beside the backbone's own
     n_layer: int = 1                          # layers of the transformer that reads the noise
     dropout: float = 0.0                      # in it
-    noise: str | None = None  # the kind of noise that the heads read, of gumbel.KINDS; None: none
-    predict_bos: bool = True  # False: BOS never occurs within a row, and is never predicted
+    noise: str | None = None                  # the kind of noise that the heads read, of gumbel.KINDS; None: none
+    predict_bos: bool = True                  # False: BOS never occurs within a row, and is never predicted
     bias: bool = False                        # whether the backbone's output layer has one
     backbone: str | None = None               # the name under which the backbone was loaded
     sha256: str | None = None                 # and its `teacher.model_hash`

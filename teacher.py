@@ -64,7 +64,7 @@ class ARConfig(CausalConfig):
     n_embd: int = 768
     n_head: int = 12
     dropout: float = 0.1                      # on both residual branches
-    predict_bos: bool = True  # False: BOS never occurs within a row, and is never predicted
+    predict_bos: bool = True                  # False: BOS never occurs within a row, and is never predicted
 
 
 class CausalLM(Model):
@@ -180,7 +180,7 @@ class KVCache:
 class AR(CausalLM):
     """The student's transformer made causal. AR(vocab_size, length, bos, ...) takes the fields of `ARConfig`."""
     Config = ARConfig
-    learned_positions = False                                 # RoPE
+    learned_positions = False                 # RoPE
 
     def __init__(self, *args, **kw):
         config = self.Config(*args, **kw)

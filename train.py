@@ -9,8 +9,8 @@ nothing but the step: data/batches.py).
 In this order:
     FLAGS, PRESETS      the recipe: all flags with their defaults, and what data and models change; `parse`
     resume, new_model   where it starts: its checkpoint, its teacher, its weights
-    loss_inputs ..      what the loop calls: what a model's loss reads, validation
-    train               the loop; processes, log and signals are in data/run.py, the order of rows in data/batches.py
+    Validation          the loss that is compared from step to step, and the search for a window of levels
+    train               the loop; processes, log and signals are in data/run.py, batches in data/batches.py
 
 Shapes: tokens [B, L], a row being BOS and L - 1 tokens; noise levels t [B, n_blocks].
 """
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import evaluate
 from bd3lm import clip_windows, search_clip
-from data.batches import EVAL, LEVELS, NOISE, micro_batches, part_of_batch, read_ahead, rng
+from data.batches import EVAL, LEVELS, NOISE, loss_inputs, micro_batches, part_of_batch, read_ahead, rng
 from data.cli import BadInput, Parser, add_flags, git_commit, number, optional, run_main
 from data.prepare import make_maze
 from data.run import Log, StopSignals, World, flops_per_row, save
@@ -401,15 +401,6 @@ def teacher_of_rows(args, model, teacher, data, world):
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
 
-def loss_inputs(model, world, t, teacher, seed, **more):
-    """What `model.loss` reads besides the tokens, of all that there is: noise levels t, the teacher, a seed's draws,
-    and `more`. Every model is offered everything.
-    """
-    generator = torch.Generator(world.device).manual_seed(seed)
-    known = dict(more, t=t.to(world.device), teacher=teacher, generator=generator)
-    return {name: known[name] for name in model.loss_reads if name in known}
-
-
 @dataclasses.dataclass
 class Validation:
     """The loss on validation rows: always the same rows with the same draws, shared out over the processes, so that
@@ -439,7 +430,7 @@ class Validation:
             part = slice(i * self.ROWS_PER_SEED, (i + 1) * self.ROWS_PER_SEED)
             tokens = torch.from_numpy(self.data.rows(order[part])).to(self.world.device)
             seed_of_part = torch_seed(seed, EVAL, 2, i)
-            yield tokens, loss_inputs(self.model, self.world, levels[part], self.teacher, seed_of_part)
+            yield tokens, loss_inputs(self.model, self.world.device, levels[part], self.teacher, seed_of_part)
 
     @torch.no_grad()
     def loss(self):
@@ -561,7 +552,7 @@ def train(args, world):
                     teacher_of_batch = answers.for_rows(known)
                 t = levels[part_of_batch(m, micro, world)]
                 key = (args.seed, NOISE, step, world.rank, m)
-                kw = loss_inputs(model, world, t, teacher_of_batch, torch_seed(*key), kd=kd, clip=clip)
+                kw = loss_inputs(model, world.device, t, teacher_of_batch, torch_seed(*key), kd=kd, clip=clip)
                 torch.manual_seed(torch_seed(*key, 1))     # dropout
                 # the last micro-step sums gradients over the processes; DDP wants to know beforehand
                 ddp.require_backward_grad_sync = m == accumulate - 1

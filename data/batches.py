@@ -1,4 +1,4 @@
-"""Which rows a process reads in which micro-step, and its reading of them ahead.
+"""Which rows a process reads in which micro-step, its reading of them ahead, and what a loss reads besides.
 
 Everything random in a run is a function of where it is used: the row order and noise levels of a global batch of (seed,
 step, row), its masks, noise and dropout of (seed, step, rank, micro-step). So nothing but the step has to be restored
@@ -66,3 +66,12 @@ def read_ahead(items):
             item = ahead.result()                          # what went wrong in the thread is raised here
             ahead = pool.submit(next, items)
             yield item
+
+
+def loss_inputs(model, device, t, teacher, seed, **more):
+    """What `model.loss` reads besides the tokens, of all that there is: noise levels t, the teacher, a seed's draws,
+    and `more`. Every model is offered everything.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    known = dict(more, t=t.to(device), teacher=teacher, generator=generator)
+    return {name: known[name] for name in model.loss_reads if name in known}

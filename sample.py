@@ -393,7 +393,7 @@ def start_tokens(model, tokenizer, prompt, infill, length):
 
 def encode_parts(tokenizer, parts, mask_id):
     """Texts -> a list of their ids, with a [MASK] between each two texts."""
-    unfit = BadInput(f"prompts of this model are made of ids below {mask_id}")
+    unfit = BadInput(f"--prompt, --infill: prompts of this model are made of ids below {mask_id}")
     try:
         encoded = [part.tolist() for part in tokenizer.encode(parts)]
     except (ValueError, OverflowError):         # of numbers, where a checkpoint names no tokenizer

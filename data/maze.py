@@ -72,27 +72,33 @@ def maze_dataset(name):
     return paths[draws]
 
 
+def follow(row):
+    """A path's cells, START first, up to where it fails or ends -> (cells, what becomes of it)."""
+    cells = [START]
+    for i, move in enumerate(row, 1):
+        if move >= PAD:
+            break
+        r, c = cells[-1]
+        dr, dc = MOVES[move]
+        cells.append((r + dr, c + dc))
+        if cells[-1] not in FREE:
+            return cells, f"move {i} leaves the free cells"
+        if cells[-1] == TARGET:
+            if any(k != PAD for k in row[i:]):
+                return cells, "goes on after T"
+            return cells, f"reaches T in {i} moves"
+    return cells, "does not reach T"
+
+
 def draw_maze(row):
     """A path on the grid, as text: digits are the visiting order (the latest at a cell); below, its moves, and how it
     ends.
     """
     grid = [list(line) for line in MAZE]
-    cell = START
-    note = "does not reach T"
-    for i, move in enumerate(row, 1):
-        if move >= PAD:
-            break
-        dr, dc = MOVES[move]
-        cell = (cell[0] + dr, cell[1] + dc)
-        if cell not in FREE:
-            note = f"move {i} leaves the free cells"
-            break
-        if cell == TARGET:
-            note = f"reaches T in {i} moves"
-            if any(k != PAD for k in row[i:]):
-                note = "goes on after T"
-            break
-        grid[cell[0]][cell[1]] = str(i % 10)
+    cells, note = follow(row)
+    for i, cell in enumerate(cells[1:], 1):
+        if cell in FREE and cell != TARGET:
+            grid[cell[0]][cell[1]] = str(i % 10)
     picture = "\n".join(" ".join(line) for line in grid)
     moves = "".join("UDLR.?"[min(k, 5)] for k in row)
     return f"{picture}\n{moves}: {note}\n"

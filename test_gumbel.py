@@ -1218,8 +1218,9 @@ def test_sampler_fills_the_masks_alone_and_a_seed_reproduces_it(noise, in_blocks
         x, _ = model.generate(start, generator=gen(9), **kw, **more)
         assert (x != 7).all()
         assert torch.equal(x[start != 7], start[start != 7])
-    assert torch.equal(model.generate(start, generator=gen(9), **kw, **more)[0], x)
-    assert not torch.equal(model.generate(start, generator=gen(10), **kw, **more)[0], x)
+        if more["steps"] == 3:
+            assert torch.equal(model.generate(start, generator=gen(9), **kw, **more)[0], x)
+            assert not torch.equal(model.generate(start, generator=gen(10), **kw, **more)[0], x)
 
 
 @with_and_without_noise

@@ -31,16 +31,14 @@ from data.teacher_cache import TeacherCache, truncated_logits
 from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
 from gumbel import posterior_times, sample_exponential
 from teacher import AR, model_hash
-from test_gumbel import (DOCS, LONG, SHARED, TINY, gen, interrupt_after, randomise, refused, same_dataset, tiny,
+from test_gumbel import (DOCS, LONG, SHARED, TINY, gen, interrupt_after, randomise, refused, run_in, same_dataset, tiny,
                          tiny_ar)
 from test_gumbel import cli, text_file, text_runs  # noqa: F401, the fixtures
 
 
 def run(module, flags):
     """A command that succeeds, as from a shell: for fixtures that live longer than `cli`."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(sys, "argv", [f"{module.__name__}.py", *flags.split()])
-        module.main()
+    run_in(".", (module, flags))
 
 
 def ids_of_documents(path, split):

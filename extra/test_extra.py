@@ -32,7 +32,7 @@ from gumbel import GumbelEmbedding, nucleus, sample_gumbel
 from mdlm import load_published
 from teacher import GPT2, CausalConfig, CausalLM, extract_parallel, extract_sequential
 from teacher import load_published as load_published_ar
-from test_gumbel import (SHARED, gen, golden, needs_shared, randomise, refused, rows_of, save_gpt2, tiny,
+from test_gumbel import (SHARED, gen, golden, needs_shared, randomise, refused, rows_of, run_in, save_gpt2, tiny,
                          tiny_ar)
 from test_gumbel import cli, runs  # noqa: F401, the fixtures
 
@@ -653,16 +653,11 @@ def qa(tmp_path_factory):
     write_task(folder, "unknown", 2 * [("a>", ["hh", "gg"], 0), ("a>", ["hh", "gg"], 1)])
     size = ("--data=qa --length=6 --n_layer=2 --n_embd=32 --n_head=2 --dropout=0 --batch_size=64 --lr=5e-3 --warmup=10 "
             "--eval_every=400 --eval_rows=8 --report=0 --ema=0.9")
-    with pytest.MonkeyPatch.context() as m:
-        m.chdir(folder)
-        for module, flags in [
-                (prepare, "text --files x.txt --tokenizer=chars --separator=\\n --out=data/qa"),
-                (train, f"{size} --model=ar --steps=100 --out=out/ar"),
-                (train, f"{size} --model=mdlm --steps=150 --init_from=out/ar --out=out/mdlm"),
-                (train, f"{size} --model=bd3lm --block_size=3 --steps=50 --init_from=out/mdlm --out=out/bd3lm"),
-                (train, f"{size} --gumbel --teacher=out/ar --steps=100 --init_from=out/ar --out=out/gumbel")]:
-            m.setattr(sys, "argv", [f"{module.__name__}.py", *flags.split()])
-            module.main()
+    run_in(folder, (prepare, "text --files x.txt --tokenizer=chars --separator=\\n --out=data/qa"),
+           (train, f"{size} --model=ar --steps=100 --out=out/ar"),
+           (train, f"{size} --model=mdlm --steps=150 --init_from=out/ar --out=out/mdlm"),
+           (train, f"{size} --model=bd3lm --block_size=3 --steps=50 --init_from=out/mdlm --out=out/bd3lm"),
+           (train, f"{size} --gumbel --teacher=out/ar --steps=100 --init_from=out/ar --out=out/gumbel"))
     return folder
 
 

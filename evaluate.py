@@ -25,7 +25,8 @@ import torch
 from tqdm import tqdm
 
 from data.batches import loss_inputs
-from data.cli import BadInput, Parser, check_output, number, optional, run_main
+from data.cli import BadInput, Parser, number, optional, run_main
+from data.files import check_output
 from data.maze import MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
 from data.report import device_name, report
 from data.run import device_and_dtype

@@ -25,7 +25,8 @@ import bd3lm
 import mdlm
 import teacher
 from bd3lm import BD3LM
-from data.cli import BadInput, Parser, check_output, number, run_main
+from data.cli import BadInput, Parser, number, run_main
+from data.files import check_output
 from data.maze import draw_maze
 from data.run import device_and_dtype
 from data.shards import Writer

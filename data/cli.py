@@ -73,16 +73,6 @@ def unescape(text):
         raise argparse.ArgumentTypeError(f"{text!r} ends in a lone backslash") from None
 
 
-def check_output(flag, path, fresh=False):
-    """Refuse a file that cannot be written before any work is done; with `fresh`, one that is there already."""
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.path.isdir(folder):
-        raise BadInput(f"{flag}: {path} cannot be written (no such folder, or itself one): "
-                       "choose another file")
-    if fresh and os.path.exists(path):
-        raise BadInput(f"{flag}: {path} exists already: choose another file, or remove it")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # around a command
 

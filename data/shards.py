@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cli import BadInput
+from data.files import write_json
 from data.maze import PAD
 
 SPLITS = ("train", "val")
@@ -30,14 +31,6 @@ def sha256(path):
     """The hash of a file, as hex digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_json(path, data):
-    """Write data to a file and wait until it is on disk."""
-    with open(path, "w") as f:
-        json.dump(data, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 class Writer:
@@ -117,9 +110,7 @@ class Writer:
             with open(self.partial / entry["name"], "rb") as f:
                 os.fsync(f.fileno())
         self.done = done
-        # renamed, so that progress.json is always a whole one
-        write_json(self.partial / "progress.tmp", dict(key=self.key, done=done, files=self.files))
-        os.replace(self.partial / "progress.tmp", self.partial / "progress.json")
+        write_json(self.partial / "progress.json", dict(key=self.key, done=done, files=self.files))
 
     def finish(self):
         """Hash the files, write meta.json, rename the folder to OUT. Returns {split: tokens}."""

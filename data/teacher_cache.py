@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from data.cli import BadInput
-from data.shards import write_json
+from data.files import write_json
 from gumbel import CHUNK
 
 
@@ -138,9 +138,7 @@ class TeacherCache:
         for path, length in sizes.items():
             with open(path, "ab") as f:                    # "ab" never empties: another run may be at it
                 f.truncate(length)
-        temporary = f"{self.meta_file}.{os.getpid()}"
-        write_json(temporary, meta)
-        os.replace(temporary, self.meta_file)
+        write_json(self.meta_file, meta)
 
     def _check(self, data, meta, sizes):
         """Read the token frequencies [V]; BadInput where the files are damaged, or of other data."""

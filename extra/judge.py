@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from data.cli import BadInput, Parser, check_output, number, run_main
+from data.cli import BadInput, Parser, number, run_main
+from data.files import check_output
 from data.report import report
 
 CRITERIA = {

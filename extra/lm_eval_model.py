@@ -21,7 +21,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from data.cli import BadInput, Parser, check_output, number, optional, run_main
+from data.cli import BadInput, Parser, number, optional, run_main
+from data.files import check_output
 from data.report import report
 from data.run import device_and_dtype
 from data.vocab import Tokenizer

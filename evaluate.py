@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data.batches import loss_inputs
 from data.cli import BadInput, Parser, number, optional, run_main
-from data.files import check_output
+from data.files import check_folder, check_output
 from data.maze import MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
 from data.report import device_name, report
 from data.run import device_and_dtype
@@ -97,7 +97,7 @@ def sample_rows(model, decode, steps, args, device, verifier, length, batch, sta
                     batch=batch)
     settings |= settings_of(model, options, args, device, start)
     if names_file(args.samples):
-        samples = read_samples(args.samples, settings)
+        samples = read_samples(args.samples, settings, model.vocab_size)
     else:
         drawn = draw_samples(model, options, args, device, verifier, batch, start)
         samples = write_samples(args.samples, settings, drawn)
@@ -619,6 +619,8 @@ def check_flags(args):
             raise BadInput(f"--plot={args.plot} must end in .png or .svg")
     if draws_samples(args):
         check_sampling_flags(args)
+        if not names_file(args.samples):
+            check_folder("--samples", args.samples)
 
 
 def draws_samples(args):

@@ -10,6 +10,7 @@
 In this order: the table of models; loading; whether a model fits its data; sampling; a teacher's text as a dataset; the
 command. A model of your own becomes an entry of MODELS: every command asks it through its members (see mdlm.MDLM).
 """
+import dataclasses
 import itertools
 import json
 import os
@@ -26,18 +27,16 @@ import mdlm
 import teacher
 from bd3lm import BD3LM
 from data.cli import BadInput, Parser, number, run_main
-from data.files import check_output
+from data.files import check_fields, check_output, share, whole
 from data.maze import draw_maze
-from data.run import device_and_dtype
-from data.shards import Writer
+from data.run import device_and_dtype, is_finite, load_checkpoint, memory_bytes
+from data.shards import MOST_IDS, Writer
 from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
 from mdlm import MDLM, ORDERS, SAMPLERS
 from medusa import ACCEPT, Medusa
 from teacher import AR, GPT2, GPT2_SIZES, HF, model_hash
 
 MODELS = {"ar": AR, "mdlm": MDLM, "bd3lm": BD3LM, "medusa": Medusa}  # what --model names
-CHECKPOINT_KEYS = ("model", "ema", "optimizer", "step", "tokens_seen", "rng", "args", "config", "meta",
-                   "git")
 GPT2_VOCAB_SIZE = 50257                         # by which its tokenizer is recognised in foreign files
 
 
@@ -59,6 +58,10 @@ def load_model(path, weights=None, device="cpu"):
         run = os.path.dirname(path)
     model.path = path
     model.name = os.path.basename(os.path.abspath(run))
+    for name, w in model.state_dict().items():
+        if not is_finite(w):
+            raise BadInput(f"{path} holds numbers that are not finite (nan or inf), in {name}: train it again, or take "
+                           "another")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -86,51 +89,44 @@ def source_of(path):
     return "checkpoint"
 
 
-def load_checkpoint(path):
-    """A checkpoint of train.py (the file, or its run directory) -> its dict; BadInput if it is none."""
-    if os.path.isdir(path):
-        path = os.path.join(path, "ckpt.pt")
-    if not os.path.isfile(path):
-        raise BadInput(f"there is no checkpoint {path}: "
-                       "train one with train.py, or correct the path")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:                      # foreign files fail in a dozen ways
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise BadInput(f"{path} is not a readable checkpoint (truncated, or not a torch file): "
-                       f"{why}") from None
-    missing = [key for key in CHECKPOINT_KEYS if not isinstance(ckpt, dict) or key not in ckpt]
-    if missing:
-        raise BadInput(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
-    return ckpt
+# ranges of a config's fields; the others need to be of the type that its model's Config names
+RANGES = dict(vocab_size=whole(1, MOST_IDS), bos=whole(0, MOST_IDS), length=whole(2, 1 << 20), n_layer=whole(1, 1000),
+              n_embd=whole(1, 1 << 16), n_head=whole(1, 1 << 16), heads=whole(1, 1000), block_size=whole(1, 1 << 20),
+              dropout=share)
 
 
 def build(kind, config):
-    """A model of a checkpoint's kind and config; BadInput if this version does not know them."""
+    """A model of a checkpoint's kind and config; BadInput if this version does not know them, or memory has no room."""
     if kind not in MODELS:
         raise BadInput(f"unknown model {kind!r}: one of {', '.join(MODELS)}")
+    cannot = f"cannot build model {kind!r}"
+    of_model = dataclasses.fields(MODELS[kind].Config)
+    checks = {field.name: RANGES.get(field.name, field.type) for field in of_model if field.name in config}
+    check_fields(f"the config of model {kind!r}", config, checks, "it cannot be built")
+    weights = 12 * config.get("n_layer", 0) * config.get("n_embd", 0) ** 2         # of its blocks
+    if 4 * weights > memory_bytes():
+        raise BadInput(f"{cannot}: {weights / 1e9:.0f} G weights do not fit into {memory_bytes() / 1e9:.0f} GB of "
+                       "memory: choose a smaller --n_layer or --n_embd")
     try:
         return MODELS[kind](**config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as e:
-        raise BadInput(f"cannot build model {kind!r}: {e}") from None
+        raise BadInput(f"{cannot}: {e}") from None
 
 
 def load_own(path, weights, device):
     """A model that train.py wrote; heads come with their backbone, on this device."""
     ckpt = load_checkpoint(path)
-    model = build(ckpt["args"]["model"], ckpt["config"])
-    state = ckpt["ema"]                         # what validation measured
-    if weights == "raw":
-        state = ckpt["model"]
     try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
+        model = build(ckpt["args"]["model"], ckpt["config"])
+        model.load_state_dict(ckpt["model" if weights == "raw" else "ema"])    # EMA: what validation measured
+    except (BadInput, RuntimeError) as e:
         why = str(e).splitlines()[-1].strip()
         raise BadInput(f"{path} does not hold the weights that its config describes: "
                        f"{why}") from None
     model.args = ckpt["args"]
     model.meta = ckpt["meta"]
     model.step = ckpt["step"]
+    model.conditions = ckpt.get("conditions")
     if model.drafts:                            # heads are saved without the model that they sit on
         attach_backbone(model, path, device)
     return model
@@ -440,7 +436,14 @@ def write_shards(model, args, length, device, autocast):
     flags = ("ckpt", "n", "batch_size", "length", "seed", "weights", "dtype")
     # another run with these continues this one, with any other starts over
     decides = {flag: vars(args)[flag] for flag in flags} | {"step": model.step}
-    writer = Writer(args.shards, meta, key=decides)
+    with Writer(args.shards, meta, key=decides) as writer:
+        write_rows(writer, model, args, n_val, length, device, autocast)
+    print(f"{args.shards}: {args.n} rows of {length - 1} tokens by {model.name}, "
+          f"{n_val} of them for validation", file=sys.stderr)
+
+
+def write_rows(writer, model, args, n_val, length, device, autocast):
+    """What is not there yet of the rows, of which the first n_val are for validation."""
     first = writer.done                         # rows that an earlier run has written
     bar = tqdm(total=args.n, initial=first, unit="row", desc=args.shards)
     began = time.time()
@@ -460,8 +463,6 @@ def write_shards(model, args, length, device, autocast):
         bar.set_postfix(tokens_per_s=f"{tokens_per_s:,.0f}")
     bar.close()
     writer.finish()
-    print(f"{args.shards}: {args.n} rows of {length - 1} tokens by {model.name}, "
-          f"{n_val} of them for validation", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

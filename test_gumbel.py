@@ -49,6 +49,7 @@ from data.batches import rows_of_step
 from data.cli import BadInput, run_main
 from data.maze import PAD, ExactDenoiser, maze_dataset, maze_paths, maze_valid
 from data.report import report
+from data.run import CHECKPOINT
 from data.shards import Shards, Writer, read_meta
 from data.teacher_cache import TeacherLogits
 from extra import scores
@@ -2839,7 +2840,7 @@ def test_row_order_is_a_permutation_and_a_function_of_the_step():
 
 def test_checkpoint_describes_itself(runs):
     ckpt = torch.load(runs / "out/maze-mdlm-gumbel/ckpt.pt", weights_only=True)
-    assert set(sample.CHECKPOINT_KEYS) <= set(ckpt)
+    assert set(CHECKPOINT) == set(ckpt) - {"clip"}
     assert ckpt["step"] == 6 and ckpt["tokens_seen"] == 6 * 16 * 11
     assert not any("teacher" in name for name in ckpt["model"])
     assert ckpt["config"]["noise"] == "gumbel" and ckpt["meta"]["name"] == "maze"
@@ -2924,13 +2925,84 @@ def test_sigterm_saves_and_the_same_command_continues(runs):
     assert p.wait(600) == 128 + signal.SIGINT
 
 
-def test_nan_stops_the_run_and_keeps_the_checkpoint(in_maze_runs, cli):
-    flags = f"--model=mdlm --data=maze --steps=100 --lr=1e30 --out=out/nan --save_every=1 {TINY} --warmup=0"
-    code, out, err = cli(train, flags)
-    assert code == 2
-    assert err.count("step skipped") == 20 and "--lr" in err
-    saved = torch.load("out/nan/ckpt.pt", weights_only=True)
-    assert all(v.isfinite().all() for v in saved["optimizer"]["state"][0].values())
+@pytest.fixture
+def bad_loss(monkeypatch):
+    """bad_loss(calls): MDLM's loss is nan in the calls of these numbers in training, counted from 0."""
+    def install(calls):
+        loss = MDLM.forward
+        numbers = itertools.count()
+
+        def sometimes_nan(self, *args, **kw):
+            value, parts = loss(self, *args, **kw)
+            if self.training and next(numbers) in calls:
+                value = value * math.nan
+            return value, parts
+        monkeypatch.setattr(MDLM, "forward", sometimes_nan)
+    return install
+
+
+def same_state(a, b):
+    """Whether the checkpoints of two runs hold the same weights, averages, moments and step."""
+    a, b = (torch.load(f"{out}/ckpt.pt", weights_only=True) for out in (a, b))
+    moments = [ckpt["optimizer"]["state"] for ckpt in (a, b)]
+    pairs = [(a[key][name], b[key][name]) for key in ("model", "ema") for name in a[key]]
+    pairs += [(moments[0][i][name], moments[1][i][name]) for i in moments[0] for name in moments[0][i]]
+    return a["step"] == b["step"] and all(torch.equal(x, y) for x, y in pairs)
+
+
+NAN_RUN = f"--model=mdlm --data=maze --schedule=constant {TINY}"
+
+
+@pytest.mark.parametrize("steps,bad,good", [(100, range(6, 100), 6), (9, range(6, 9), 6), (9, range(9), 0)])
+def test_a_run_that_ends_in_bad_steps_keeps_the_state_before_them(in_maze_runs, cli, bad_loss, tmp_path, steps, bad, good):
+    """Twenty in a row, or the last ones: exit code 1, the step is named, nothing of them is saved."""
+    succeeded(cli(train, f"{NAN_RUN} --steps={max(good, 1)} --out={tmp_path}/before"))
+    bad_loss(bad)
+    code, _, err = cli(train, f"{NAN_RUN} --steps={steps} --save_every=1 --out={tmp_path}/nan")
+    assert code == 1 and f"step {good} " in err.splitlines()[-1] and "--init_from" in err.splitlines()[-1]
+    assert err.count("step skipped") == min(20, steps - good)
+    if good:
+        assert same_state(f"{tmp_path}/nan", f"{tmp_path}/before")
+    assert torch.load(tmp_path / "nan/ckpt.pt", weights_only=True)["step"] == good
+
+
+def test_bad_steps_are_tried_again_and_their_way_out_works(in_maze_runs, cli, bad_loss, tmp_path):
+    """The same command, with the loss as it should be: the result of a run that was never bad."""
+    succeeded(cli(train, f"{NAN_RUN} --steps=8 --out={tmp_path}/good"))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(MDLM, "forward", MDLM.forward)
+        bad_loss(range(5, 8))
+        assert cli(train, f"{NAN_RUN} --steps=8 --out={tmp_path}/nan")[0] == 1
+    succeeded(cli(train, f"{NAN_RUN} --init_from={tmp_path}/nan --out={tmp_path}/new --lr=1e-4 --steps=2"))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(MDLM, "forward", MDLM.loss)
+        succeeded(cli(train, f"{NAN_RUN} --steps=8 --out={tmp_path}/nan"))
+    assert same_state(f"{tmp_path}/nan", f"{tmp_path}/good")
+    assert [line["step"] for line in jsonl(tmp_path / "nan/log.jsonl") if "loss" in line] == list(range(1, 9))
+
+
+def test_single_bad_steps_are_skipped_and_counted(in_maze_runs, cli, bad_loss, tmp_path):
+    """A bad step changes no weights: SIGTERM in a streak saves the state at its first step."""
+    bad_loss([2, 4])
+    _, err = succeeded(cli(train, f"{NAN_RUN} --steps=6 --out={tmp_path}/nan"))
+    assert "2 steps were skipped" in err.splitlines()[-1]
+    lines = [line for line in jsonl(tmp_path / "nan/log.jsonl") if "loss" in line]
+    assert [line["skipped"] for line in lines] == [False, False, True, False, True, False]
+    assert lines[-1]["bad_steps"] == 2 and lines[2]["loss"] is None
+
+
+def test_sigterm_among_bad_steps_saves_the_state_before_them(in_maze_runs, cli, bad_loss, monkeypatch, tmp_path):
+    succeeded(cli(train, f"{NAN_RUN} --steps=3 --out={tmp_path}/before"))
+    bad_loss(range(3, 100))
+    record = train.Log.record
+
+    def terminate(self, **line):
+        if line.get("step") == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        record(self, **line)
+    monkeypatch.setattr(train.Log, "record", terminate)
+    assert cli(train, f"{NAN_RUN} --steps=50 --out={tmp_path}/nan")[0] == 143
+    assert same_state(f"{tmp_path}/nan", f"{tmp_path}/before")
 
 
 def test_averaged_weights_are_their_recursion_and_hold_no_graph(in_maze_runs, monkeypatch):
@@ -2940,9 +3012,9 @@ def test_averaged_weights_are_their_recursion_and_hold_no_graph(in_maze_runs, mo
     save = train.save
     deepcopy = copy.deepcopy
 
-    def spy(path, state):
-        seen.append(deepcopy({"model": state["model"], "ema": state["ema"]}))
-        save(path, state)
+    def spy(args, model, averaged, *more, **kw):
+        seen.append(deepcopy({"model": model.state_dict(), "ema": averaged.state_dict()}))
+        save(args, model, averaged, *more, **kw)
 
     def keep(copied, *args):
         copied = deepcopy(copied, *args)

@@ -21,6 +21,7 @@ import math
 import os
 import sys
 from contextlib import closing
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -30,14 +31,16 @@ from tqdm import tqdm
 import evaluate
 from bd3lm import clip_windows, search_clip
 from data.batches import EVAL, LEVELS, NOISE, loss_inputs, micro_batches, part_of_batch, read_ahead, rng
-from data.cli import BadInput, Parser, add_flags, git_commit, number, optional, run_main
+from data.cli import BadInput, Parser, add_flags, number, optional, run_main
+from data.files import check_folder
 from data.prepare import make_maze
-from data.run import Log, StopSignals, World, flops_per_row, save
-from data.shards import Shards, changed_meta, read_meta
+from data.run import (Log, StopSignals, World, check_conditions, conditions, flops_per_row, load_checkpoint, restore,
+                      resume, save)
+from data.shards import Shards, read_meta
 from data.teacher_cache import TeacherCache, TeacherLogits
 from gumbel import KINDS, needs_teacher
 from mdlm import T_MIN, stratified_t
-from sample import MODELS, build, default_teacher, load_ar, load_checkpoint, load_model, torch_seed
+from sample import MODELS, build, default_teacher, load_ar, load_model, torch_seed
 from teacher import model_hash
 
 
@@ -59,9 +62,12 @@ def parse_clip(text):
 # --size: n_layer, n_embd, n_head
 SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))
 
-# what flags take, beside text, bool (a switch) and one of several names
-count = number(int, 1)
-whole = number(int, 0)
+# what flags take, beside text, bool (a switch) and one of several names. Sizes are bounded, so that a slip of the hand
+# does not fill the memory
+count = number(int, 1, 2**31)
+whole = number(int, 0, 2**31)
+rows = number(int, 1, 2**20)
+width = number(int, 1, 2**16)
 fraction = number(float, 0, 1)
 positive = number(float, above=0)
 
@@ -76,32 +82,32 @@ FLAGS = {
         ("teacher", None, str, "AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME "
          "(medusa: the backbone); default: gpt2-large (medusa: gpt2) for its vocabulary; on the maze found, "
          "or trained first, by itself"),
-        ("teacher_cache", None, count, "the teacher reads all rows once, and so many of its best tokens at "
+        ("teacher_cache", None, width, "the teacher reads all rows once, and so many of its best tokens at "
          "each place are kept beside the shards: noise is then drawn without it (OpenWebText: 307 GB at 8)"),
         ("init_from", None, str, "start from these weights: a checkpoint of the same model, a published MDLM, "
          "or an AR checkpoint of the same shape (the student reads its outputs shifted by one, as AR)"),
         ("data", "openwebtext", str, "a folder of shards, or a name: maze, maze_skewed, data/NAME"),
-        ("length", 1024, number(int, 2), "tokens of a row, BOS included"),
+        ("length", 1024, number(int, 2, 2**20), "tokens of a row, BOS included"),
     ],
     "block diffusion (--model=bd3lm)": [
-        ("block_size", 4, count, "tokens of a block, a divisor of --length"),
+        ("block_size", 4, rows, "tokens of a block, a divisor of --length"),
         ("clip", None, parse_clip, "LOW,HIGH: train on noise levels in this window; validation does not"),
         ("clip_search", False, bool, "find the window of least variance, at first and each validation"),
     ],
     "multi-token prediction (--model=medusa)": [
-        ("heads", 3, count, "heads beside the backbone's own"),
+        ("heads", 3, number(int, 1, 1000), "heads beside the backbone's own"),
     ],
     "network": [
         ("size", None, SIZES, "tiny 8/256/8, small 12/768/12 (as below), medium 24/1024/16"),
-        ("n_layer", 12, count, "overrides --size; medusa: layers that read the noise, 1"),
-        ("n_embd", 768, count, "overrides --size"),
-        ("n_head", 12, count, "overrides --size"),
+        ("n_layer", 12, number(int, 1, 1000), "overrides --size; medusa: layers that read the noise, 1"),
+        ("n_embd", 768, width, "overrides --size"),
+        ("n_head", 12, width, "overrides --size"),
         ("dropout", 0.1, fraction, "on both residual branches"),
     ],
     "optimisation": [
         ("steps", 1_000_000, count, "optimizer steps"),
-        ("batch_size", 512, count, "rows per step, over all processes"),
-        ("micro_batch_size", None, count, "rows of a forward pass; default: all, on CUDA at most 32"),
+        ("batch_size", 512, rows, "rows per step, over all processes"),
+        ("micro_batch_size", None, rows, "rows of a forward pass; default: all, on CUDA at most 32"),
         ("lr", 3e-4, positive, "AdamW's peak learning rate"),
         ("warmup", 2500, whole, "steps of linear warm-up"),
         ("schedule", "constant", ["constant", "cosine"], "after the warm-up; cosine ends at 0"),
@@ -145,9 +151,13 @@ PRESETS = [
 ]
 MAZES = ("maze", "maze_skewed")
 
-# flags that may differ when a run is continued: they do not affect the result (compile: but for rounding)
-MAY_DIFFER = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wandb", "compile",
-              "report"}
+# goes up, by one, when a seed draws something else than before: a run that is continued then says so
+RANDOM = 1
+
+# flags that may differ when a run is continued: they do not affect the result, or (compile, dtype, micro_batch_size)
+# only rounding and which numbers are drawn
+MAY_DIFFER = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wandb", "report", "compile", "dtype",
+              "micro_batch_size"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # flags
@@ -257,41 +267,10 @@ def open_run(args, world):
                        "a batch")
     if args.wandb and world.master:
         optional("wandb", "--wandb")
-    # the run directory is made later; what exists of its path has to be a folder, and writable
-    existing = os.path.abspath(args.out)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
-        raise BadInput(f"--out={args.out} cannot be a run directory, {existing} is a file or read-only: "
-                       "choose another")
+    check_folder("--out", args.out)                        # it is made later
     data = Shards(args.data, "train", args.length)
     val = Shards(args.data, "val", args.length)
-    return data, val, micro, resume(args, data.meta)
-
-
-def resume(args, meta):
-    """The checkpoint in --out if this command continues it, None if there is none; BadInput if it is another run's."""
-    if not os.path.exists(os.path.join(args.out, "ckpt.pt")):
-        return None
-    ckpt = load_checkpoint(args.out)
-    may_differ = set(MAY_DIFFER)
-    if args.schedule == "constant":
-        may_differ.add("steps")                            # the cosine depends on --steps
-    changed = []
-    for flag, now in vars(args).items():
-        # a flag that is newer than the run, and off, changes nothing
-        off = now is None or now is False
-        if flag in may_differ or (off and flag not in ckpt["args"]):
-            continue
-        before = ckpt["args"].get(flag)
-        if before != now:
-            changed.append(f"--{flag}: {before} there, {now} now")
-    if changed_meta(ckpt["meta"], meta):
-        changed.append("the data")
-    if changed:
-        raise BadInput(f"{args.out} holds a run with other settings ({'; '.join(changed)}): choose another --out, or "
-                       "repeat its command to continue it")
-    return ckpt
+    return data, val, micro, resume(args, data.meta, MAY_DIFFER)
 
 
 def teacher_path(args, meta):
@@ -311,7 +290,9 @@ def find_teacher(args, meta, world):
         raise BadInput("--gumbel, --kd and --model=medusa need --teacher: an AR checkpoint of this vocabulary; train "
                        f"one with `python train.py --model=ar --data={args.data}`")
     with world.in_turn(world.master):                      # one process downloads
-        return load_ar("--teacher", path, meta, args.length, world.device)
+        teacher = load_ar("--teacher", path, meta, args.length, world.device)
+    teacher.sha256 = world.once_a_machine(partial(model_hash, teacher))
+    return teacher
 
 
 def train_missing_teacher(args, world):
@@ -355,7 +336,7 @@ def new_model(args, data, teacher, ckpt, world):
     if model_kind.drafts:
         layer = teacher.output_layer()
         known |= dict(n_embd=layer.weight.shape[1], bias=layer.bias is not None, backbone=teacher.path,
-                      sha256=model_hash(teacher))
+                      sha256=teacher.sha256)
         if old.get("sha256", known["sha256"]) != known["sha256"]:
             raise BadInput(f"{args.out if ckpt else args.init_from} holds heads of another backbone than "
                            f"{teacher.path} is now: put that one back, or choose another --out and --init_from")
@@ -388,7 +369,7 @@ def teacher_of_rows(args, model, teacher, data, world):
         # files are made by one process of each machine, whose disk may be its own
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         with world.in_turn(first):
-            cache = TeacherCache(teacher, model_hash(teacher), data, args.teacher_cache, first, world.dtype)
+            cache = TeacherCache(teacher, teacher.sha256, data, args.teacher_cache, first, world.dtype)
     if world.dtype == "bfloat16":
         teacher.body_to_bfloat16()                         # not before its hash is taken
     if cache is not None:
@@ -495,6 +476,8 @@ def train(args, world):
     teacher = None
     if asks_teacher(args):
         teacher = find_teacher(args, meta, world)
+    now = conditions(data, val, teacher, micro, world, RANDOM)
+    changed = check_conditions(args, ckpt, now, teacher, world)
     model = new_model(args, data, teacher, ckpt, world)
     # the average of the weights over the steps (EMA), for validation and samples; a backbone is shared
     averaged = copy.deepcopy(model, {id(teacher): teacher}).eval().requires_grad_(False)
@@ -502,13 +485,9 @@ def train(args, world):
                                   weight_decay=WEIGHT_DECAY, fused=True)
     step = 0
     clip = args.clip
+    bad_steps = 0                                          # with a loss or gradient that was not finite
     if ckpt:
-        model.load_state_dict(ckpt["model"])
-        averaged.load_state_dict(ckpt["ema"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-        torch.set_rng_state(ckpt["rng"])
-        step = ckpt["step"]
-        clip = ckpt.get("clip")
+        step, clip, bad_steps = restore(args.out, ckpt, model, averaged, optimizer)
         if step >= args.steps:
             world.say(f"{args.out}: complete at step {step}")
             return meta
@@ -526,11 +505,12 @@ def train(args, world):
     tokens_per_step = args.batch_size * data.length
     kd = 1.0 if args.kd else 0.0                           # Table 4 weighs both terms alike
     flops = flops_per_row(model, teacher if answers is None else None, data.length)
-    log = Log(args, world, step, tokens_per_step, flops / data.length)
     batches = read_ahead(micro_batches(data, answers, args, micro, world, step))
-    skipped = 0                                            # steps in a row
-    with closing(log), StopSignals() as stop, closing(batches):
-        log.describe(args, world, model, data, micro, step)
+    streak = 0                                             # bad steps in a row
+    # (Log takes the run directory for this process: no other run writes there)
+    log = Log(args, world, ckpt, step, tokens_per_step, flops / data.length)
+    with log, StopSignals() as stop, closing(batches):
+        log.describe(args, world, model, data, micro, step, changed)
         if args.clip_search and step == 0:
             clip = validation.choose_clip(log, step)
         while step < args.steps:
@@ -568,26 +548,24 @@ def train(args, world):
 
             # the update, or none where a number is not finite
             if math.isfinite(means["loss"]) and torch.isfinite(norm):
-                skipped = 0
+                streak = 0
                 optimizer.step()
                 # a short average at first: the weights of the beginning are soon forgotten
                 update_average(averaged, model, min(args.ema, (1 + step) / (10 + step)))
             else:
-                skipped += 1
+                streak += 1
+                bad_steps += 1
                 world.say(f"step {step}: loss {means['loss']} and gradient norm {norm.item()} are not both "
                           "finite, step skipped")
-                if skipped == 20:
-                    raise BadInput(f"the loss was not finite for 20 steps in a row, up to step {step}: start "
-                                   f"again with a lower --lr (now {args.lr}) and another --out; {args.out} "
-                                   "keeps its weights")
             optimizer.zero_grad(set_to_none=True)          # of a skipped step as well
             step += 1
 
             # log, validate, save
             last = step == args.steps
+            failed = streak == 20 or (last and streak > 0)
             log.show(step, means["loss"])
-            if step % args.log_every == 0 or last or skipped:
-                log.record(step=step, **means, lr=lr, grad_norm=norm.item(), skipped=bool(skipped),
+            if step % args.log_every == 0 or last or streak:
+                log.record(step=step, **means, lr=lr, grad_norm=norm.item(), skipped=streak > 0, bad_steps=bad_steps,
                            tokens=step * tokens_per_step, **log.speed(step))
                 log.restart_clock(step)
             if step % args.eval_every == 0 or last:
@@ -595,18 +573,33 @@ def train(args, world):
                 if args.clip_search and step % args.eval_every == 0:
                     clip = validation.choose_clip(log, step)
                 log.restart_clock(step)
-            if world.master and (step % args.save_every == 0 or last or stopping):
-                save(os.path.join(args.out, "ckpt.pt"), dict(
-                    model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(),
-                    step=step, tokens_seen=step * tokens_per_step, rng=torch.get_rng_state(), clip=clip,
-                    args=vars(args), config=vars(model.config), meta=meta, git=git_commit()))
+            if world.master and (step % args.save_every == 0 or last or stopping or failed):
+                good = step - streak                       # what bad steps have not changed: they are tried again
+                save(args, model, averaged, optimizer, meta=meta, conditions=now, clip=clip, step=good,
+                     tokens_seen=good * tokens_per_step, bad_steps=bad_steps - streak)
+            if failed:
+                break
             if stopping:
                 world.say(f"{args.out}: stopped at step {step}, saved; the same command continues")
                 world.barrier()                            # the others wait for the checkpoint
                 stop.exit()
         if stop.received:                                  # too late for the loop: go no further
             stop.exit()
+    tell_bad_steps(args, bad_steps, failed, step - streak, world)
     return meta
+
+
+def tell_bad_steps(args, bad_steps, failed, step, world):
+    """Say how many steps were skipped; a run that `failed`, all bad from `step` on, ends with exit code 1."""
+    if not failed:
+        if bad_steps:
+            world.say(f"{args.out}: {bad_steps} steps were skipped, their loss or gradient was not finite")
+        return
+    world.say(f"train.py: error: from step {step} on the loss or its gradient is not finite; {args.out} keeps the "
+              "state before that, and the same command tries these steps again: to go on from its weights, use "
+              f"--init_from={args.out} --out=NEW and a lower --lr than {args.lr}")
+    world.barrier()                                        # the others wait for the checkpoint
+    sys.exit(1)
 
 
 def report(args, meta):

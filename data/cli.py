@@ -1,6 +1,7 @@
 """What every command shares: flags, one sentence on bad input, exit code 2.
 """
 import argparse
+import errno
 import functools
 import importlib
 import math
@@ -15,10 +16,27 @@ class BadInput(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that says one sentence on an error (on stderr, exit code 2) and takes no abbreviated flags."""
+    """An argparse parser that says one sentence on an error (stderr, exit code 2); no short forms, no empty values."""
+    given = set()                                          # the flags of the last command line, without their dashes
+    MAY_BE_EMPTY = {"--prompt", "--separator"}
 
     def __init__(self, **kw):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kw)
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        flag = ""
+        Parser.given = set()
+        for word in words:
+            value = word
+            if word.startswith("--"):
+                flag, has_value, value = word.partition("=")
+                Parser.given.add(flag.removeprefix("--"))
+                if not has_value:                          # it may be the next word
+                    continue
+            if value == "" and flag not in self.MAY_BE_EMPTY:
+                self.error(f"{flag} is empty: give it a value, or leave it out")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         print(f"{self.prog}: error: {message}", file=sys.stderr)
@@ -41,9 +59,9 @@ def parse_number(kind, low, high, above, text):
         what = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
     # (nan compares false with everything, so it is refused here as well)
-    if not (low <= value <= high and value > above):
+    if not (low <= value <= high and value > above) or math.isinf(value):
         bounds = [("at least", low), ("above", above), ("at most", high)]
-        wanted = " and ".join(f"{words} {bound}" for words, bound in bounds if abs(bound) < math.inf)
+        wanted = " and ".join(f"{words} {bound}" for words, bound in bounds if abs(bound) < math.inf) or "finite"
         raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
     return value
 
@@ -86,17 +104,56 @@ def optional(package, flag):
 
 
 def run_main(main):
-    """Call a script's main: a BadInput becomes one line on stderr and exit code 2."""
+    """Call a script's main. What the user, the system or memory refuses becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                 # a terminal without some characters shows ? for them
+            stream.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
     except BadInput as e:
-        if int(os.environ.get("LOCAL_RANK", 0)):
-            # a bad flag fails in every process: the first speaks for all, and torchrun ends the others meanwhile
-            time.sleep(5)
-        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        end_with(str(e))
     except KeyboardInterrupt:
         sys.exit(130)                                      # what a shell expects of a command ended by Ctrl-C
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)       # Python flushes stdout once more
+        end_with("standard output was closed before everything was printed: read it to its end, or send it to a file")
+    except OSError as e:
+        remedy = "put that right, and repeat the command"
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = "make room, and repeat the command"
+        end_with(f"{e.filename or 'a file'} cannot be read or written ({e.strerror or e}): {remedy}")
+    except (MemoryError, RuntimeError) as e:
+        if not is_lack_of_memory(e):
+            raise
+        sizes = [f"--{flag}" for flag in SIZE_FLAGS if flag in Parser.given] or ["--batch_size"]
+        end_with(f"there is not enough memory for this: lower {' or '.join(sizes)}")
+
+
+def end_with(sentence):
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # a bad flag fails in every process: the first speaks for all, and torchrun ends the others meanwhile
+        time.sleep(5)
+    print(f"{os.path.basename(sys.argv[0])}: error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+# flags that decide how much memory a command takes
+SIZE_FLAGS = ("batch_size", "micro_batch_size", "length", "n", "n_layer", "n_embd", "heads", "max_lookahead", "size")
+
+
+def is_lack_of_memory(e):
+    """Whether an error is that of an allocation: Python's, or torch's, which is a RuntimeError."""
+    return isinstance(e, MemoryError) or any(words in str(e) for words in (
+        "out of memory", "allocate memory", "Storage size calculation overflowed"))
+
+
+def environment_number(name, default):
+    """A whole number from the environment, as torchrun sets them. Raises BadInput."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise BadInput(f"the environment has {name}={text}, which is no number: start with torchrun, or unset it")
+    return int(text)
 
 
 def git_commit():

@@ -9,6 +9,7 @@ import re
 import socket
 import sys
 import tempfile
+import types
 from contextlib import contextmanager, suppress
 
 from data.cli import BadInput
@@ -30,7 +31,7 @@ def take_lock(path, what, wait=False):
     Where files cannot be locked (Windows, some network disks), a warning.
     """
     while True:
-        f = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666), "r+")
+        f = open(path, "r+", opener=lambda name, flags: os.open(name, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666))
         try:
             if fcntl is None:
                 raise OSError(0, "not on this system")
@@ -57,28 +58,26 @@ def take_lock(path, what, wait=False):
 
 @contextmanager
 def writing(folder, what=None):
-    """While in its body, this process alone writes the folder, which is made. One that stays empty is removed again."""
-    existing = os.path.abspath(folder)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    try:
+    """While in its body, this process alone writes the folder, which is made. Raises BadInput."""
+    what = what or folder
+    with naming(folder):
         os.makedirs(folder, exist_ok=True)
-        f = take_lock(os.path.join(folder, "lock"), what or folder)
-    except OSError as e:
-        raise BadInput(f"--out={what or folder} cannot be written, {existing} is a file or read-only ({e.strerror}): "
-                       "choose another") from None
+        f = take_lock(os.path.join(folder, "lock"), what)
     with f:
         try:
             yield
         finally:
             with suppress(OSError):                        # (the folder may have been renamed)
-                os.remove(os.path.join(folder, "lock"))
-            # only folders that nothing is in, up to the one that was there before
-            made = os.path.abspath(folder)
-            with suppress(OSError):
-                while made != existing:
-                    os.rmdir(made)
-                    made = os.path.dirname(made)
+                os.remove(f.name)
+
+
+def check_folder(flag, path):
+    """Refuse a folder that cannot be made, or written: what there is of its path has to be a folder."""
+    existing = os.path.abspath(path)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
+        raise BadInput(f"{flag}={path} cannot be written, {existing} is a file or read-only: choose another")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,6 +192,11 @@ def whole(low=0, high=2**63 - 1):
     return lambda value: type(value) is int and low <= value <= high      # True is an int to isinstance
 
 
+def share(value):
+    """A check: a number from 0 to 1."""
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
 def maybe(check):
     return lambda value: value is None or fits(check, value)
 
@@ -203,14 +207,15 @@ def list_of(check):
 
 def fits(check, value):
     """Whether a value is what a check asks for: a type, or a function that says so."""
-    if isinstance(check, type):
-        return isinstance(value, check)
+    if isinstance(check, (type, types.UnionType)):
+        return isinstance(value, check) and not (check is int and isinstance(value, bool))
     return check(value)
 
 
 def check_fields(where, found, fields, remedy):
-    """BadInput unless `found`, which the file `where` holds, has these fields: {name: a check, see `fits`}. A field that
-    is missing counts as None. `remedy` says what to do.
+    """BadInput unless `found`, which the file `where` holds, has these fields: {name: a check, see `fits`}.
+
+    A field that is missing counts as None. `remedy` says what to do.
     """
     if not isinstance(found, dict):
         raise BadInput(f"{where} is damaged, it holds no object but {found!r:.60}: {remedy}")

@@ -13,8 +13,8 @@ import collections
 import functools
 import itertools
 import os
-import shutil
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 from tqdm import tqdm
@@ -36,10 +36,10 @@ def make_maze(name, out=None):
     rows = maze_dataset(name)
     meta = dict(name=name, row_length=MAZE_LENGTH, predict_bos=False)
     meta |= describe(Tokenizer("maze"))
-    writer = Writer(out, meta)
-    for split in ("train", "val"):                         # the language is finite: the same rows
-        writer.write(split, rows.ravel())
-    writer.finish()
+    with Writer(out, meta) as writer:
+        for split in ("train", "val"):                     # the language is finite: the same rows
+            writer.write(split, rows.ravel())
+        writer.finish()
     print(f"{out}: {len(rows)} paths, {len(np.unique(rows, axis=0))} distinct", file=sys.stderr)
 
 
@@ -49,8 +49,9 @@ def make_maze(name, out=None):
 COMMIT = 1 << 25                                           # tokens from one point of continuation to the next
 
 
+@contextmanager
 def begin(args, hub=None, splits=("train",), field="text", **how):
-    """What all kinds of text begin with: (tokenizer, a function that streams the documents anew, writer).
+    """What all kinds of text begin with: yields (tokenizer, a function that streams the documents anew, writer).
 
     `hub`, its `splits` and `field`: what is read where the command line names neither files nor these. `how`: how
     documents are found in local files, see `documents.Reader`.
@@ -82,7 +83,8 @@ def begin(args, hub=None, splits=("train",), field="text", **how):
     meta |= describe(tokenizer)
     # what decides the content: an interrupted run is continued only where none of it has changed
     key = vars(args) | {"sizes": [[path, os.path.getsize(path)] for path in paths]}
-    return tokenizer, stream, Writer(args.out, meta, key)
+    with Writer(args.out, meta, key) as writer:
+        yield tokenizer, stream, writer
 
 
 def describe(tokenizer):
@@ -181,24 +183,32 @@ def make_text(args):
     if not args.files and not args.hub:
         raise BadInput("text comes from --files or from --hub: give one of them")
     if args.files:
-        refuse_unread(args, "--files", ["val_documents"])
+        refuse_unread("--files", ["val_documents"])
         make_text_of_files(args)
     else:
-        refuse_unread(args, "--hub", ["separator", "val_fraction", "seed"])
+        refuse_unread("--hub", ["separator", "val_fraction", "seed"])
         make_text_of_hub(args)
 
 
-def refuse_unread(args, source, flags):
-    """BadInput where a flag is set that text from this source does not read."""
+def refuse_unread(source, flags):
+    """BadInput where a flag is given that text from this source does not read."""
     for flag in flags:
-        if getattr(args, flag) != TEXT_DEFAULTS[flag]:
+        if flag in Parser.given:
             raise BadInput(f"--{flag} is not read with {source}: leave it out")
 
 
 def make_text_of_files(args):
     """Any UTF-8 text files (any files at all with `bytes`), read twice: counted, then written."""
-    tokenizer, stream, writer = begin(args, separator=args.separator)
-    # first pass: how many documents there are, of which characters
+    with begin(args, separator=args.separator) as (tokenizer, stream, writer):
+        n, tokenizer = count_documents(stream, tokenizer)
+        writer.meta |= describe(tokenizer)                 # of characters, the ones that the text has
+        hold_out = max(1, round(args.val_fraction * n))
+        write_text(writer, choose_val(stream(), n, hold_out, args.seed), tokenizer)
+    print(f"{args.out}: {n} documents ({hold_out} for validation)", file=sys.stderr)
+
+
+def count_documents(stream, tokenizer):
+    """A first pass: how many documents there are, and the tokenizer; if it is one of characters, of the text's."""
     n = 0
     chars = set()
     for _, text, ends in tqdm(stream(), desc="counting documents", unit="", mininterval=1):
@@ -211,11 +221,7 @@ def make_text_of_files(args):
                        "set --separator to what stands between documents, or split the text")
     if tokenizer.chars is not None:                        # now they are known
         tokenizer = Tokenizer("chars:" + "".join(sorted(chars)))
-        writer.meta |= describe(tokenizer)
-    # second pass
-    hold_out = max(1, round(args.val_fraction * n))
-    write_text(writer, choose_val(stream(), n, hold_out, args.seed), tokenizer)
-    print(f"{args.out}: {n} documents ({hold_out} for validation)", file=sys.stderr)
+    return n, tokenizer
 
 
 def choose_val(documents, n, hold_out, seed):
@@ -252,9 +258,9 @@ def make_text_of_hub(args):
             splits.append(name)
             hold_out = 0                                   # its training split stays whole
             break
-    tokenizer, stream, writer = begin(args, splits=splits)
-    items = to_splits(stream(), lambda source: not source.endswith(":train"))
-    write_text(writer, items, tokenizer, hold_out=hold_out)
+    with begin(args, splits=splits) as (tokenizer, stream, writer):
+        items = to_splits(stream(), lambda source: not source.endswith(":train"))
+        write_text(writer, items, tokenizer, hold_out=hold_out)
     used = f"the last {hold_out} documents"
     if not hold_out:
         used = f"its split {splits[1]}"
@@ -277,16 +283,16 @@ ZEROSHOT = dict(
 
 def make_openwebtext(args):
     """OpenWebText, its last documents held out (Appendix C.1: 100,000), EOS after each document."""
-    tokenizer, stream, writer = begin(args, "Skylion007/openwebtext")
-    items = to_splits(stream(), lambda source: False)
-    write_text(writer, items, tokenizer, hold_out=args.val_documents)
+    with begin(args, "Skylion007/openwebtext") as (tokenizer, stream, writer):
+        items = to_splits(stream(), lambda source: False)
+        write_text(writer, items, tokenizer, hold_out=args.val_documents)
 
 
 def make_lm1b(args):
     """The One Billion Word benchmark, detokenised; val is its held-out part (files with `heldout` in their names)."""
-    tokenizer, stream, writer = begin(args, ZEROSHOT["lm1b"][0], ("train", "test"), by_line=True)
-    items = to_splits(stream(), is_held_out_of_lm1b, LM1B)
-    tokens = write_text(writer, items, tokenizer)
+    with begin(args, ZEROSHOT["lm1b"][0], ("train", "test"), by_line=True) as (tokenizer, stream, writer):
+        items = to_splits(stream(), is_held_out_of_lm1b, LM1B)
+        tokens = write_text(writer, items, tokenizer)
     if not tokens["val"]:
         print(f"{args.out}: no file has `heldout` in its name: there is no validation split, "
               "which training needs", file=sys.stderr)
@@ -299,9 +305,9 @@ def is_held_out_of_lm1b(source):
 def make_zeroshot(args):
     """A zero-shot set (Table 8): its test texts, detokenised, in one stream without EOS, as the paper wraps them."""
     hub, field, by_line, rules = ZEROSHOT[args.name]
-    tokenizer, stream, writer = begin(args, hub, ("test",), field, by_line=by_line)
-    items = to_splits(stream(), lambda source: True, rules)
-    write_text(writer, items, tokenizer, eos=False)
+    with begin(args, hub, ("test",), field, by_line=by_line) as (tokenizer, stream, writer):
+        items = to_splits(stream(), lambda source: True, rules)
+        write_text(writer, items, tokenizer, eos=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,14 +369,7 @@ def main():
     if args.what in ("maze", "maze_skewed"):
         make_maze(args.what, args.out)
         return
-    try:                                                   # text of any kind
-        MAKERS[args.what](args)
-    except BadInput:
-        # what has no committed part cannot be continued: nothing half-made is left behind
-        partial = os.path.normpath(args.out) + ".partial"
-        if not os.path.exists(os.path.join(partial, "progress.json")):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    MAKERS[args.what](args)                                # text of any kind
 
 
 if __name__ == "__main__":

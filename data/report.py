@@ -1,9 +1,9 @@
 """Results: a Markdown table on stdout, and with --json=FILE the same rows in a file.
 """
-import json
 import time
 
 from data.cli import git_commit
+from data.files import write_json
 
 # every table's columns: the key in a row, and its title; what has no column is in --json only. A fraction is named in
 # PERCENT, too, and other numbers in DIGITS, unless one digit is right
@@ -73,12 +73,11 @@ def report(args, rows, note, columns=COLUMNS, digits={}, table=None, began=0.0, 
     printed = rows                          # the file has every row, a table may show their means
     if table is not None:
         printed = [row | facts for row in table]
+    if args.json:                           # first: a closed terminal does not lose what was measured
+        meta = dict(n=args.n, seconds=round(time.time() - began, 1), **facts, args=vars(args))
+        write_json(args.json, dict(meta=meta, rows=rows))
     print_table(printed, columns | RUN_COLUMNS, DIGITS | digits)
     print("\n" + note)
-    if args.json:
-        meta = dict(n=args.n, seconds=round(time.time() - began, 1), **facts, args=vars(args))
-        with open(args.json, "w") as f:
-            json.dump(dict(meta=meta, rows=rows), f, indent=1)
 
 
 def device_name(device):

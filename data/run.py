@@ -1,17 +1,21 @@
 """What a run needs around its loop: a device, its processes, its log, its checkpoint's file, its signals.
 """
 import json
+import math
 import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+import zipfile
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.cli import git_commit, optional
+from data.cli import BadInput, environment_number, git_commit, optional
+from data.files import check_fields, maybe, naming, replacing, whole, writing
+from data.shards import MOST_IDS, changed_meta
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for the log's MFU
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -34,12 +38,15 @@ class World:
 
     def __init__(self, dtype):
         self.device, self.dtype, self.autocast = device_and_dtype(dtype)
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
+        self.size = environment_number("WORLD_SIZE", 1)
+        self.rank = environment_number("RANK", 0)
+        if self.size > 1 and "MASTER_ADDR" not in os.environ:
+            raise BadInput(f"the environment has WORLD_SIZE={self.size} and no MASTER_ADDR: start with torchrun, or "
+                           "unset it")
         self.master = self.rank == 0
         self.cuda = self.device == "cuda"
         if self.cuda:
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            self.device = f"cuda:{environment_number('LOCAL_RANK', 0)}"
             torch.cuda.set_device(self.device)
         if self.size > 1:
             dist.init_process_group("nccl" if self.cuda else "gloo")
@@ -55,6 +62,22 @@ class World:
     def barrier(self):
         if self.size > 1:
             dist.barrier()
+
+    def once_a_machine(self, function):
+        """What `function` returns, called by the first process of each machine, in every process. BadInput where the
+        machines differ.
+        """
+        if self.size == 1:
+            return function()
+        found = None
+        if environment_number("LOCAL_RANK", 0) == 0:
+            found = function()
+        of_all = [None] * self.size
+        dist.all_gather_object(of_all, found)
+        found, *others = {value for value in of_all if value is not None}
+        if others:
+            raise BadInput("the machines of this run hold different weights under one path: copy one to all")
+        return found
 
     @contextmanager
     def in_turn(self, first):
@@ -77,10 +100,22 @@ class World:
 # what a run tells, and hears
 
 class Log:
-    """log.jsonl in the run directory, a bar on stderr and, with --wandb, a board; written by the first process only."""
+    """log.jsonl in the run directory, a bar on stderr and, with --wandb, a board; written by the first process only.
 
-    def __init__(self, args, world, step, tokens_per_step, flops_per_token):
-        self.file = open_log(args.out, step) if world.master else open(os.devnull, "w")
+    It takes the run directory: as long as it is open, no other run writes there.
+    """
+
+    def __init__(self, args, world, ckpt, step, tokens_per_step, flops_per_token):
+        self.lock = ExitStack()
+        self.path = os.devnull
+        if world.master:
+            self.path = os.path.join(args.out, "log.jsonl")
+            self.lock.enter_context(writing(args.out))
+            if ckpt and ckpt["written"] != time_written(args.out):
+                self.lock.close()
+                raise BadInput(f"another run has written {args.out} meanwhile: repeat the command")
+            repair_log(self.path, step)
+        self.file = open(self.path, "a", buffering=1)          # by line: a crash loses none
         self.board = None
         if world.master and args.wandb:
             wandb = optional("wandb", "--wandb")
@@ -109,12 +144,16 @@ class Log:
         return speed
 
     def record(self, **line):
-        self.file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[name] = None                          # JSON has no nan
+        with naming(self.path):
+            self.file.write(json.dumps(line) + "\n")
         if self.board is not None and "step" in line:
             self.board.log(line, step=line["step"])
 
-    def describe(self, args, world, model, data, micro, step):
-        """What the run is, on stderr and as the first line."""
+    def describe(self, args, world, model, data, micro, step, changed):
+        """What the run is, on stderr and as the first line; of one that is continued, what has `changed`."""
         parameters = sum(p.numel() for p in model.parameters())
         world.say(f"{args.out}: {args.n_layer} layers x {model.config.n_embd}, {parameters / 1e6:.1f}M "
                   f"parameters, {len(data)} rows of {data.length}, {world.size} x {world.device}, {world.dtype}, "
@@ -124,6 +163,8 @@ class Log:
                         processes=world.size, micro_batch_size=micro, parameters=parameters,
                         threads=torch.get_num_threads(), torch=torch.__version__, git=git_commit(),
                         rows=len(data), meta=data.meta)
+        elif changed:
+            self.record(step=step, changed=changed)
 
     def show(self, step, loss):
         """Move the bar by one step."""
@@ -131,24 +172,37 @@ class Log:
         rate = self.tokens_per_second(step)
         self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         self.bar.close()
         self.file.close()
         if self.board is not None:
             self.board.finish()
+        self.lock.close()
 
 
-def open_log(out, step):
-    """log.jsonl, to append to: lines of steps to be run again are dropped, as is a broken last line."""
-    os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, "log.jsonl")
+def repair_log(path, step):
+    """Make log.jsonl ready to append to after this step: lines of steps to be run again are dropped, as is what is no
+    whole line. At step 0 it begins anew.
+    """
+    lines = []
+    if os.path.exists(path):
+        with open(path, "rb") as f:
+            lines = f.readlines()
     kept = []
-    if step and os.path.exists(path):
-        with open(path) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
-    log = open(path, "w", buffering=1)                     # by line: a crash loses none
-    log.writelines(kept)
-    return log
+    for line in lines:
+        try:
+            keep = step > 0 and line.endswith(b"\n") and json.loads(line).get("step", 0) <= step
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            tqdm.write(f"{path}: a damaged line is left out", file=sys.stderr)
+            continue
+        if keep:
+            kept.append(line)
+    if kept != lines:
+        with replacing(path, "wb") as f:
+            f.writelines(kept)
 
 
 def peak_flops(world):
@@ -197,10 +251,166 @@ class StopSignals:
 # ---------------------------------------------------------------------------------------------------------------------
 # what it leaves and reads
 
-def save(path, state):
-    """Written beside, synced, renamed: a crash leaves the old checkpoint or the new one."""
-    with open(path + ".tmp", "wb") as f:
+def save(args, model, averaged, optimizer, **more):
+    """Write ckpt.pt in the run directory: a crash leaves the old one or the new one. The one before stays, as
+    ckpt.previous.pt.
+    """
+    path = os.path.join(args.out, "ckpt.pt")
+    previous = os.path.join(args.out, "ckpt.previous.pt")
+    state = dict(model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(),
+                 rng=torch.get_rng_state(), args=vars(args), config=vars(model.config), git=git_commit(), **more)
+    with replacing(path, "wb") as f:
         torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+        with suppress(OSError):                            # the first one has none before it
+            os.remove(previous)
+        with suppress(OSError):                            # nor has a disk without hard links
+            os.link(path, previous)
+
+
+def is_state(value):
+    """A check: weights by name, all of them floating-point."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(w, torch.Tensor) and w.is_floating_point() for name, w in value.items())
+
+
+# what a checkpoint holds, and its meta and args (its config: `sample.build`)
+CHECKPOINT = dict(model=is_state, ema=is_state, optimizer=dict, step=whole(), tokens_seen=whole(), rng=torch.Tensor,
+                  args=dict, config=dict, meta=dict, git=str, conditions=maybe(dict), bad_steps=maybe(whole()))
+CHECKPOINT_META = dict(name=str, tokenizer=str, vocab_size=whole(1, MOST_IDS), bos=whole(0, MOST_IDS),
+                       predict_bos=bool, row_length=maybe(whole(1)), fingerprint=maybe(str))
+
+
+def load_checkpoint(path):
+    """A checkpoint of train.py (the file, or its run directory) -> its dict; BadInput if it is none, or damaged."""
+    if os.path.isdir(path):
+        path = os.path.join(path, "ckpt.pt")
+    if not os.path.isfile(path):
+        raise BadInput(f"there is no checkpoint {path}: "
+                       "train one with train.py, or correct the path")
+    remedy = "train it again"
+    previous = os.path.join(os.path.dirname(path), "ckpt.previous.pt")
+    if os.path.exists(previous) and not os.path.samefile(path, previous):
+        remedy = f"{previous} is the one before it, rename that to ckpt.pt"
+    try:
+        if zipfile.is_zipfile(path):                       # torch writes checksums, and does not read them
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:                                 # foreign files fail in a dozen ways
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise BadInput(f"{path} is not a readable checkpoint (truncated, or not a torch file), {why}: "
+                       f"{remedy}") from None
+    newer = ("conditions", "bad_steps")                    # than some checkpoints
+    missing = [key for key in CHECKPOINT if key not in newer and (not isinstance(ckpt, dict) or key not in ckpt)]
+    if missing:
+        raise BadInput(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
+    check_fields(path, ckpt, CHECKPOINT, remedy)
+    check_fields(path, ckpt["args"], dict(model=str, steps=whole(1), data=str), remedy)
+    check_fields(path, ckpt["meta"], CHECKPOINT_META, remedy)
+    return ckpt
+
+
+def restore(path, ckpt, model, averaged, optimizer):
+    """Go back to where a checkpoint was written -> (its step, its window of noise levels or None, how many steps were
+    bad). Raises BadInput where it does not fit these.
+    """
+    try:
+        model.load_state_dict(ckpt["model"])
+        averaged.load_state_dict(ckpt["ema"])
+        # the settings are those of the flags: only what was averaged is restored
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(dict(state=ckpt["optimizer"]["state"], param_groups=settings))
+        for p, state in optimizer.state.items():
+            shapes = [state[name].shape for name in ("exp_avg", "exp_avg_sq")]
+            if shapes != [p.shape, p.shape] or state["step"].numel() != 1:
+                raise ValueError("the optimizer's moments are of other weights")
+            if not all(is_finite(w) for w in (p, *state.values())):
+                raise ValueError("its numbers are not all finite")
+        torch.set_rng_state(ckpt["rng"])
+    except Exception as e:                                 # wrong types and sizes fail in a dozen ways
+        why = (str(e) or type(e).__name__).splitlines()[-1].strip()
+        raise BadInput(f"{path} cannot be continued, {why}: choose another --out") from None
+    return ckpt["step"], ckpt.get("clip"), ckpt.get("bad_steps", 0)
+
+
+def memory_bytes():
+    """The machine's memory; infinite where the system does not say."""
+    if not hasattr(os, "sysconf"):                         # Windows
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def is_finite(w):
+    """Whether all numbers of a tensor are finite; reads it once and allocates nothing of its size."""
+    if w.numel() == 0:
+        return True
+    low, high = torch.aminmax(w.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run continues
+
+def time_written(out):
+    return os.stat(os.path.join(out, "ckpt.pt")).st_mtime_ns
+
+
+def resume(args, meta, may_differ):
+    """The checkpoint in --out if this command continues it, None if there is none. BadInput if it is another run's: if
+    flags differ, but for those that `may_differ`.
+    """
+    if not os.path.exists(os.path.join(args.out, "ckpt.pt")):
+        return None
+    written = time_written(args.out)
+    ckpt = load_checkpoint(args.out) | {"written": written}
+    if args.schedule == "constant":
+        may_differ = may_differ | {"steps"}                # the cosine depends on --steps
+    changed = []
+    for flag, now in vars(args).items():
+        # a flag that is newer than the run, and off, changes nothing
+        off = now is None or now is False
+        if flag in may_differ or (off and flag not in ckpt["args"]):
+            continue
+        before = ckpt["args"].get(flag)
+        if before != now:
+            changed.append(f"--{flag}: {before} there, {now} now")
+    if changed_meta(ckpt["meta"], meta):
+        changed.append("the data")
+    if changed:
+        raise BadInput(f"{args.out} holds a run with other settings ({'; '.join(changed)}): choose another --out, or "
+                       "repeat its command to continue it")
+    return ckpt
+
+
+def conditions(data, val, teacher, micro, world, random):
+    """What a run's result depends on besides its flags, for its checkpoint."""
+    sha256 = None if teacher is None else teacher.sha256
+    return dict(shards=data.hashes() + val.hashes(), rows=[len(data), len(val)], teacher=sha256,
+                processes=world.size, micro_batch_size=micro, device=world.device.partition(":")[0], dtype=world.dtype,
+                torch=str(torch.__version__), random=random)
+
+
+def check_conditions(args, ckpt, now, teacher, world):
+    """BadInput where the run in --out would be continued on other data or with another teacher than its checkpoint's.
+    Other conditions that differ -> {name: [before, now]}, with a warning; so where it does not say. No checkpoint: {}.
+    """
+    if not ckpt:
+        return {}
+    before = ckpt.get("conditions")
+    if not before:
+        world.say(f"{args.out}: its checkpoint does not say which shards, teacher and number of processes it is of: "
+                  "whether these are the same cannot be checked")
+        return {}
+    changed = {name: [before.get(name), value] for name, value in now.items() if before.get(name) != value}
+    wrong = []
+    if "shards" in changed or "rows" in changed:
+        wrong.append(f"other shards than {args.data} holds now")
+    if "teacher" in changed:
+        wrong.append(f"another teacher than {teacher.path} is now")
+    if wrong:
+        raise BadInput(f"{args.out} was trained with {' and '.join(wrong)}: put that back, or choose another --out")
+    if changed:
+        listed = ", ".join(f"{name} {a} there, {b} now" for name, (a, b) in changed.items())
+        world.say(f"{args.out}: continues under other conditions ({listed}): the same law, other draws or rounding")
+    return changed

@@ -7,6 +7,7 @@ import json
 import os
 
 from data.cli import BadInput
+from data.files import check_fields, list_of, naming, replacing, whole
 
 
 def write_samples(folder, settings, samples):
@@ -18,20 +19,15 @@ def write_samples(folder, settings, samples):
     model = os.path.basename(settings["model"])
     name = f"{model}-{settings['decode']}-{settings['steps']}-{key}.jsonl"
     path = os.path.join(folder, name)
-    part = f"{path}.{os.getpid()}.tmp"      # another process may be drawing the same
-    try:
+    with naming(folder):
         os.makedirs(folder, exist_ok=True)
-        f = open(part, "w")
-    except OSError as e:
-        raise BadInput(f"--samples={folder} cannot be written ({e.strerror}): "
-                       "choose another folder") from None
     written = []
-    with f:
+    # (another process may be drawing the same)
+    with replacing(path, like=r".+-[0-9a-f]{12}\.jsonl") as f:
         f.write(json.dumps(dict(settings=settings)) + "\n")
         for sample in samples:
             f.write(json.dumps(sample) + "\n")
             written.append(sample)
-    os.replace(part, path)                  # complete, or not there at all
     return written
 
 
@@ -44,21 +40,29 @@ def names_file(path):
 WHERE_DRAWN = {"path", "batch", "dtype", "device"}
 
 
-def read_samples(path, settings):
+def read_samples(path, settings, vocab_size):
     """The samples of a file that `write_samples` wrote, for a row with these settings; BadInput if it has others."""
+    remedy = "name one that evaluate.py wrote, or a folder to write to"
     try:
         with open(path) as f:
             first, *samples = [json.loads(line) for line in f]
         found = first["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BadInput(f"--samples={path} is no file of samples ({type(e).__name__}): "
-                       "name one that evaluate.py wrote, or a folder to write to") from None
+        found.items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise BadInput(f"--samples={path} is no file of samples ({type(e).__name__}): {remedy}") from None
     wanted = json.loads(json.dumps(settings))   # as they come back from a file
     for name, value in wanted.items():
-        if name not in WHERE_DRAWN and name in found and found[name] != value:
-            raise BadInput(f"--samples={path} was drawn with {name} {found[name]}, these flags ask "
+        if name not in WHERE_DRAWN and found.get(name, "nothing said") != value:
+            raise BadInput(f"--samples={path} was drawn with {name} {found.get(name)}, these flags ask "
                            f"for {value}: make them the same, or draw anew into a folder")
     if len(samples) != settings["n"]:
         raise BadInput(f"--samples={path} holds {len(samples)} of its {settings['n']} samples: "
                        "draw anew into a folder")
+    ids = whole(0, vocab_size - 1)
+    fields = dict(text=str, seconds=(lambda v: type(v) in (int, float)), nfe=whole(),
+                  tokens=lambda v: list_of(ids)(v) and len(v) == settings["length"] - 1)
+    for i, sample in enumerate(samples, start=2):
+        check_fields(f"--samples={path}, line {i},", sample, fields, remedy)
+        if ("verifier_calls" in sample) != ("verifier" in settings):
+            raise BadInput(f"--samples={path}, line {i}, is of another sampler: {remedy}")
     return samples

@@ -9,14 +9,16 @@ are read too. A training row is [BOS] + the next L - 1 tokens; rows do not overl
 import hashlib
 import json
 import os
-import shutil
+import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from data.cli import BadInput
-from data.files import write_json
+from data.files import (check_fields, check_folder, is_file_name, list_of, naming, read_json, sync_folder, whole,
+                        write_json, writing)
 from data.maze import PAD
 
 SPLITS = ("train", "val")
@@ -29,53 +31,94 @@ MOST_IDS = 1 << 16                                         # a shard's token is 
 
 def sha256(path):
     """The hash of a file, as hex digits."""
+    h = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while block := f.read(1 << 20):                    # (hashlib.file_digest is younger than Python 3.10)
+            h.update(block)
+    return h.hexdigest()
 
 
 class Writer:
     """Writes a dataset into OUT.partial and renames it to OUT when it is complete.
 
     With a `key` (whatever decides the content, as JSON has it), a run that was interrupted goes on after the last
-    `commit`: `self.done` says how many units of the input (documents, rows: the caller's choice) are written. Another
-    key starts over. Raises BadInput where OUT is there already, or cannot be made.
+    `commit`: `self.done` says how many units of the input (documents, rows: the caller's choice) are written. Raises
+    BadInput where OUT is there already, or cannot be made, or OUT.partial is another run's, or not ours.
+
+    Used in a `with`: meanwhile no other process writes there; where it ends before the first commit, nothing is left.
     """
+    OWN = r"(train|val)(_\d{3,})?\.bin|progress\.json|meta\.json|lock|.+\.json\.\d+\.tmp"      # names of its files
 
     def __init__(self, out, meta, key=None, shard_tokens=100_000_000):
         self.out = os.path.normpath(out)
         self.partial = Path(self.out + ".partial")
         self.meta = meta
-        self.key = key
+        self.key = json.loads(json.dumps(key))             # as it comes back from a file
         self.shard_tokens = shard_tokens                   # a file's size, but for the last of a split
         self.done = 0
         self.files = []                                    # as in meta.json: {name, split, tokens}
         if (meta.get("vocab_size") or 0) > MOST_IDS:
             raise BadInput(f"shards hold at most {MOST_IDS} ids, "
                            f"this vocabulary has {meta['vocab_size']}")
+        self._check_out()
+        self.lock = writing(self.partial, self.out)
+        self.lock.__enter__()
+        try:
+            self._check_out()                              # another process may have made it until now
+            if not self._resume():
+                self._remove_own()
+        except BaseException as e:
+            self.__exit__(type(e))
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *more):
+        if error and self.partial.exists() and not (self.partial / "progress.json").exists():
+            self._remove_own()
+        self.lock.__exit__(None, None, None)
+        with suppress(OSError):                            # it holds more, or has its new name
+            self.partial.rmdir()
+
+    def _check_out(self):
         is_full_folder = os.path.isdir(self.out) and os.listdir(self.out)
         if os.path.isfile(self.out) or is_full_folder:
             raise BadInput(f"{self.out} exists already: choose another --out, or remove it")
-        # without a key, nobody can tell whether what is there is the same work
-        if key is None or not self._resume():
-            self._start_over()
+        check_folder("--out", self.partial)
 
-    def _start_over(self):
-        shutil.rmtree(self.partial, ignore_errors=True)
-        try:
-            os.makedirs(self.partial)
-        except OSError as e:
-            raise BadInput(f"{self.partial} cannot be made ({e.strerror}): choose another --out") from None
+    def _remove_own(self):
+        for name in os.listdir(self.partial):
+            if re.fullmatch(self.OWN, name) and name != "lock":
+                os.remove(self.partial / name)
 
     def _resume(self):
-        """Go back to the last commit of a run with the same key. False: there is none that is whole."""
-        try:
-            last = json.loads((self.partial / "progress.json").read_text())
-            sizes = {self.partial / f["name"]: 2 * f["tokens"] for f in last["files"]}
-            whole = all(os.path.getsize(path) >= size for path, size in sizes.items())
-            if last["key"] != self.key or not whole:
-                return False
-        except (OSError, ValueError, KeyError):
+        """Go back to the last commit of a run with the same key. False: there is none; BadInput if it is another's."""
+        for name in sorted(os.listdir(self.partial)):
+            path = self.partial / name
+            if not re.fullmatch(self.OWN, name) or not path.is_file() or path.is_symlink():
+                raise BadInput(f"{path} is no file of an interrupted run: move it away, or choose another --out")
+        file = self.partial / "progress.json"
+        if not file.exists():
             return False
+        try:
+            last = read_json(file)
+            check_fields(file, last, dict(done=whole(), files=list_of(dict)), "")
+            for f in last["files"]:
+                check_fields(file, f, dict(name=is_file_name, split=str, tokens=whole()), "")
+            sizes = {self.partial / f["name"]: 2 * f["tokens"] for f in last["files"]}
+            whole_files = all(os.path.getsize(path) >= size for path, size in sizes.items())
+        except (OSError, ValueError, BadInput):
+            whole_files = False
+        if not whole_files:
+            raise BadInput(f"{self.partial} holds an interrupted run that is damaged: remove that folder")
+        before = last.get("key")
+        if before is None and self.key is None:            # nobody can tell whether it is the same work: anew
+            return False
+        if before != self.key:
+            raise BadInput(f"{self.partial} holds an interrupted run with other settings "
+                           f"({differences(before, self.key)}): repeat its command, remove that folder, or choose another "
+                           "--out")
         for path, size in sizes.items():
             os.truncate(path, size)                        # drop what was written after that commit
         self.done = last["done"]
@@ -91,7 +134,7 @@ class Writer:
             part, ids = np.split(ids, [self.shard_tokens - last["tokens"]])
             # the first write to a file empties it: an interrupted run may have left something there
             mode = "ab" if last["tokens"] else "wb"
-            with open(self.partial / last["name"], mode) as f:
+            with naming(self.partial / last["name"]), open(self.partial / last["name"], mode) as f:
                 f.write(part)
             last["tokens"] += len(part)
 
@@ -127,8 +170,18 @@ class Writer:
             tokens[split] = sum(f["tokens"] for f in files)
         write_json(self.partial / "meta.json", self.meta | {"files": self.files})
         os.rename(self.partial, self.out)                  # fails if someone filled OUT meanwhile
-        os.remove(os.path.join(self.out, "progress.json"))
+        sync_folder(os.path.dirname(self.out) or ".")
+        for name in ("progress.json", "lock"):
+            os.remove(os.path.join(self.out, name))
         return tokens
+
+
+def differences(before, now):
+    """How two keys differ, in words."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return "of another kind"
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} {before.get(name)!r:.60} there, {now.get(name)!r:.60} now" for name in changed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

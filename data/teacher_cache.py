@@ -6,7 +6,6 @@ steps: `load(rows)` reads what is known of these rows of the dataset (in the thr
 
 Shapes: N masked tokens of a batch, V vocabulary, L length of a row with BOS, k tokens kept per position.
 """
-import json
 import math
 import os
 import shutil
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from data.cli import BadInput
-from data.files import write_json
+from data.files import naming, read_json, take_lock, write_json
 from gumbel import CHUNK
 
 
@@ -115,15 +114,19 @@ class TeacherCache:
         meta = dict(teacher=sha256, dtype=dtype, length=data.length, k=self.k, rows=len(data))
         meta["shards"] = data.hashes()
         if master and not os.path.exists(self.meta_file):
-            try:
-                self._create(data, meta, sizes)
-            except OSError as e:
-                raise BadInput(f"{self.folder} cannot be written ({e.strerror}): make {data.path} "
-                               "writable, or leave --teacher_cache out") from None
+            with naming(self.folder):
+                os.makedirs(self.folder, exist_ok=True)
+                # runs may share a cache: one makes its files, the others wait
+                with take_lock(os.path.join(self.folder, "lock"), self.folder, wait=True):
+                    if not os.path.exists(self.meta_file):
+                        self._create(data, meta, sizes)
         self._check(data, meta, sizes)
         self.frequency = self.frequency.to(teacher.device)
         self.values = np.memmap(self.values_file, "<u2", "r", shape=shape)
         self.done = np.memmap(self.done_file, np.uint8, "r")
+        for part in (self.values[:self.CHUNK_ROWS], self.values[-self.CHUNK_ROWS:]):
+            if self.done.max(initial=0) > 1 or part[..., :self.k].max(initial=0) >= data.meta["vocab_size"]:
+                raise BadInput(f"{self.folder} is damaged: remove it, it is written again")
 
     def _create(self, data, meta, sizes):
         """Make the files at their full size, and meta.json last: where it is, the others are complete."""
@@ -133,7 +136,6 @@ class TeacherCache:
             raise BadInput(f"a cache of the teacher's {self.k} best on {data.path} takes "
                            f"{size / 1e9:.1f} GB, and {free / 1e9:.1f} are free: "
                            "choose a smaller --teacher_cache, or leave it out")
-        os.makedirs(self.folder, exist_ok=True)
         np.save(self.frequency_file, data.frequency())
         for path, length in sizes.items():
             with open(path, "ab") as f:                    # "ab" never empties: another run may be at it
@@ -143,12 +145,16 @@ class TeacherCache:
     def _check(self, data, meta, sizes):
         """Read the token frequencies [V]; BadInput where the files are damaged, or of other data."""
         try:
-            with open(self.meta_file) as f:
-                found = json.load(f)
-            self.frequency = torch.from_numpy(np.load(self.frequency_file))
-        except (OSError, ValueError) as e:
+            found = read_json(self.meta_file)
+            frequency = np.load(self.frequency_file)
+            if frequency.shape != (data.meta["vocab_size"],) or frequency.dtype != np.float32:
+                raise ValueError("frequency.npy is of another vocabulary")
+            if not (frequency > 0).all() or abs(frequency.sum() - 1) > 1e-3:       # (nan is not above 0)
+                raise ValueError("frequency.npy holds no frequencies")
+        except (OSError, ValueError, EOFError) as e:
             raise BadInput(f"{self.folder} cannot be read ({e}): remove {self.folder}, "
                            "it is written again") from None
+        self.frequency = torch.from_numpy(frequency)
         wrong_size = any(not os.path.exists(path) or os.path.getsize(path) != size
                          for path, size in sizes.items())
         if found != meta or wrong_size:
@@ -171,13 +177,9 @@ class TeacherCache:
             first = c * self.CHUNK_ROWS
             rows = range(first, min(first + self.CHUNK_ROWS, len(data)))
             values = self._read_teacher(teacher, data, rows)
-            try:
-                # values first, on disk: what is marked done can be trusted after any crash
-                self._write(self.values_file, first * self.values[0].nbytes, values)
-                self._write(self.done_file, c, b"\1")
-            except OSError as e:
-                raise BadInput(f"{self.folder} cannot be written ({e.strerror}): make room, "
-                               "and repeat the command to continue") from None
+            # values first, on disk: what is marked done can be trusted after any crash
+            self._write(self.values_file, first * self.values[0].nbytes, values)
+            self._write(self.done_file, c, b"\1")
 
     def _read_teacher(self, teacher, data, rows):
         """What is kept of these rows: uint16 [rows * (L - 1), 2 k + 1], the ids, then the -log p of them and of x."""
@@ -200,7 +202,7 @@ class TeacherCache:
 
     def _write(self, path, offset, what):
         # written, not mapped: on a full disk a map dies of SIGBUS, and this raises an OSError
-        with open(path, "r+b") as f:
+        with naming(path), open(path, "r+b") as f:
             f.seek(offset)
             f.write(what)
             f.flush()

@@ -15,7 +15,6 @@ a line of COMMANDS; a new column is a key in its rows and a line of data/report.
 """
 import hashlib
 import itertools
-import math
 import os
 import sys
 import time
@@ -24,8 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.batches import loss_inputs
-from data.cli import BadInput, Parser, number, optional, run_main
+from data.cli import BadInput, Parser, number, optional, refuse_unread, run_main
 from data.files import check_folder, check_output
 from data.maze import MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
 from data.report import device_name, report
@@ -33,11 +31,11 @@ from data.run import device_and_dtype
 from data.samples import names_file, read_samples, write_samples
 from data.shards import Shards
 from data.vocab import Tokenizer, same_tokenizer
-from mdlm import reveal_steps, revealing_path, stratified_t, unmask
+from mdlm import reveal_steps, revealing_path, unmask
 from medusa import ACCEPT
-from sample import (check_sampler, check_sampling_flags, check_vocabulary, generate, load_model, load_teacher,
-                    load_verifier, loading_flags, medusa_flags, options_read, resolve_sampling, sampling_flags,
-                    sampling_options, torch_seed, typical_flags)
+from sample import (check_length, check_sampler, check_sampling_flags, check_sampling_read, check_vocabulary, generate,
+                    load_model, load_verifier, loading_flags, medusa_flags, options_read, sampling_flags,
+                    sampling_options, sampling_shown, torch_seed, typical_flags)
 from teacher import extract_sequential
 
 
@@ -51,11 +49,8 @@ def drawn_rows(args, models, device, batch, length=None, start=None):
     """
     jobs = []
     for model in models:
-        decodes = args.decode
-        if is_maze_teacher(model):          # the reference is no student: it is only drawn from
-            decodes = ["sample"]
-        for decode in decodes:
-            for steps in steps_of(model, length or model.length, args):
+        for decode in decodes_of(model, args):
+            for steps in steps_of(model, length or model.length, args, start):
                 jobs.append((model, decode, steps))
     if names_file(args.samples) and len(jobs) != 1:
         raise BadInput(f"--samples={args.samples} holds the samples of one row, these flags ask for "
@@ -67,15 +62,23 @@ def drawn_rows(args, models, device, batch, length=None, start=None):
         yield model, dict(model=model.name, decode=decode, nfe=steps, **facts), sampled
 
 
+def decodes_of(model, args):
+    if is_maze_teacher(model):              # the reference is no student: it is only drawn from
+        return ["sample"]
+    return args.decode
+
+
 def is_maze_teacher(model):
     """An AR model on the maze is the reference there: whatever the flags, it is drawn from as it was trained."""
     return model.can_teach and model.meta["tokenizer"] == "maze"
 
 
-def steps_of(model, length, args):
-    """The numbers of steps for a sample, ascending: --nfe, at least one per block; its tokens, if left to right."""
-    if not model.fills_masks or args.sampler == "apd":
-        return [length - 1]
+def steps_of(model, length, args, start):
+    """The numbers of steps for a sample, ascending: --nfe, at least one per block; its tokens where each takes one."""
+    if not model.fills_masks or args.sampler in ("apd", "first_hitting"):
+        if start is None:
+            return [length - 1]
+        return [int((start == model.vocab_size).sum(1).max())]         # those that are masked
     n_blocks = model.block_count(length)
     # a block gets its share of the steps; a set, since small numbers become the same one
     return sorted({max(1, k // n_blocks) * n_blocks for k in args.nfe})
@@ -89,7 +92,7 @@ def sample_rows(model, decode, steps, args, device, verifier, length, batch, sta
     """
     if start is None:
         start = model.start(args.n, length)
-    steps_per_block = steps // model.block_count(length)
+    steps_per_block = max(1, steps // model.block_count(length))
     options = sampling_options(args, model, length, steps_per_block, greedy=decode == "greedy")
     if is_maze_teacher(model):
         options |= dict(tau=1.0, top_p=1.0)
@@ -150,11 +153,10 @@ def draw_samples(model, options, args, device, verifier, batch, start):
 def maze(args, models, device):
     """Success ± standard error per NFE, with diversity (so that success bought by collapse shows). Appendix E.1."""
     rows = maze_rows(models, args, device)
-    tau, top_p = resolve_sampling(args, models[-1])
     note = (f"n = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM, "
             "ancestral sampler). "
             "effective: number of equally likely paths that would repeat as often.\n"
-            f"Students: tau {tau}, top_p {top_p}, {sampler_note(args)}")
+            f"Students: {sampling_note(args, models)}{sampler_note(args)}")
     return rows, note
 
 
@@ -226,6 +228,17 @@ def refuse_heads(models):
                            "evaluate.py acceptance and genppl measure these")
 
 
+def sampling_note(args, models):
+    """tau and top_p of the students, where these have an effect."""
+    shown = {}
+    for model in models:
+        if not is_maze_teacher(model):
+            for decode in args.decode:
+                found = sampling_shown(args, model, decode == "greedy")
+                shown |= {name: value for name, value in found.items() if value is not None}
+    return "".join(f"{name} {value}, " for name, value in shown.items())
+
+
 def sampler_note(args):
     how = ""
     if args.sampler == "fixed":
@@ -279,6 +292,11 @@ class TextSetting:
                                "neither can read the other's text: use a judge of the same vocabulary")
             self.tokenizer = Tokenizer(names[0], first.vocab_size)
             self.judges_tokenizer = Tokenizer(names[1])
+            known = self.judges_tokenizer.chars
+            written = self.tokenizer.chars      # None: any
+            if known is not None and (written is None or set(written) - set(known)):
+                raise BadInput(f"--judge={args.judge} knows no other characters than {known!r:.60}, and {first.name} "
+                               "writes others: use a judge of its vocabulary")
 
     def for_judge(self, rows):
         """Rows of the models' ids -> the judge's ids, through text where the tokenizers differ."""
@@ -306,17 +324,10 @@ def same_ids(a, b):
     return same
 
 
-def check_length(length, model):
-    if length > model.length:
-        raise BadInput(f"--length={length} is more than the {model.length} tokens "
-                       f"that {model.name} was trained on")
-
-
 def text_rows(args, models, device, length, start=None):
     """As `drawn_rows`: yields (a row of the table, with the temperature and nucleus, samples [n, length - 1])."""
     for model, row, sampled in drawn_rows(args, models, device, args.batch_size, length, start):
-        tau, top_p = resolve_sampling(args, model)
-        yield row | dict(tau=tau, top_p=top_p), sampled
+        yield row | sampling_shown(args, model, row["decode"] == "greedy"), sampled
 
 
 def validation_rows(data, n, seed):
@@ -407,13 +418,15 @@ METRICS = {
 }
 
 
+def metric_of(args, models):
+    return args.metric or ("success" if models[0].meta["tokenizer"] == "maze" else "gen_ppl")
+
+
 def nfe(args, models, device):
     """A metric against NFE (Figure 3), one line per model and decoding; runs that differ in their seed are averaged."""
     if args.plot:                           # find out before the work, not after it
         optional("matplotlib", "--plot")
-    metric = args.metric
-    if metric is None:
-        metric = "success" if models[0].meta["tokenizer"] == "maze" else "gen_ppl"
+    metric = metric_of(args, models)
     function, error, scale, digits, title = METRICS[metric]
     rows, note = function(args, models, device)
     from extra.plot import nfe_table, plot_nfe
@@ -432,68 +445,10 @@ def nfe(args, models, device):
 # likelihood
 
 def ppl(args, models, device):
-    """Bounds on the data's likelihood: nll of an AR model, NELBO of a plain student, for a Gumbel student ppl_bound.
-
-    -log p(x) <= E_q[-log p(x | noise)] - log p_teacher(x), q the posterior of the noise: its KL to the prior is the
-    teacher's nll exactly. The first term alone (nll_given_noise) is no likelihood.
-    """
+    """Bounds on the data's likelihood: nll of an AR model, NELBO of a plain student, for a Gumbel student ppl_bound."""
+    from extra.likelihood import likelihood_table
     refuse_heads(models)
-    length = args.length or min(1024, *(model.length for model in models))
-    rows = []
-    for model in models:
-        rows.append(ppl_row(args, model, length, device))
-    return rows, ("perplexity: exp(nats + teacher's nats), an upper bound; exact for AR models and "
-                  "blocks of one token.\n"
-                  "nll_given_noise is no likelihood: its noise is drawn given the text.")
-
-
-def ppl_row(args, model, length, device):
-    """The row of one model, on rows of `length` tokens."""
-    from extra.scores import ratio_with_error
-    path = args.data or model.args.get("data")
-    if not path:
-        raise BadInput(f"--data is needed for {model.name}: it does not say what it was trained on")
-    data = Shards(path, "val", length)
-    check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
-    check_length(length, model)
-    # one step per token of a block: without blocks, the whole row
-    block_size = model.default_steps(length)
-    if length % block_size:
-        raise BadInput(f"--length={length} is no multiple of {model.name}'s block size, "
-                       f"{block_size}")
-    teacher = load_teacher(args, model, data.meta, length, device)
-
-    # rows, levels and masks are functions of the seed alone: all models are asked the same
-    began = time.perf_counter()
-    n = min(args.n, len(data))
-    n_blocks = model.block_count(length)
-    draws = np.random.default_rng(args.seed)
-    order = draws.permutation(len(data))[:n]
-    levels = stratified_t(n * n_blocks, draws).view(n, n_blocks)
-    of_single_tokens = n_blocks == length
-    if of_single_tokens:                    # at t = 1 these are the chain rule: no bound
-        levels = torch.ones_like(levels)
-    batches = []                            # (share of the rows, nats per token, teacher's)
-    for i, a in enumerate(tqdm(range(0, n, args.batch_size), desc=model.name, disable=None)):
-        tokens = torch.from_numpy(data.rows(order[a:a + args.batch_size])).to(device)
-        kw = loss_inputs(model, device, levels[a:a + args.batch_size], teacher, args.seed + i)
-        nats = model.loss(tokens, **kw)[0].item()
-        teacher_nats = 0.0
-        if teacher:
-            teacher_nats = teacher.loss(tokens)[0].item()
-        batches.append((len(tokens) / n, nats, teacher_nats))
-    share, nats, teacher_nats = np.array(batches).T
-    nll, error = ratio_with_error(share * nats, share)
-    if len(batches) == 1:                   # the error is estimated from how batches differ
-        error = None
-    reference = float(share @ teacher_nats)
-    row = dict(model=model.name, kind=model.loss_name, nll=nll, nll_stderr=error, n=n,
-               ppl=math.exp(nll + reference), seconds=time.perf_counter() - began)
-    if of_single_tokens:
-        row["kind"] = "nll"
-    if teacher:
-        row |= dict(kind="nll_given_noise", teacher_nll=reference, ppl_bound=row["ppl"])
-    return row
+    return likelihood_table(args, models, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,7 +464,7 @@ def acceptance(args, models, device):
 # flags
 
 def steps_list(text):
-    return sorted({number(int, 1)(part) for part in text.split(",")})
+    return sorted({number(int, 1, 2**31)(part) for part in text.split(",")})
 
 
 def decodes(text):
@@ -532,8 +487,8 @@ def data_flags(parser):
     add = parser.add_argument
     add("--data",
         help="shards: validation text; default: the run's (genppl: none; it adds a row for the text)")
-    add("--batch_size", type=number(int, 1), default=32, help="rows at once")
-    add("--length", type=number(int, 2),
+    add("--batch_size", type=number(int, 1, 2**20), default=32, help="rows at once")
+    add("--length", type=number(int, 2, 2**20),
         help="tokens of a row, BOS included; default: the shortest of the models', at most 1024 "
         "(acceptance, infill: 128)")
 
@@ -628,6 +583,26 @@ def draws_samples(args):
     return drawing_flags in groups
 
 
+def check_read(args, models):
+    """Refuse flags that none of these models reads, or that it cannot have."""
+    if args.what == "ppl":
+        with_teacher = [model for model in models if model.noise_embed is not None and model.noise_embed.needs_teacher]
+        refuse_unread(["teacher"], ["teacher"] if with_teacher else (), "without a student that reads its noise")
+    if not draws_samples(args):
+        return
+    students = [model for model in models if not is_maze_teacher(model)]
+    for model in models:
+        if not model.can_teach:             # AR models may stand beside the others: they have none
+            check_sampler(args, model)
+    on_maze = args.what == "maze" or args.what == "nfe" and metric_of(args, models) == "success"
+    if on_maze:                             # of the maze nothing is judged
+        refuse_unread(["judge", "data", "length"], (), "on the maze")
+    drawn = [(model, decode == "greedy") for model in students for decode in args.decode]
+    # on the maze --nfe is theory's as well
+    check_sampling_read(args, drawn, ["nfe"] if on_maze else ())
+    refuse_unread(["decode"], ["decode"] if students else (), "on the maze's teacher")
+
+
 def main(argv=None):
     args = parse(argv)
     began = time.time()
@@ -637,10 +612,7 @@ def main(argv=None):
     if len({model.name for model in models}) < len(models):
         for path, model in zip(args.ckpt, models):
             model.name = path               # run directories of the same name
-    if draws_samples(args):
-        for model in models:
-            if not model.can_teach:         # AR models may stand beside the others: they have none
-                check_sampler(args, model)
+    check_read(args, models)
     function, _, _ = COMMANDS[args.what]
     # TextSetting may fill in args.data, infill lowers args.n to the rows there are: --json has both
     with autocast, torch.no_grad():

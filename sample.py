@@ -7,8 +7,8 @@
     python sample.py --ckpt=out/mine-mdlm --sampler=apd --verifier=out/mine-ar
     python sample.py --ckpt=gpt2-large --shards=data/gpt2-written --n=100000 --length=1024 --batch_size=64
 
-In this order: the table of models; loading; whether a model fits its data; sampling; a teacher's text as a dataset; the
-command. A model of your own becomes an entry of MODELS: every command asks it through its members (see mdlm.MDLM).
+In this order: the table of models; loading; whether a model fits its data; sampling; which flags it reads; the command.
+A model of your own becomes an entry of MODELS: every command asks it through its members (see mdlm.MDLM).
 """
 import dataclasses
 import itertools
@@ -26,11 +26,11 @@ import bd3lm
 import mdlm
 import teacher
 from bd3lm import BD3LM
-from data.cli import BadInput, Parser, number, run_main
-from data.files import check_fields, check_output, share, whole
+from data.cli import BadInput, Parser, number, refuse_unread, run_main
+from data.files import check_fields, check_output, naming, share, whole
 from data.maze import draw_maze
 from data.run import device_and_dtype, is_finite, load_checkpoint, memory_bytes
-from data.shards import MOST_IDS, Writer
+from data.shards import MOST_IDS
 from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
 from mdlm import MDLM, ORDERS, SAMPLERS
 from medusa import ACCEPT, Medusa
@@ -237,6 +237,12 @@ def check_vocabulary(what, model, meta):
                        "use a model of this vocabulary, or prepare the text with the model's")
 
 
+def check_length(length, model):
+    if length > model.length:
+        raise BadInput(f"--length={length} is more than the {model.length} tokens "
+                       f"that {model.name} was trained on")
+
+
 def default_teacher(meta, length):
     """The teacher of data with this meta where none is named: the maze's own, GPT-2-large for its ids, or None."""
     if meta["tokenizer"] == "maze":
@@ -320,19 +326,60 @@ def resolve_sampling(args, model):
 
 def check_sampling_flags(args):
     """Refuse flags that do not go together, before a model is loaded."""
-    if args.order != "random" and args.sampler != "fixed":
-        raise BadInput(f"--order={args.order} needs --sampler=fixed: "
-                       "others reveal at random or, apd, left to right")
-    if args.remask and args.sampler != "remdm":
-        raise BadInput("--remask is read with --sampler=remdm only: add it, or leave it out")
+    for flag, sampler in dict(order="fixed", remask="remdm", verifier="apd", apd_ratio="apd",
+                              max_lookahead="apd").items():
+        refuse_unread([flag], [flag] if args.sampler == sampler else (), f"without --sampler={sampler}")
     if args.sampler == "remdm" and not args.remask:
         raise BadInput("--sampler=remdm needs --remask above 0, as in --remask=0.05: "
                        "at 0 it is --sampler=ancestral")
-    if args.verifier and args.sampler != "apd":
-        raise BadInput("--verifier is read with --sampler=apd only: add it, or leave it out")
     if args.sampler == "apd" and not args.verifier:
         raise BadInput("--sampler=apd needs --verifier: "
                        "an AR checkpoint of the same vocabulary, or gpt2")
+
+
+# the flags that only some samplers read
+SAMPLING_FLAGS = ("sampler", "steps", "nfe", "order", "remask", "verifier", "apd_ratio", "max_lookahead",
+                  "resample_noise", "tau", "top_p", "accept", "epsilon", "delta", "stop_at_eos", "no_cache")
+
+
+def flags_read(args, model, greedy):
+    """The SAMPLING_FLAGS that decide what this model draws, greedily or not: those that its `generate` reads, but for
+    what the other flags make idle.
+    """
+    read = set(model.generate_reads)
+    if "cached" in read:
+        read.add("no_cache")
+    if args.sampler == "apd":
+        read |= {"verifier", "apd_ratio", "max_lookahead"}
+    if args.sampler in ("apd", "first_hitting"):           # a call for each token, or as many as it takes
+        read.discard("steps")
+    if "steps" in read:
+        read.add("nfe")
+    if model.fills_masks and model.noise_embed is None:
+        read -= {"tau", "resample_noise"}
+    if greedy and args.sampler != "apd":                   # the likeliest token lies in every nucleus
+        read.discard("top_p")
+    if greedy and not model.fills_masks:                   # and is the likeliest at any temperature
+        read -= {"tau", "accept", "epsilon", "delta"}
+    if vars(args).get("accept", "typical") != "typical":
+        read -= {"epsilon", "delta"}
+    return read
+
+
+def check_sampling_read(args, drawn, read=()):
+    """BadInput for a sampling flag that none of `drawn`, (model, greedy), reads; `read`: what else does."""
+    read = set(read)
+    for model, greedy in drawn:
+        read |= flags_read(args, model, greedy)
+    names = ", ".join(dict.fromkeys(model.name for model, _ in drawn))
+    refuse_unread(SAMPLING_FLAGS, read, f"on what is drawn from {names or 'these'}")
+
+
+def sampling_shown(args, model, greedy):
+    """tau and top_p as a table has them: None where they have no effect."""
+    read = flags_read(args, model, greedy)
+    return {name: value if name in read else None
+            for name, value in zip(("tau", "top_p"), resolve_sampling(args, model))}
 
 
 def check_sampler(args, model):
@@ -366,11 +413,13 @@ def start_tokens(model, tokenizer, prompt, infill, length):
     if infill is not None:
         flag = "--infill"
         parts = infill.split("[MASK]")
+        if len(parts) == 1:
+            raise BadInput(f"--infill={infill} has no [MASK]: put one where a token is to be filled in")
         if not model.fills_masks:
             raise BadInput("--infill needs a masked model: "
                            "AR models and Medusa only continue a --prompt")
     mask_id = model.vocab_size
-    ids = encode_parts(tokenizer, parts, mask_id)
+    ids = encode_parts(tokenizer, parts, mask_id, model.fills_masks)
     if len(ids) + 1 > length:
         raise BadInput(f"{flag} has {len(ids)} tokens, "
                        f"but a sample of this model has at most {length - 1}: shorten it")
@@ -388,7 +437,7 @@ def start_tokens(model, tokenizer, prompt, infill, length):
     return row
 
 
-def encode_parts(tokenizer, parts, mask_id):
+def encode_parts(tokenizer, parts, mask_id, fills_masks):
     """Texts -> a list of their ids, with a [MASK] between each two texts."""
     unfit = BadInput(f"--prompt, --infill: prompts of this model are made of ids below {mask_id}")
     try:
@@ -398,71 +447,9 @@ def encode_parts(tokenizer, parts, mask_id):
     ids = encoded[0]
     for part in encoded[1:]:
         ids = ids + [mask_id] + part
-    if max(ids, default=0) > mask_id:
+    if max(ids, default=0) >= mask_id + fills_masks:       # [MASK]'s own number is one more
         raise unfit
     return ids
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sequential extraction: a teacher's own text
-
-def check_shards(args, model):
-    """Refuse what would not be the teacher's text, drawn as it is."""
-    if not model.can_teach:
-        raise BadInput(f"--shards is the teacher's text: {args.ckpt} must be an AR model")
-    for flag, value in (("tau", args.tau), ("top_p", args.top_p)):
-        if value not in (None, 1.0):
-            raise BadInput(f"--shards draws at --{flag}=1: "
-                           "only so is the noise that is extracted later the true one")
-    # anything else than draws from BOS on is not the law under which noise is extracted
-    if args.prompt or args.greedy or args.out or args.infill is not None:
-        raise BadInput("--shards goes with none of --prompt, --infill, --greedy, --out")
-    if args.n < 2:
-        raise BadInput("--n must be at least 2 with --shards: a row for each of train and val")
-
-
-def write_shards(model, args, length, device, autocast):
-    """n rows of the AR model's own text, drawn at tau 1 and top_p 1, as a dataset for training.
-
-    The noise is not stored: given these rows, parallel extraction redraws it with exactly the law it had (Section 4.1).
-    Each batch has its own seed, so that an interrupted run continues with what it would have written.
-    """
-    check_shards(args, model)
-    n_val = max(1, round(0.02 * args.n))        # the first rows
-    meta = dict(name=os.path.basename(os.path.normpath(args.shards)), row_length=length - 1)
-    for key in ("tokenizer", "vocab_size", "bos", "predict_bos", "fingerprint"):
-        if key in model.meta:                   # an old checkpoint has no fingerprint
-            meta[key] = model.meta[key]
-    flags = ("ckpt", "n", "batch_size", "length", "seed", "weights", "dtype")
-    # another run with these continues this one, with any other starts over
-    decides = {flag: vars(args)[flag] for flag in flags} | {"step": model.step}
-    with Writer(args.shards, meta, key=decides) as writer:
-        write_rows(writer, model, args, n_val, length, device, autocast)
-    print(f"{args.shards}: {args.n} rows of {length - 1} tokens by {model.name}, "
-          f"{n_val} of them for validation", file=sys.stderr)
-
-
-def write_rows(writer, model, args, n_val, length, device, autocast):
-    """What is not there yet of the rows, of which the first n_val are for validation."""
-    first = writer.done                         # rows that an earlier run has written
-    bar = tqdm(total=args.n, initial=first, unit="row", desc=args.shards)
-    began = time.time()
-    for done in range(first, args.n, args.batch_size):
-        b = min(args.batch_size, args.n - done)
-        generator = torch.Generator(device).manual_seed(torch_seed(args.seed, done))
-        start = model.start(b, length).to(device)
-        with autocast:
-            tokens, _ = model.generate(start, length, generator=generator)
-        # the first n_val rows of all are for validation
-        val, train = np.split(tokens[:, 1:].cpu().numpy(), [max(0, n_val - done)])
-        writer.write("val", val.ravel())
-        writer.write("train", train.ravel())
-        writer.commit(done + b)
-        bar.update(b)
-        tokens_per_s = (writer.done - first) * (length - 1) / (time.time() - began)
-        bar.set_postfix(tokens_per_s=f"{tokens_per_s:,.0f}")
-    bar.close()
-    writer.finish()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,12 +505,12 @@ def parse(argv=None):
     add("--ckpt", required=True,
         help="checkpoint, run directory, gpt2[-medium|-large|-xl], hf:NAME, published .ckpt, folder")
     add("--n", type=number(int, 1), default=4, help="number of samples")
-    add("--batch_size", type=number(int, 1), default=16, help="samples drawn at once")
-    add("--steps", type=number(int, 1),
+    add("--batch_size", type=number(int, 1, 2**20), default=16, help="samples drawn at once")
+    add("--steps", type=number(int, 1, 2**31),
         help="per sample (BD3-LM: per block); default: one per token")
     add("--prompt", default="", help="text that every sample begins with")
     add("--infill", help="text with [MASK] where a token is to be filled in")
-    add("--length", type=number(int, 2),
+    add("--length", type=number(int, 2, 2**20),
         help="tokens of a sample, with BOS; any number with BD3-LM")
     add("--greedy", action="store_true",
         help="argmax instead of a draw: the natural choice with noise")
@@ -549,14 +536,15 @@ def parse(argv=None):
 
 def check_model(args, model):
     """Refuse flags that this model does not read."""
-    reads = model.generate_reads
-    if args.stop_at_eos and "stop_at_eos" not in reads or args.no_cache and "cached" not in reads:
-        raise BadInput("--stop_at_eos is for BD3-LM, --no_cache for it and Medusa: "
-                       "leave them out for this model")
     if args.length and args.length > model.length and not model.any_length:
         raise BadInput(f"--length={args.length} is more than the {model.length} tokens "
                        "that this model was trained on")
     check_sampler(args, model)
+    if args.shards:
+        refuse_unread(SAMPLING_FLAGS, (), "with --shards, which draws at --tau=1 and --top_p=1: only so is the noise "
+                      "that is extracted later the true one")
+    else:
+        check_sampling_read(args, [(model, args.greedy)])
 
 
 def draw(model, args, length, device, autocast):
@@ -572,7 +560,7 @@ def draw(model, args, length, device, autocast):
     generator = torch.Generator(device).manual_seed(args.seed)
     out = None
     if args.out:
-        out = open(args.out, "w", buffering=1)  # by line: an interrupted run loses none
+        out = open(args.out, "x", buffering=1)  # by line: an interrupted run loses none
     began = time.time()
     bar = tqdm(total=args.n, unit="sample", disable=args.n <= args.batch_size)
     for done in range(0, args.n, args.batch_size):
@@ -588,16 +576,20 @@ def draw(model, args, length, device, autocast):
             if not is_maze:
                 facts["entropy"] = round(entropy(row), 3)
             text = tokenizer.decode(row)
+            if out:                             # first: a closed terminal loses none
+                with naming(args.out):
+                    out.write(json.dumps(dict(text=text, tokens=row) | facts) + "\n")
             print(f"--- sample {done + i},", ", ".join(f"{name} {v}" for name, v in facts.items()))
             print(draw_maze(row) if is_maze else text)
-            if out:
-                out.write(json.dumps(dict(text=text, tokens=row) | facts) + "\n")
         bar.update(b)
     bar.close()
-    how = "greedy" if args.greedy else "sampled"
+    how = ["greedy" if args.greedy else "sampled"]
+    for name, value in sampling_shown(args, model, args.greedy).items():
+        if value is not None:
+            how.append(f"{name} {value}")
     seconds = time.time() - began
     print(f"{args.n} samples from {model.name} (step {model.step or 'unknown'}) in {seconds:.1f} s: "
-          f"tau {options['tau']}, top_p {options['top_p']}, {how}", file=sys.stderr)
+          f"{', '.join(how)}", file=sys.stderr)
 
 
 def without_repeated_eos(row, eos):
@@ -617,6 +609,7 @@ def main():
     check_model(args, model)
     length = args.length or min(model.length, 1024)     # an hf: model may read a million
     if args.shards:
+        from extra.teacher_text import write_shards
         write_shards(model, args, length, device, autocast)
     else:
         draw(model, args, length, device, autocast)

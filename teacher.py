@@ -96,10 +96,14 @@ class CausalLM(Model):
 
     def loss(self, tokens):
         """Mean negative log-likelihood in nats over the L - 1 tokens after BOS. Returns (loss, {})."""
+        return self.losses(tokens).mean(), {}
+
+    def losses(self, tokens):
+        """The negative log-likelihood of each token after BOS, in nats: tokens [B, L] -> [B, L - 1]."""
         h = self.hidden(tokens[:, :-1]).flatten(0, 1)
         x = tokens[:, 1:].flatten()
         logits = partial(self.logits, exact=not self.training)
-        return row_losses(logits, h, x, self.vocab_size).mean(), {}
+        return row_losses(logits, h, x, self.vocab_size).view(len(tokens), -1)
 
     forward = loss                                            # what DDP calls
 

@@ -2728,6 +2728,51 @@ def test_bad_input_is_refused_in_one_sentence(all_runs, cli, monkeypatch, comman
     assert modification_times(".") == before
 
 
+# flags that are given, and that no model and decoding of the command reads: command, flags, the flag that is named
+IDLE = [
+    ("sample", "--ckpt=out/plain --tau=0.3", "--tau=0.3"),
+    ("sample", "--ckpt=out/plain --sampler=apd --verifier=out/ar --steps=3", "--steps=3"),
+    ("sample", "--ckpt=out/plain --sampler=first_hitting --steps=3", "--steps=3"),
+    ("sample", "--ckpt=out/plain --resample_noise", "--resample_noise"),
+    ("sample", "--ckpt=out/plain --accept=exact", "--accept"),
+    ("sample", "--ckpt=out/plain --apd_ratio=0.5", "--apd_ratio"),
+    ("sample", "--ckpt=out/gumbel --greedy --top_p=0.5", "--top_p"),
+    ("sample", "--ckpt=out/ar --steps=3", "--steps"),
+    ("sample", "--ckpt=out/ar --sampler=first_hitting", "--sampler"),
+    ("sample", "--ckpt=out/ar --greedy --tau=0.5", "--tau"),
+    ("sample", "--ckpt=out/ar --shards=data/new --n=4 --accept=exact", "--accept"),
+    ("sample", "--ckpt=out/heads --accept=exact --epsilon=0.1", "--epsilon"),
+    ("sample", "--ckpt=out/heads --greedy --accept=exact", "--accept"),
+    ("sample", "--ckpt=out/heads --stop_at_eos", "--stop_at_eos"),
+    ("evaluate", "genppl --judge=out/ar --ckpt out/plain out/blocks --tau=0.5", "--tau"),
+    ("evaluate", "genppl --judge=out/ar --ckpt out/plain --decode=greedy --top_p=0.5", "--top_p"),
+    ("evaluate", "genppl --judge=out/ar --ckpt out/ar --nfe=4", "--nfe"),
+    ("evaluate", "genppl --judge=out/ar --ckpt out/plain --sampler=first_hitting --nfe=1,4", "--nfe"),
+    ("evaluate", "maze --ckpt out/maze-ar --tau=0.5", "--tau"),
+    ("evaluate", "maze --ckpt out/maze-ar --decode=greedy", "--decode"),
+    ("evaluate", "nfe --ckpt out/maze-mdlm --judge=out/maze-ar", "--judge"),
+    ("evaluate", "ppl --ckpt out/ar out/plain --teacher=nowhere", "--teacher"),
+    ("train", f"--model=ar --data=mine --t_one=0 {NEW}", "--t_one"),
+    ("train", f"--model=medusa --teacher=out/ar --data=mine --dropout=0 {NEW}", "--dropout"),
+]
+
+
+@pytest.mark.parametrize("command,flags,name", IDLE, ids=lambda value: str(value)[:60])
+def test_a_flag_that_nothing_reads_is_refused(all_runs, cli, monkeypatch, command, flags, name):
+    monkeypatch.chdir(all_runs)
+    refused(cli(COMMANDS[command], flags), name)
+
+
+@pytest.mark.parametrize("flags", [
+    "sample --ckpt=out/gumbel --tau=0.5 --greedy", "sample --ckpt=out/ar --tau=0.5", "sample --ckpt=out/heads --no_cache",
+    "evaluate genppl --judge=out/ar --n=4 --ckpt out/plain out/ar --nfe=4 --tau=0.5",
+    "evaluate genppl --judge=out/ar --n=4 --ckpt out/plain out/gumbel --nfe=4 --tau=0.5 --decode=sample,greedy --top_p=1"])
+def test_a_flag_that_one_of_the_models_reads_is_accepted(all_runs, cli, monkeypatch, flags):
+    monkeypatch.chdir(all_runs)
+    command, _, flags = flags.partition(" ")
+    succeeded(cli(COMMANDS[command], flags))
+
+
 @pytest.mark.parametrize("name,damage", [
     ("ckpt.pt", lambda raw, ckpt: b"not a checkpoint"),
     ("ckpt.pt", lambda raw, ckpt: b"the quick brown fox"),
@@ -2954,7 +2999,7 @@ NAN_RUN = f"--model=mdlm --data=maze --schedule=constant {TINY}"
 
 
 @pytest.mark.parametrize("steps,bad,good", [(100, range(6, 100), 6), (9, range(6, 9), 6), (9, range(9), 0)])
-def test_a_run_that_ends_in_bad_steps_keeps_the_state_before_them(in_maze_runs, cli, bad_loss, tmp_path, steps, bad, good):
+def test_a_run_that_ends_in_bad_steps_keeps_what_was_before(in_maze_runs, cli, bad_loss, tmp_path, steps, bad, good):
     """Twenty in a row, or the last ones: exit code 1, the step is named, nothing of them is saved."""
     succeeded(cli(train, f"{NAN_RUN} --steps={max(good, 1)} --out={tmp_path}/before"))
     bad_loss(bad)
@@ -3463,6 +3508,31 @@ def test_ppl_of_blocks_is_a_nelbo_or_given_noise(in_block_runs, cli, tmp_path):
     assert [row["kind"] for row in rows] == ["nelbo", "nll_given_noise", "nll_given_noise", "nelbo"]
 
 
+@pytest.mark.parametrize("name", ["ar", "plain", "gumbel"])
+def test_ppl_does_not_depend_on_the_batches(in_text_runs, cli, tmp_path, name):
+    """33 rows: a last batch of one is no batch to take an error from."""
+    found = []
+    for batch in (1, 7, 32, 33):
+        (row,), _, _ = evaluated(cli, f"ppl --ckpt out/{name} --n=33 --batch_size={batch}", tmp_path / "p.json")
+        found.append([row["nll"], row["nll_stderr"], row["ppl"]])
+    assert np.allclose(found, found[0], rtol=1e-5)
+
+
+def test_the_error_of_ppl_is_over_rows(in_text_runs, cli, tmp_path):
+    """Of an AR model it is the standard error of the rows' means; of a bound, that of both terms together."""
+    (row,), _, _ = evaluated(cli, "ppl --ckpt out/ar --n=25", tmp_path / "p.json")
+    data = Shards("data/mine", "val", 24)
+    x = torch.from_numpy(data.rows(np.random.default_rng(0).permutation(len(data))[:25]))
+    ar = sample.load_model("out/ar")
+    logp = ar.log_probs(x[:, :-1]).gather(-1, x[:, 1:, None]).squeeze(-1).double()
+    of_rows = -logp.mean(1)
+    assert abs(row["nll"] - of_rows.mean()) < 1e-5
+    assert abs(row["nll_stderr"] - of_rows.std() / 5) < 1e-5
+    (noisy,), _, _ = evaluated(cli, "ppl --ckpt out/gumbel --n=25", tmp_path / "p.json")
+    assert abs(noisy["teacher_nll"] - row["nll"]) < 1e-5 and abs(noisy["ppl"] - noisy["ppl_bound"]) < 1e-9
+    assert noisy["nll_stderr"] > 0 and abs(math.log(noisy["ppl"]) - noisy["nll"] - row["nll"]) < 1e-5
+
+
 def test_two_seeds_of_ppl_agree(in_text_runs, cli, tmp_path):
     """Within four standard errors, as the table gives them."""
     tables = []
@@ -3484,8 +3554,10 @@ def test_genppl_table_has_the_data_and_each_model(in_text_runs, cli, tmp_path):
     for row in rows:
         assert 1 < row["gen_ppl"] < 1e4
         assert 0 <= row["entropy"] <= row["entropy_set"] + 1e-9                 # entropy is concave
-    assert all(row["nfe_counted"] <= row["nfe"] and row["top_p"] == 0.9 for row in rows[1:])
-    assert [row["tau"] for row in rows[3:8:4]] == [0.85, 1.0]
+    assert all(row["nfe_counted"] <= row["nfe"] for row in rows[1:])
+    # what has no effect is left empty: a nucleus where the likeliest is taken, a temperature where no noise is read
+    assert [row["top_p"] for row in rows[1:]] == [0.9, None] + [0.9, 0.9, None, None] * 2
+    assert [row["tau"] for row in rows[1:]] == [1.0, None] + [0.85] * 4 + [None] * 4
 
 
 def test_genppl_of_apd_counts_the_verifiers_calls(in_text_runs, cli):
@@ -3536,14 +3608,14 @@ def test_kept_samples_give_the_same_table_without_a_network(kept, cli, monkeypat
 @pytest.mark.parametrize("other,names", [
     ("--nfe=3,4", "2 --nfe"), ("--decode=sample,greedy", "2 --decode"), ("--ckpt out/plain out/gumbel", "2 --ckpt"),
     ("--decode=greedy", "decode sample"), ("--nfe=4", "steps 3 4"), ("--n=7", "n 6 7"),
-    ("--ckpt out/gumbel", "model plain gumbel"), ("--tau=0.9", "tau 1.0 0.9"), ("--samples=none.jsonl", "none.jsonl")])
+    ("--ckpt out/gumbel", "model plain gumbel"), ("--top_p=0.8", "top_p 0.9 0.8"), ("--samples=none.jsonl", "none.jsonl")])
 def test_kept_samples_of_other_settings_are_refused(kept, cli, other, names):
     refused(cli(evaluate, f"{KEPT} --samples={kept[1]} {other}"), "--samples", *names.split())
 
 
 def test_other_settings_have_another_file_of_samples(kept, cli):
     folder = kept[1].parent
-    others = ("--seed=1", "--tau=0.9", "--decode=greedy", "--weights=raw", "--nfe=4", "--length=20", "--n=7",
+    others = ("--seed=1", "--top_p=0.8", "--decode=greedy", "--weights=raw", "--nfe=4", "--length=20", "--n=7",
               "--sampler=remdm --remask=0.5")
     for other in ("", *others):                             # the same settings: the same file
         succeeded(cli(evaluate, f"{KEPT} --samples={folder} {other}"))
@@ -3618,6 +3690,7 @@ def nfe_of_three_runs(monkeypatch, plot=None):
             rows.append(dict(model=model.name, decode="greedy", nfe=k, success=success + k / 10, stderr=0.01, n=100))
     rows.append(dict(model="data", success=1, stderr=0, n=100))
     monkeypatch.setattr(evaluate, "maze_rows", lambda *a: rows)
+    monkeypatch.setattr(evaluate, "sampling_note", lambda *a: "")
     args = argparse.Namespace(n=100, nfe=[1, 2], plot=plot, tau=None, top_p=None, sampler="ancestral", order="random",
                               weights="ema", seed=0, metric=None, json=None)
     return args, evaluate.nfe(args, models, "cpu")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import evaluate
 from bd3lm import clip_windows, search_clip
 from data.batches import EVAL, LEVELS, NOISE, loss_inputs, micro_batches, part_of_batch, read_ahead, rng
-from data.cli import BadInput, Parser, add_flags, number, optional, run_main
+from data.cli import BadInput, Parser, add_flags, number, optional, refuse_unread, run_main
 from data.files import check_folder
 from data.prepare import make_maze
 from data.run import (Log, StopSignals, World, check_conditions, conditions, flops_per_row, load_checkpoint, restore,
@@ -188,8 +188,7 @@ def parse(argv):
 
     # a flag that nothing would read is a mistake; a default that nothing reads is left alone
     for flag, reader in unread_flags(args):
-        if given.get(flag):
-            parser.error(f"--{flag} is {reader}: leave --{flag} out, or change the other flags")
+        refuse_unread([flag], (), f"here, it is {reader}")
         if flag in ("block_size", "heads", "n_embd", "n_head"):
             setattr(args, flag, None)                      # so that no checkpoint records what its model does not use
     if args.n_head and args.n_embd % (2 * args.n_head):    # RoPE turns pairs of channels

@@ -17,7 +17,7 @@ class BadInput(Exception):
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that says one sentence on an error (stderr, exit code 2); no short forms, no empty values."""
-    given = set()                                          # the flags of the last command line, without their dashes
+    given = {}                                             # of the last command line: flag, without dashes -> text
     MAY_BE_EMPTY = {"--prompt", "--separator"}
 
     def __init__(self, **kw):
@@ -25,17 +25,18 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)
+        Parser.given = {}
         flag = ""
-        Parser.given = set()
         for word in words:
             value = word
             if word.startswith("--"):
                 flag, has_value, value = word.partition("=")
-                Parser.given.add(flag.removeprefix("--"))
+                Parser.given[flag.removeprefix("--")] = value
                 if not has_value:                          # it may be the next word
                     continue
             if value == "" and flag not in self.MAY_BE_EMPTY:
                 self.error(f"{flag} is empty: give it a value, or leave it out")
+            Parser.given[flag.removeprefix("--")] = value
         return super().parse_args(args, namespace)
 
     def error(self, message):
@@ -89,6 +90,14 @@ def unescape(text):
         return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
     except UnicodeDecodeError:
         raise argparse.ArgumentTypeError(f"{text!r} ends in a lone backslash") from None
+
+
+def refuse_unread(flags, read, reason):
+    """BadInput for one of these flags (names without dashes) that was given on the command line and is not `read`."""
+    for flag in flags:
+        if flag in Parser.given and flag not in read:
+            typed = f"--{flag}={Parser.given[flag]}".rstrip("=")
+            raise BadInput(f"{typed} has no effect {reason}: leave it out, or change the other flags")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

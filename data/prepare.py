@@ -22,7 +22,7 @@ from tqdm import tqdm
 if __name__ == "__main__":
     # a script's own folder is on the path: here the project's must be in its place, where the package `data` is
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from data.cli import BadInput, Parser, number, run_main, unescape
+from data.cli import BadInput, Parser, number, refuse_unread, run_main, unescape
 from data.detokenize import LAMBADA, LM1B, PTB, SCIENTIFIC, WIKITEXT, detokenize
 from data.documents import expand, hub_splits, stream_files, stream_hub
 from data.maze import MAZE_LENGTH, maze_dataset
@@ -183,18 +183,11 @@ def make_text(args):
     if not args.files and not args.hub:
         raise BadInput("text comes from --files or from --hub: give one of them")
     if args.files:
-        refuse_unread("--files", ["val_documents"])
+        refuse_unread(["val_documents"], (), "with --files")
         make_text_of_files(args)
     else:
-        refuse_unread("--hub", ["separator", "val_fraction", "seed"])
+        refuse_unread(["separator", "val_fraction", "seed"], (), "with --hub")
         make_text_of_hub(args)
-
-
-def refuse_unread(source, flags):
-    """BadInput where a flag is given that text from this source does not read."""
-    for flag in flags:
-        if flag in Parser.given:
-            raise BadInput(f"--{flag} is not read with {source}: leave it out")
 
 
 def make_text_of_files(args):

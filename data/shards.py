@@ -117,8 +117,8 @@ class Writer:
             return False
         if before != self.key:
             raise BadInput(f"{self.partial} holds an interrupted run with other settings "
-                           f"({differences(before, self.key)}): repeat its command, remove that folder, or choose another "
-                           "--out")
+                           f"({differences(before, self.key)}): repeat its command, remove that folder, or choose "
+                           "another --out")
         for path, size in sizes.items():
             os.truncate(path, size)                        # drop what was written after that commit
         self.done = last["done"]

@@ -17,11 +17,12 @@ wrong answer as well as for the right one. The paper does not say which it used.
 Shapes: B batch, L length, V vocabulary, D width, N scored tokens of all rows.
 """
 import time
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from data.cli import BadInput, Parser, number, optional, run_main
+from data.cli import BadInput, Parser, number, optional, refuse_unread, run_main
 from data.files import check_output
 from data.report import report
 from data.run import device_and_dtype
@@ -35,12 +36,12 @@ TASKS = "arc_easy,arc_challenge,boolq,hellaswag,piqa,openbookqa,winogrande"     
 # the score of a batch of completions
 
 @torch.no_grad()
-def score(model, tokens, scored, teacher=None, given_noise=False, generator=None):
+def score(model, tokens, scored, teacher=None, given_noise=False, generators=None):
     """log p of the completions given their contexts -> (nats [B], whether each of its tokens is the argmax [B]).
 
     tokens [B, L]; scored [B, L] bool: the completion, the end of each row. BD3-LM: L is a multiple of the block; what
     follows the completion in its last block is masked and not scored. `teacher`: of a student with noise, whose term
-    `given_noise` leaves out.
+    `given_noise` leaves out. generators: one for each row's noise, so that no other row changes its score.
     """
     x = tokens[scored]                                     # (N)
     teacher_logits = None
@@ -54,7 +55,7 @@ def score(model, tokens, scored, teacher=None, given_noise=False, generator=None
         masked = scored.cumsum(1) > 0
         g = None
         if model.noise_embed is not None:
-            g = noise_of_completions(model.noise_embed, tokens, scored, masked, teacher_logits, generator)
+            g = noise_of_completions(model.noise_embed, tokens, scored, masked, teacher_logits, generators)
         z = tokens.masked_fill(masked, model.mask_id)
         logits = model.logits(model.hidden(z, g, clean=tokens, wanted=scored))  # (N, V)
     nats = log_p(logits, x)
@@ -64,21 +65,29 @@ def score(model, tokens, scored, teacher=None, given_noise=False, generator=None
     return sum_per_row(nats, scored), mistakes == 0
 
 
-def noise_of_completions(noise_embed, tokens, scored, masked, teacher_logits, generator):
+def noise_of_completions(noise_embed, tokens, scored, masked, teacher_logits, generators):
     """Noise embeddings g [B, L, D]: of the scored tokens from the posterior of the noise (for noise that is unpaired,
     from the prior), of what is masked after them from the prior, and zero elsewhere.
     """
-    if teacher_logits is None:
-        of_scored = noise_embed.from_prior(int(scored.sum()), generator=generator)
-    else:
-        of_scored = noise_embed.from_posterior(teacher_logits, tokens[scored], generator)
-    rest = masked & ~scored
-    of_rest = noise_embed.from_prior(int(rest.sum()), generator=generator)
     D = noise_embed.weight.shape[0]
     g = torch.zeros(*tokens.shape, D, device=tokens.device)
-    g[scored] = of_scored.to(g.dtype)                      # under autocast it may come in bfloat16
-    g[rest] = of_rest.to(g.dtype)
+    first = 0                                              # of a row's scored tokens, its number among all
+    for g_row, x, is_scored, is_masked, generator in zip(g, tokens, scored, masked, generators):
+        n = int(is_scored.sum())
+        if teacher_logits is None:
+            of_scored = noise_embed.from_prior(n, generator=generator)
+        else:
+            of_scored = noise_embed.from_posterior(partial(part_from, teacher_logits, first), x[is_scored], generator)
+        first += n
+        rest = is_masked & ~is_scored
+        of_rest = noise_embed.from_prior(int(rest.sum()), generator=generator)
+        g_row[is_scored] = of_scored.to(g.dtype)           # under autocast it may come in bfloat16
+        g_row[rest] = of_rest.to(g.dtype)
     return g
+
+
+def part_from(logits, first, a, b):
+    return logits(first + a, first + b)
 
 
 def log_p(logits, x):
@@ -124,8 +133,7 @@ class Scorer:
         for length, members in sorted(of_length.items(), reverse=True):      # the longest first: memory fails early
             for a in range(0, len(members), self.batch_size):
                 chosen = members[a:a + self.batch_size]
-                seed = torch_seed(self.seed, length, a)
-                scores = self.score_batch([rows[i] for i in chosen], length, seed)
+                scores = self.score_batch([rows[i] for i in chosen], length)
                 for i, result in zip(chosen, scores):
                     results[i] = result
                 bar.update(len(chosen))
@@ -140,7 +148,7 @@ class Scorer:
         ids = [self.model.bos] + text[1 - self.model.length:]               # if it is too long, its end
         return ids, min(len(completion), len(ids) - 1)
 
-    def score_batch(self, rows, length, seed):
+    def score_batch(self, rows, length):
         """Rows of `make_row` that are padded to `length` -> [(nats, whether it is greedy)]."""
         device = next(self.model.parameters()).device
         tokens = torch.full((len(rows), length), self.model.bos, device=device)
@@ -148,11 +156,13 @@ class Scorer:
         for i, (ids, n) in enumerate(rows):
             tokens[i, :len(ids)] = torch.tensor(ids)
             scored[i, len(ids) - n:len(ids)] = True
-        generator = torch.Generator(device).manual_seed(seed)
+        # a request is known by its tokens: its noise is the same in any batch
+        seeds = [torch_seed(self.seed, *ids) for ids, _ in rows]
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         nats = []
         greedy = []
         for _ in range(self.draws):
-            result = score(self.model, tokens, scored, self.teacher, self.given_noise, generator)
+            result = score(self.model, tokens, scored, self.teacher, self.given_noise, generators)
             nats.append(result[0])
             greedy.append(result[1])
         mean = torch.stack(nats).mean(0)
@@ -259,6 +269,9 @@ def main(argv=None):
     for model in models:
         if model.drafts:
             raise BadInput(f"--ckpt: {model.name} holds Medusa heads, which score nothing: give its backbone")
+    reads_noise = any(model.noise_embed is not None for model in models)
+    refuse_unread(["teacher", "score", "draws"], ["teacher", "score", "draws"] if reads_noise else (),
+                  "without a student that reads noise")
     teachers = [load_teacher(args, model, model.meta, model.length, device) for model in models]
     tasks, manager = find_tasks(args)
     rows = []

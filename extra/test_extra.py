@@ -152,7 +152,8 @@ def test_ema_weights_of_a_lightning_checkpoint_are_its_shadow_list(lightning):
 
 @needs_shared
 def test_nothing_that_a_lightning_checkpoint_pickles_is_executed(lightning, tmp_path, cli):
-    code, out, err = cli(sample, f"--ckpt={lightning.path} --n=2 --steps=4 --length=8")
+    steps = "" if lightning.name == "ar" else "--steps=4"
+    code, out, err = cli(sample, f"--ckpt={lightning.path} --n=2 --length=8 {steps}")
     assert code == 0 and out.count("--- sample") == 2 and "entropy" in out, err
     sample.load_model(lightning.path, "raw")
     assert not (tmp_path / "executed").exists()
@@ -602,8 +603,8 @@ def test_the_score_of_a_student_with_noise_is_a_bound():
     many = row.expand(n, -1)
     scored = completion(many, 2, 4)
     of_teacher = teacher.log_probs(row)[0, [1, 2], row[0, 2:]].sum().item()
-    given, _ = lm_eval_model.score(student, many, scored, teacher, True, gen(0))
-    bound, _ = lm_eval_model.score(student, many, scored, teacher, False, gen(0))
+    given, _ = lm_eval_model.score(student, many, scored, teacher, True, [gen(0)] * n)
+    bound, _ = lm_eval_model.score(student, many, scored, teacher, False, [gen(0)] * n)
     assert torch.allclose(bound, given + of_teacher, atol=1e-5)
 
     def given_noise(xi):

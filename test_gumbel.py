@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")           # no test reaches a hub; read when its library is imported
@@ -50,7 +51,7 @@ from data.cli import BadInput, run_main
 from data.maze import PAD, ExactDenoiser, maze_dataset, maze_paths, maze_valid
 from data.report import report
 from data.run import CHECKPOINT
-from data.shards import Shards, Writer, read_meta
+from data.shards import Shards, Writer, read_meta, sha256
 from data.teacher_cache import TeacherLogits
 from extra import scores
 from extra.acceptance import acceptance_row, perfect_heads
@@ -2968,6 +2969,120 @@ def test_sigterm_saves_and_the_same_command_continues(runs):
     wait_for(step + 2)                                     # handlers are in place
     p.send_signal(signal.SIGINT)
     assert p.wait(600) == 128 + signal.SIGINT
+
+
+# ways in which what lies under a run's paths may change: (what is done to its folder, whether it is still continued)
+def prepare_other_text(folder):
+    meta = json.loads((folder / "data/mine/meta.json").read_text())
+    ids = np.fromfile(folder / "data/mine/train.bin", "<u2")
+    ids[0] ^= 1
+    ids.tofile(folder / "data/mine/train.bin")
+    meta["files"][0]["sha256"] = sha256(folder / "data/mine/train.bin")
+    (folder / "data/mine/meta.json").write_text(json.dumps(meta))
+
+
+def train_the_teacher_on(folder):
+    ckpt = torch.load(folder / "out/ar/ckpt.pt", weights_only=True)
+    ckpt["ema"]["transformer.norm.weight"][0] += 1
+    torch.save(ckpt, folder / "out/ar/ckpt.pt")
+
+
+@pytest.mark.parametrize("change,names", [
+    (prepare_other_text, "other shards data/mine"), (train_the_teacher_on, "another teacher out/ar")])
+def test_a_run_is_not_continued_on_other_data_or_with_another_teacher(text_runs, cli, monkeypatch, tmp_path, change, names):
+    """A path does not stand for what lies there."""
+    for name in ("data", "out/ar", "out/gumbel"):
+        shutil.copytree(text_runs / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    change(tmp_path)
+    before = (tmp_path / "out/gumbel/ckpt.pt").read_bytes()
+    refused(cli(train, f"{NOISY} --data=mine --length=24 {TINY} --out=out/gumbel --steps=8"), *names.split())
+    assert (tmp_path / "out/gumbel/ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name,value", [
+    ("processes", 2), ("micro_batch_size", 4), ("device", "cuda"), ("dtype", "bfloat16"), ("torch", "2.0"), ("random", 0)])
+def test_a_run_is_continued_under_other_conditions_with_a_warning(in_maze_runs, cli, tmp_path, name, value):
+    """The same law, other draws or other rounding: said once, and noted in the log."""
+    shutil.copytree("out/maze-mdlm", tmp_path / "m")
+    ckpt = torch.load(tmp_path / "m/ckpt.pt", weights_only=True)
+    now = ckpt["conditions"][name]
+    ckpt["conditions"][name] = value
+    ckpt["args"] |= dict(schedule="constant")
+    torch.save(ckpt, tmp_path / "m/ckpt.pt")
+    flags = f"--model=mdlm --data=maze --steps=7 --save_every=3 {TINY} --schedule=constant --out={tmp_path}/m"
+    _, err = succeeded(cli(train, flags))
+    assert err.count("other conditions") == 1 and name in err
+    assert [line["changed"] for line in jsonl(tmp_path / "m/log.jsonl") if "changed" in line] == [{name: [value, now]}]
+
+
+def test_a_checkpoint_that_is_older_than_its_conditions_is_continued(in_maze_runs, cli, tmp_path):
+    shutil.copytree("out/maze-mdlm", tmp_path / "m")
+    ckpt = torch.load(tmp_path / "m/ckpt.pt", weights_only=True)
+    for name in ("conditions", "bad_steps"):
+        del ckpt[name]
+    ckpt["args"] |= dict(schedule="constant")
+    torch.save(ckpt, tmp_path / "m/ckpt.pt")
+    flags = f"--model=mdlm --data=maze --steps=7 --save_every=3 {TINY} --schedule=constant --out={tmp_path}/m"
+    _, err = succeeded(cli(train, flags))
+    assert "cannot be checked" in err
+    assert "conditions" in torch.load(tmp_path / "m/ckpt.pt", weights_only=True)
+
+
+def test_the_checkpoint_before_the_last_is_kept_and_named_where_the_last_is_damaged(in_maze_runs, cli, tmp_path):
+    """Every bit counts: torch writes checksums, and does not read them."""
+    succeeded(cli(train, f"--model=mdlm --data=maze --steps=6 --save_every=2 {TINY} --out={tmp_path}"))
+    assert sample.load_checkpoint(f"{tmp_path}/ckpt.previous.pt")["step"] == 4
+    succeeded(cli(sample, f"--ckpt={tmp_path}/ckpt.previous.pt --n=1"))
+    raw = bytearray((tmp_path / "ckpt.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "ckpt.pt") as archive:
+        tensor = max(archive.infolist(), key=lambda entry: entry.file_size)
+    raw[tensor.header_offset + tensor.file_size // 2 + 200] ^= 16
+    (tmp_path / "ckpt.pt").write_bytes(raw)
+    refused(cli(sample, f"--ckpt={tmp_path} --n=1"), "ckpt.pt", "checksum", "ckpt.previous.pt")
+
+
+@pytest.mark.parametrize("damage", [
+    b"", b"\0" * 400, b'{"step": 3, "lo', b"[1, 2]\n", b"\xff\xfe\n", b'"text"\n', b"[" * 5000 + b"\n"])
+def test_a_damaged_log_does_not_stop_a_resume(in_maze_runs, cli, tmp_path, damage):
+    """What is whole of it stays."""
+    shutil.copytree("out/maze-mdlm", tmp_path / "m")
+    ckpt = torch.load(tmp_path / "m/ckpt.pt", weights_only=True)
+    ckpt["args"] |= dict(schedule="constant")
+    torch.save(ckpt, tmp_path / "m/ckpt.pt")
+    whole = (tmp_path / "m/log.jsonl").read_bytes()
+    (tmp_path / "m/log.jsonl").write_bytes(damage + (b"\n" if damage else b"") + whole)
+    flags = f"--model=mdlm --data=maze --steps=7 --save_every=3 {TINY} --schedule=constant --out={tmp_path}/m"
+    succeeded(cli(train, flags))
+    lines = (tmp_path / "m/log.jsonl").read_bytes()
+    assert lines.startswith(whole) and jsonl(tmp_path / "m/log.jsonl")[-1]["step"] == 7
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["ar", "plain", "gumbel", "blocks", "heads"])
+def test_weights_that_are_not_finite_are_refused(in_medusa_runs, block_runs, cli, tmp_path, name, value):
+    ckpt = torch.load(f"out/{name}/ckpt.pt", weights_only=True)
+    for state in (ckpt["ema"], ckpt["model"]):
+        list(state.values())[-1].view(-1)[-1] = value
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    refused(cli(sample, f"--ckpt={tmp_path} --n=1"), str(tmp_path), "finite")
+    if name == "ar":
+        refused(cli(train, f"--gumbel --teacher={tmp_path} {TEXT} --steps=1 --out={tmp_path}/x"), "finite")
+        refused(cli(evaluate, f"genppl --judge={tmp_path} --ckpt out/plain"), "finite")
+
+
+@pytest.mark.parametrize("name,value", [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "8"), ("RANK", "-1"), ("WORLD_SIZE", "")])
+def test_a_wrong_environment_is_one_sentence(in_maze_runs, cli, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    refused(cli(train, f"--model=mdlm --data=maze {NEW}"), name)
+
+
+def test_lack_of_memory_names_the_flags_that_were_given(in_maze_runs, cli, monkeypatch):
+    def full(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
+    for failure in (full, lambda *args: bytearray(1 << 60)):
+        monkeypatch.setattr(train, "train", failure)
+        refused(cli(train, f"--model=mdlm --data=maze --batch_size=64 --length=11 {NEW}"), "--batch_size", "--length")
 
 
 @pytest.fixture

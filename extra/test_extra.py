@@ -1,5 +1,6 @@
 """The tests of extra/: published weights, decoding with a verifier, judges, MAUVE, figures, bench, lm-eval."""
 import argparse
+import contextlib
 import functools
 import http.server
 import json
@@ -819,6 +820,85 @@ def test_a_failed_connection_to_the_judge_is_reported_without_its_address(endpoi
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/" + KEY)
     code, out, err = cli(llm_judge, f"{JUDGE}=m")
     assert code == 1 and "ConnectionRefusedError" in err and KEY not in out + err
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://", "https:///v1", "http://x:port/v1", "ftp://x", "x", "http://:80",
+                                 "http://a\tb/"])
+def test_a_judge_without_an_address_is_refused_at_once(endpoint, cli, monkeypatch, url):
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    refused(cli(llm_judge, f"{JUDGE}=m"), "OPENAI_BASE_URL")
+    assert not os.path.exists("j.jsonl")
+
+
+@pytest.mark.parametrize("flags, names", [(f"{JUDGE}=", ["--model"]), (f"{JUDGE}=m --timeout=inf", ["--timeout"]),
+                                          (f"{JUDGE}=m --timeout=1e30", ["--timeout"]),
+                                          (f"{JUDGE}=m --timeout=nan", ["--timeout"])])
+def test_flags_that_ask_nobody_or_wait_for_ever_are_refused(endpoint, cli, flags, names):
+    refused(cli(llm_judge, flags), *names)
+    assert not endpoint.seen
+
+
+@pytest.mark.parametrize("text", ["3", "null", "[]", "{}", "true"])
+def test_a_sample_whose_text_is_none_is_refused(endpoint, cli, text):
+    Path("a.jsonl").write_text(f'{{"text": {text}}}\n')
+    refused(cli(llm_judge, f"{JUDGE}=m"), "a.jsonl", "text")
+    assert not endpoint.seen
+
+
+@pytest.mark.parametrize("change", [dict(key=None), dict(key=3), dict(clarity="9"), dict(clarity=None), dict(style=11)])
+def test_answers_of_an_earlier_run_are_checked(endpoint, cli, change):
+    cli(llm_judge, f"{JUDGE}=m")
+    lines = Path("j.jsonl").read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | change)
+    content = "\n".join(lines) + "\n"
+    Path("j.jsonl").write_text(content)
+    refused(cli(llm_judge, f"{JUDGE}=m"), "--out=j.jsonl", *change)
+    assert Path("j.jsonl").read_text() == content
+
+
+DEEP = 100_000 * '{"a":'
+
+
+@pytest.mark.parametrize("item", [DEEP, 300_000 * "{", "[" + 100_000 * "[", DEEP + "1" + 100_000 * "}"])
+def test_an_answer_that_is_nested_deeply_is_no_answer(endpoint, cli, item):
+    began = time.time()
+    endpoint.script = 3 * [item]
+    code, out, err = cli(llm_judge, f"{JUDGE}=m --timeout=20")
+    assert code == 1 and "1 of 4" in err and "Traceback" not in err and time.time() - began < 10, err
+
+
+def test_samples_that_are_nested_deeply_are_refused(endpoint, cli):
+    Path("a.jsonl").write_text(f'{{"text": {DEEP}1\n')
+    refused(cli(llm_judge, f"{JUDGE}=m"), "a.jsonl")
+
+
+def test_half_a_pair_of_surrogates_is_judged_as_another_character(endpoint, cli):
+    Path("a.jsonl").write_text(r'{"text": "hello \ud83d there \ud83d\ude00"}' + "\n")
+    code, out, err = cli(llm_judge, f"{JUDGE}=m")
+    assert code == 0, err
+    asked = [body["messages"][0]["content"] for _, _, body in endpoint.seen]
+    assert any("hello \ufffd there \U0001f600" in prompt for prompt in asked)
+
+
+@pytest.mark.parametrize("where", ["in its headers", "in its text"])
+def test_a_server_that_drips_does_not_outlast_the_timeout(endpoint, cli, monkeypatch, where):
+    def drip(self):
+        self.server.seen.append(None)
+        self.wfile.write(b"HTTP/1.0 200 OK\r\n")
+        if where == "in its text":
+            self.wfile.write(b"\r\n")
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.1)
+    monkeypatch.setattr(Stub, "do_POST", drip)
+    Path("a.jsonl").write_text('{"text": "one"}\n')
+    Path("b.jsonl").write_text('{"text": "one"}\n')
+    began = time.time()
+    code, out, err = cli(llm_judge, f"{JUDGE}=m")
+    assert code == 1 and "no answer within 0.5 s" in err and time.time() - began < 4, err
+    assert len(endpoint.seen) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

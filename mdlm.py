@@ -642,7 +642,7 @@ def load_published(src, n_heads=None, length=None, bos=50256, inject=None, make=
     from extra.published import fold_published
     state, sizes, noise_weight, settings = fold_published(src, n_heads)
     if noise_weight is not None:
-        kw["noise"] = "gumbel"
+        kw.setdefault("noise", "gumbel")
         state["noise_embed.weight"] = noise_weight
     model = make(length=length or settings.get("model_length", 1024), bos=bos,
                  inject=inject or settings.get("inject", "replace"), **sizes, **kw)

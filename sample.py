@@ -13,9 +13,11 @@ A model of your own becomes an entry of MODELS: every command asks it through it
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 import time
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -37,7 +39,6 @@ from medusa import ACCEPT, Medusa
 from teacher import AR, GPT2, GPT2_SIZES, HF, model_hash
 
 MODELS = {"ar": AR, "mdlm": MDLM, "bd3lm": BD3LM, "medusa": Medusa}  # what --model names
-GPT2_VOCAB_SIZE = 50257                         # by which its tokenizer is recognised in foreign files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,18 +72,19 @@ def source_of(path):
     "checkpoint"  train.py's, the file or its run directory
     "hf"          hf:NAME
     "gpt2"        a published name, as gpt2-large
-    "published"   a Lightning .ckpt of the authors' code, a .safetensors file, or a folder as
-                  Hugging Face has it: GPT-2, or the authors' networks
+    "published"   a Lightning .ckpt of the authors' code, a .safetensors or .bin file, or a folder
+                  as Hugging Face has it: GPT-2, or the authors' networks
     """
     if os.path.exists(os.path.join(path, "ckpt.pt")):
         return "checkpoint"
     if path.startswith("hf:"):
         return "hf"
-    if path in GPT2_SIZES:
+    if path in GPT2_SIZES and not os.path.isdir(path):
         return "gpt2"
-    if path.endswith((".ckpt", ".safetensors")):
+    if path.endswith((".ckpt", ".safetensors", ".bin")):
         return "published"
-    for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin",
+                 "model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if os.path.exists(os.path.join(path, name)):
             return "published"
     # ours, or nothing at all: `load_checkpoint` says which
@@ -155,60 +157,49 @@ def load_backbone(path, device):
 def load_foreign(path, source, weights):
     """A model that train.py did not write, described as if it had."""
     kind = "ar"
+    own = {}                                    # what its own tokenizer says
     try:
         if source == "hf":
-            model = HF(path.removeprefix("hf:"))
+            tokenizer = path
+            with suppress(BadInput):            # a model may come without one
+                codec = Tokenizer(path)
+                own = dict(bos=codec.bos, fingerprint=codec.fingerprint())
+            model = HF(path.removeprefix("hf:"), own.get("bos"))
         elif source == "gpt2":
             model = GPT2.from_pretrained(path)
+            tokenizer = "gpt2"
         else:
-            kind, model = load_published(path, weights)
-    except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as e:
+            kind, model, tokenizer = load_published(path, weights)
+    except (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError) as e:
         # damaged in one way or another
         why = (str(e) or type(e).__name__).splitlines()[-1].strip()
         raise BadInput(f"{path} cannot be loaded: {why}") from None
-    tokenizer = "ids"                           # nothing in the file names one
-    if source == "hf":
-        tokenizer = path
-    elif model.vocab_size == GPT2_VOCAB_SIZE:
-        tokenizer = "gpt2"
     name = os.path.basename(os.path.normpath(path))
     model.meta = dict(name=name, tokenizer=tokenizer, vocab_size=model.vocab_size, bos=model.bos,
-                      predict_bos=True, row_length=None)
-    if source == "hf":                          # its tokenizer lies beside it
-        model.meta = add_fingerprint(model.meta)
+                      predict_bos=True, row_length=None) | own
     model.args = dict(model=kind)
     model.step = None
     return model
 
 
 def load_published(path, weights):
-    """Other people's weights -> (the model's name in MODELS, the model). Raises OSError, ValueError."""
-    from extra.published import read_weights
+    """Other people's weights -> (the model's name in MODELS, the model, its tokenizer's name). Raises OSError,
+    ValueError.
+    """
+    from extra.published import describe, find_weight, read_weights, tokenizer_of
     state, settings = read_weights(path, weights)
     if find_weight(state, "wte.weight") is not None:
-        return "ar", GPT2.from_state(state, settings)
-    # one of the authors' networks: their ids end with BOS and [MASK]
-    embedding = find_weight(state, "vocab_embed.embedding")
-    if embedding is None:
-        raise ValueError("not a published MDLM, BD3-LM, AR or GPT-2 checkpoint: it lacks their embedding")
-    length = settings.get("model_length")
-    known = dict(n_heads=settings.get("n_heads"), length=length, bos=len(embedding) - 2)
-    if find_weight(state, "sigma_map.mlp.0.weight") is None:
-        # no input for the noise level: an AR model
-        return "ar", teacher.load_published(state, **known)
-    known["inject"] = settings.get("inject")
-    block_size = settings.get("block_size", length)
-    if block_size != length:
-        return "bd3lm", bd3lm.load_published(state, block_size, **known)
-    return "mdlm", mdlm.load_published(state, **known)
-
-
-def find_weight(state, ending):
-    """The tensor whose name ends so, or None."""
-    for name, w in state.items():
-        if name.endswith(ending):
-            return w
-    return None
+        kind = "ar"
+        model = GPT2.from_state(state, settings)
+        n_embd = model.config.n_embd
+        if "n_head" not in settings and n_embd not in [size[1] for size in GPT2_SIZES.values()]:
+            raise ValueError("nothing says what its n_head is: write what is true of it to config.json "
+                             f'beside it, as in {{"n_head": {math.gcd(n_embd // 2, 12)}}}')
+    else:
+        kind, known = describe(state, settings)
+        loader = {"ar": teacher, "mdlm": mdlm, "bd3lm": bd3lm}[kind]
+        model = loader.load_published(state, **known)
+    return kind, model, tokenizer_of(path, settings, model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,11 @@ class CausalLM(Model):
     can_teach = True
     predict_bos = True
 
+    def __init__(self, config):
+        super().__init__(config)
+        if not isinstance(self.bos, int) or not 0 <= self.bos < self.vocab_size:
+            raise ValueError(f"its bos_token_id is {self.bos!r:.60}, none of its {self.vocab_size} ids")
+
     @property
     def device(self):
         return next(self.parameters()).device
@@ -229,6 +234,8 @@ GPT2_SIZES = {                                                # n_layer, n_embd,
     "gpt2-large": (36, 1280, 20),
     "gpt2-xl": (48, 1600, 25),
 }
+GPT2_IDS = 50257
+GPT2_PADDED = 50304                                           # nanoGPT's, llm.c's: rows to a multiple of 64
 GPT2_NAMES = {                                                # published layer -> ours
     "wte": "embed", "wpe": "positions", "ln_f": "norm", "ln_1": "norm1", "ln_2": "norm2",
     "attn.c_attn": "qkv", "attn.c_proj": "attn_out", "mlp.c_fc": "fc", "mlp.c_proj": "proj",
@@ -286,22 +293,31 @@ class GPT2(AR):
             ours[f"transformer.{prefix}{GPT2_NAMES[layer]}.{kind}"] = w
         try:
             return cls._from_ours(ours, config)
-        except (KeyError, RuntimeError, ValueError) as e:
+        except (LookupError, TypeError, RuntimeError, ValueError) as e:
             raise ValueError(f"its weights are not GPT-2's: {str(e).splitlines()[-1].strip()}") from None
 
     @classmethod
     def _from_ours(cls, state, config):
+        from extra.published import check_sizes
         embedding = state["transformer.embed.weight"]
-        V, D = embedding.shape
-        length = len(state["transformer.positions.weight"])
-        layers = [int(key.split(".")[2]) for key in state if key.startswith("transformer.blocks.")]
         bos = config.get("bos_token_id")  # 0 is an id, too
+        if len(embedding) == GPT2_PADDED and bos in (None, GPT2_IDS - 1):
+            embedding = embedding[:GPT2_IDS]
+            config = config | {"vocab_size": GPT2_IDS}        # either number may stand there
+        V, D = embedding.shape
         if bos is None:
             bos = V - 1
-        n_head = config.get("n_head") or D // 64
+        length = len(state["transformer.positions.weight"])
+        layers = {key.split(".")[2] for key in state if key.startswith("transformer.blocks.")}
+        n_layer = len(layers)
+        if layers != set(map(str, range(n_layer))) or n_layer > 1000:
+            raise ValueError(f"its {n_layer} layers are not numbered from 0 on, or too many")
+        check_sizes(config, dict(vocab_size=V, n_embd=D, n_positions=length, n_layer=n_layer))
+        n_head = config.get("n_head") or max(1, D // 64)
         with torch.device("meta"):  # no memory, no initial draws: the weights replace it all
-            model = cls(V, length, bos, 1 + max(layers), D, n_head, dropout=0.0)
-        model.load_state_dict(state | {"transformer.head.weight": embedding}, assign=True)
+            model = cls(V, length, bos, n_layer, D, n_head, dropout=0.0)
+        tied = {"transformer.embed.weight": embedding, "transformer.head.weight": embedding}
+        model.load_state_dict(state | tied, assign=True)
         model.transformer.head.weight = model.transformer.embed.weight
         return model.eval().requires_grad_(False)
 
@@ -312,10 +328,12 @@ def download_gpt2(name):
     folder = os.path.join(cache, name)
     path = os.path.join(folder, "model.safetensors")
     if not os.path.exists(path):
+        from extra.published import server_sha256
         os.makedirs(folder, exist_ok=True)
+        url = GPT2_URL.format(name)
         try:
-            torch.hub.download_url_to_file(GPT2_URL.format(name), path)
-        except OSError as e:
+            torch.hub.download_url_to_file(url, path, hash_prefix=server_sha256(url))
+        except (OSError, RuntimeError) as e:                  # the latter: it has another hash than the server's
             raise OSError(f"could not download {name} ({e}): go online once, or give a folder that holds its "
                           "model.safetensors or pytorch_model.bin") from None
     return folder
@@ -324,10 +342,11 @@ def download_gpt2(name):
 class HF(CausalLM):
     """Any Hugging Face causal LM as a teacher, through `transformers` (optional): a name, a folder, or a .gguf file.
 
-    Raises ValueError where it cannot be loaded, or does more than its body and output layer to get its logits.
+    `bos`: that of its tokenizer, by which texts are cut into rows; None takes what its config says. Raises ValueError
+    where it cannot be loaded, or does more than its body and output layer to get its logits.
     """
 
-    def __init__(self, name):
+    def __init__(self, name, bos=None):
         try:
             import transformers
         except ImportError:
@@ -342,7 +361,8 @@ class HF(CausalLM):
             raise ValueError(f"transformers cannot load hf:{name}: {why}") from None
         c = lm.config
         length = getattr(c, "max_position_embeddings", None) or 1 << 30  # none named: no bound of its own
-        bos = c.eos_token_id if c.bos_token_id is None else c.bos_token_id
+        if bos is None:
+            bos = c.eos_token_id if c.bos_token_id is None else c.bos_token_id
         super().__init__(CausalConfig(c.vocab_size, length, bos))
         self.lm = lm.eval().requires_grad_(False)
         self.transformers = transformers
@@ -385,10 +405,12 @@ def model_hash(model):
     return h.hexdigest()[:16]
 
 
-def load_published(src, n_heads=None, length=None, bos=50256):
+def load_published(src, n_heads=None, length=None, bos=None):
     """The authors' AR model as our `AR` with equal outputs. `src`: a path or a state dict; a [MASK] row is dropped."""
     from extra.published import fold_published
     state, sizes, _, settings = fold_published(src, n_heads)
+    if bos is None:
+        bos = min(50256, sizes["vocab_size"] - 1)             # their last id before [MASK]
     embedding = state["transformer.embed.weight"]
     state["transformer.embed.weight"] = embedding[:sizes["vocab_size"]]
     model = AR(length=length or settings.get("model_length", 1024), bos=bos, **sizes)

@@ -53,7 +53,7 @@ from data.report import report
 from data.run import CHECKPOINT
 from data.shards import Shards, Writer, read_meta, sha256
 from data.teacher_cache import TeacherLogits
-from extra import scores
+from extra import published, scores
 from extra.acceptance import acceptance_row, perfect_heads
 from extra.confidence import unmask_by_confidence
 from extra.init_from import initial_weights
@@ -304,6 +304,7 @@ def offline(monkeypatch, folder):
         raise OSError("offline")
     monkeypatch.setenv("GUMBEL_CACHE", str(folder))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_route)
+    monkeypatch.setattr(published, "server_sha256", lambda url: None)
 
 
 def run_in(folder, *commands):
@@ -2320,11 +2321,13 @@ def test_gpt2_is_downloaded_once(tmp_path, monkeypatch):
     save_gpt2(tmp_path / "source")
     calls = []
 
-    def download(url, dst, **kw):
+    def download(url, dst, hash_prefix):
+        assert hash_prefix == f"of {url}"
         calls.append(url)
         shutil.copy(tmp_path / "source" / "model.safetensors", dst)
     monkeypatch.setenv("GUMBEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(published, "server_sha256", lambda url: f"of {url}")
     for _ in range(2):
         assert GPT2.from_pretrained("gpt2-large").vocab_size == 301
     assert len(calls) == 1 and "gpt2-large" in calls[0] and calls[0].startswith("https://")

@@ -13,16 +13,19 @@ import math
 import os
 import statistics
 import sys
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from data.cli import BadInput, Parser, number, run_main
-from data.files import check_output
+from data.files import check_fields, check_output
 from data.report import report
 
 CRITERIA = {
@@ -78,11 +81,10 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def parse_scores(reply):
     """The scores in a reply, anywhere in its text: {criterion: 1 .. 10, "justification": text}. Raises Unusable."""
-    for start, character in enumerate(reply):
-        if character != "{":
-            continue
+    braces = [place for place, character in enumerate(reply) if character == "{"]
+    for start in braces[:1000]:                            # each may be read to the reply's end
         try:
-            found, _ = json.JSONDecoder().raw_decode(reply[start:])
+            found, _ = json.JSONDecoder().raw_decode(reply, start)
         except json.JSONDecodeError:                       # a brace in its prose: look further
             continue
         scores = {name: found.get(name) for name in CRITERIA}
@@ -97,6 +99,16 @@ def is_rating(value):
     return type(value) in (int, float) and 1 <= value <= 10          # True is an int to isinstance
 
 
+def fetch(request, timeout, result):
+    """The beginning of a server's answer, or what went wrong, becomes the Future's result."""
+    try:
+        opener = urllib.request.build_opener(NoRedirect)
+        with opener.open(request, timeout=timeout) as answer:
+            result.set_result(answer.read(2**20))
+    except Exception as e:
+        result.set_exception(e)
+
+
 def ask(endpoint, prompt):
     """One request -> the scores. Raises Unusable, or BadInput where no other question would fare better.
 
@@ -108,17 +120,18 @@ def ask(endpoint, prompt):
         headers["Authorization"] = f"Bearer {endpoint.api_key}"
     address = endpoint.url.rstrip("/") + "/chat/completions"
     request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-    opener = urllib.request.build_opener(NoRedirect)
+    # a socket's own timeout begins anew with each byte that comes: who waits for all of them is another thread
+    result = futures.Future()
+    threading.Thread(target=fetch, args=(request, endpoint.timeout, result), daemon=True).start()
     try:
-        with opener.open(request, timeout=endpoint.timeout) as answer:
-            completion = json.load(answer)
+        completion = json.loads(result.result(endpoint.timeout))
         return parse_scores(completion["choices"][0]["message"]["content"])
     except urllib.error.HTTPError as e:
         if e.code < 400 or e.code in (401, 403, 404):      # all samples would fail, not this one
             raise BadInput(f"the judge refuses with HTTP {e.code}: "
                            "check OPENAI_BASE_URL, OPENAI_API_KEY and --model") from None
         raise Unusable(f"HTTP {e.code}") from None
-    except TimeoutError:
+    except (TimeoutError, futures.TimeoutError):           # (two until Python 3.11)
         raise Unusable(f"no answer within {endpoint.timeout:g} s") from None
     except urllib.error.URLError as e:                     # wraps what went wrong below it
         raise Unusable(f"the connection failed ({type(e.reason).__name__})") from None
@@ -155,7 +168,7 @@ def read_jsonl(path):
     except FileNotFoundError:
         raise BadInput(f"there is no file {path}: "
                        "make it with evaluate.py genppl, or sample.py --out") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         lines = [None]                                     # refused below, in the same words
     if not all(isinstance(line, dict) for line in lines):
         raise BadInput(f"{path} is no .jsonl file of this project: each line must be a JSON object")
@@ -164,7 +177,12 @@ def read_jsonl(path):
 
 def read_samples(path, n):
     """The first n texts of a file of samples, whose other lines hold settings."""
-    texts = [line["text"] for line in read_jsonl(path) if "text" in line]
+    texts = []
+    for line in read_jsonl(path):
+        if "text" in line:
+            check_fields(path, line, {"text": str}, "it must be a text")
+            # half of a pair of surrogates, which JSON may hold, is no character
+            texts.append(line["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     if not texts:
         raise BadInput(f"{path} holds no samples")
     return texts[:n]
@@ -183,12 +201,15 @@ def read_answers(path):
     """
     if not os.path.exists(path):
         return {}
-    answers = {line.get("key"): line for line in read_jsonl(path)}
+    answers = {}
+    for line in read_jsonl(path):
+        check_fields(f"--out={path}", line, {"key": str} | dict.fromkeys(CRITERIA, is_rating), "choose another")
+        answers[line["key"]] = line
     with open(path, "rb") as f:
         content = f.read()
     beginning = b'{"key": '
     begins_so = content[:len(beginning)] == beginning[:len(content)]       # one cut-off line may be all there is
-    if None in answers or not begins_so:
+    if not begins_so:
         raise BadInput(f"--out={path} is no file of answers: choose another")
     os.truncate(path, content.rfind(b"\n") + 1)
     return answers
@@ -255,7 +276,7 @@ def flags():
     parser.add_argument("--n", type=number(int, 1), default=100,
                         help="the first n samples of each file")
     parser.add_argument("--parallel", type=number(int, 1), default=4, help="requests at once")
-    parser.add_argument("--timeout", type=number(float, above=0), default=60.0,
+    parser.add_argument("--timeout", type=number(float, above=0, high=3600), default=60.0,
                         help="seconds to wait for an answer")
     parser.add_argument("--dry_run", action="store_true",
                         help="print the first prompt and ask nobody")
@@ -266,7 +287,14 @@ def flags():
 def endpoint_from_environment(args):
     url = os.environ.get("OPENAI_BASE_URL", "")
     api_key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not url.startswith(("http://", "https://")):
+    if not args.model.strip():
+        raise BadInput("--model= names no judge: give the name that its endpoint has for it")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:                                     # as of a bracket or a port
+        is_address = False
+    if not is_address or not url.isascii() or not url.isprintable():
         raise BadInput("OPENAI_BASE_URL must be the address of an OpenAI-compatible endpoint, "
                        "as in https://api.openai.com/v1")
     if not (api_key.isascii() and api_key.isprintable()):  # http.client's error would print it

@@ -1,17 +1,28 @@
 """Weights that other projects published: safetensors, torch files, Lightning checkpoints, the authors' networks.
 
-In this order: one function per file format, `read_weights`, which tells them apart, and `fold_published`, which turns
-the authors' networks into ours. Nothing here knows a class of ours: `mdlm.load_published`, `bd3lm.load_published` and
-`teacher.load_published` pass the result to their own.
+In this order: one function per file format; the settings, which decide what weights compute and are not in them;
+`read_weights`, which reads both; whose tokenizer it is; and `fold_published`, which turns the authors' networks into
+ours. Nothing here knows a class of ours: `mdlm.load_published` and its like pass the result to their own.
 """
+import hashlib
+import http.client
 import json
+import math
 import os
+import re
+import sys
+import urllib.error
+import urllib.request
 import zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from data.cli import BadInput
+from data.files import check_fields, fits, is_file_name, read_json, whole
+from extra.judge import NoRedirect
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,21 +45,37 @@ def read_safetensors(path):
 
     The format: the size of the header in 8 bytes, the header (JSON: name -> dtype, shape, offsets), the data.
     """
-    data = np.memmap(path, np.uint8, mode="c")             # copy-on-write: torch wants writable memory
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     tensors = {}
     try:
-        header = json.loads(data[8:start].tobytes())
-        for name, entry in header.items():
-            if name == "__metadata__":                     # strings of the writer's, no tensor
-                continue
-            a, b = entry["data_offsets"]                   # counted from the end of the header
-            values = torch.from_numpy(data[start + a:start + b])
-            tensors[name] = values.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        data = np.memmap(path, np.uint8, mode="c")         # copy-on-write: torch wants writable memory
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        if start > len(data):
+            raise ValueError("it ends within its header")
+        header = json.loads(data[8:start].tobytes(), object_pairs_hook=unique_names)
+        header.pop("__metadata__", None)                   # strings of the writer's, no tensor
+        end = 0                                            # of the tensors so far, counted from that of the header
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            a, b = entry["data_offsets"]
+            dtype = DTYPES[entry["dtype"]]
+            size = math.prod(entry["shape"]) * dtype.itemsize
+            # (the format leaves no room between two tensors)
+            if not all(map(whole(), entry["shape"])) or (a, b) != (end, end + size):
+                raise ValueError(f"{name} does not lie where its shape says")
+            tensors[name] = torch.from_numpy(data[start + a:start + b]).view(dtype).view(entry["shape"])
+            end = b
+        if start + end != len(data):
+            raise ValueError(f"it has {len(data)} bytes, its header describes {start + end}")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
         why = f"{type(e).__name__}: {e}"
         raise ValueError(f"{path} is no complete safetensors file ({why})") from None
     return tensors
+
+
+def unique_names(pairs):
+    """A JSON object, in which no name may stand twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return dict(pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,6 +100,10 @@ def load_inert(path):
     zipped = zipfile.is_zipfile(path)
     classes = []
     if zipped:                                             # files of torch < 1.6 are no archives: tensors only
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()                    # torch does not look at the checksums that it writes
+        if damaged:
+            raise ValueError(f"{damaged} in it is damaged")
         classes = get_unsafe_globals_in_checkpoint(path)
     with safe_globals([(Inert, name) for name in classes]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -86,24 +117,85 @@ def read_torch(path):
         kind = "Lightning checkpoint"
     try:
         contents = load_inert(path)
-        if is_lightning:
-            return contents["state_dict"], contents
-        return contents.get("state_dict", contents), contents
+        state = contents
+        if is_lightning or isinstance(contents, dict) and "state_dict" in contents:
+            state = contents["state_dict"]
+        if not isinstance(state, dict):
+            raise ValueError("it holds no weights by name")
+        for name, w in state.items():
+            if not isinstance(name, str) or not isinstance(w, torch.Tensor):
+                raise ValueError(f"{name!r:.60} is no weight")
+        return state, contents
     except Exception as e:                                 # foreign files fail in a dozen ways
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a readable {kind}: {why}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the authors' Lightning checkpoints: EMA weights without names, settings in a pickled OmegaConf tree
+# settings
 
-SETTINGS = {                                               # our name -> where the authors' configuration has it
-    "model_length": "model.length",
-    "n_heads": "model.n_heads",
-    "block_size": "block_size",
-    "inject": "model.gumbel_inject_mode",
+def one_of(*values):
+    return lambda value: value in values
+
+
+# What our networks compute, by the names of the authors' configurations: any other value is refused. From
+# configs/config.yaml, algo/*.yaml, model/*.yaml and data/*.yaml of hxixixh/gumbel-distill, kuleshov-group/bd3lms,
+# kuleshov-group/mdlm and s-sahoo/duo, and models/hf/configuration_bd3lm.py; bos_token_id, n_head, n_layer, n_embd and
+# n_positions are GPT-2's. (tie_word_embeddings, which all have, is read by none of their models/dit.py.)
+SETTINGS = {
+    "model_type": one_of("mdlm", "mdlm_gumbel", "bd3lm", "bd3lm_gumbel", "ar", "gpt2"),
+    "parameterization": one_of("subs", "ar"),
+    "diffusion": one_of("absorbing_state"),
+    "time_conditioning": one_of(False),
+    "backbone": one_of("dit", "dit_gumbel", "dit_gumbel_v2", "hf_dit", "ar"),
+    "tokenizer": one_of("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-community/gpt2"),
+    "inject": one_of("replace", "add"),
+    **dict.fromkeys(("causal", "cross_attn", "use_gaussian", "use_uniform"), bool),
+    **dict.fromkeys(("n_heads", "n_head", "hidden_dim", "n_embd"), whole(1, 65536)),
+    **dict.fromkeys(("model_length", "block_size", "n_positions", "vocab_size"), whole(1, 2**20)),
+    **dict.fromkeys(("n_blocks", "n_layer"), whole(1, 1000)),
+    "bos_token_id": whole(),
+}
+OTHER_NAMES = {                                            # where some of them have it
+    "model_type": ("algo.name",),
+    "tokenizer": ("tokenizer_name_or_path", "data.tokenizer_name_or_path"),
+    "inject": ("gumbel_inject_mode", "model.gumbel_inject_mode"),
+    "causal": ("algo.causal_attention", "model.causal_attention"),
+    "hidden_dim": ("model.hidden_size",),
+    "model_length": ("model.length",),
 }
 
+
+def settings_of(path, config):
+    """The settings in a configuration, a tree, of the file at `path`, by the names of SETTINGS. Raises ValueError."""
+    settings = {}
+    for name, check in SETTINGS.items():
+        for place in (name, f"algo.{name}", f"model.{name}", *OTHER_NAMES.get(name, ())):
+            value = omegaconf_value(config, place)
+            if value is None:
+                continue
+            if not fits(check, value):
+                raise ValueError(f"{path} has {place} = {value!r:.60}, which no model here has: they are MDLM, BD3-LM "
+                                 "and AR, without time conditioning and of GPT-2's tokenizer, and GPT-2")
+            settings.setdefault(name, value)
+    return settings
+
+
+def read_object(path, fields=None):
+    """The object in a JSON file, with these fields, as for `check_fields`. Raises OSError, ValueError."""
+    try:
+        found = read_json(path)
+    except ValueError as e:
+        raise ValueError(f"{path} is no JSON: {e}") from None
+    try:
+        check_fields(path, found, fields or {}, "put the published one there")
+    except BadInput as e:
+        raise ValueError(str(e)) from None
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the authors' Lightning checkpoints: EMA weights without names, settings in a pickled OmegaConf tree
 
 def read_lightning(path, weights=None):
     """The authors' .ckpt -> (state dict, settings); `weights` as in `read_weights`."""
@@ -114,42 +206,37 @@ def read_lightning(path, weights=None):
         if name.startswith("teacher_model.") or "sampling_eps" in name:
             continue
         network[name.replace("_orig_mod.", "")] = w        # what torch.compile puts into a name
-    ema = contents.get("ema") or {}
-    shadow = ema.get("shadow_params")
+    shadow = omegaconf_value(contents, "ema.shadow_params")
     if weights == "ema" or weights is None and shadow:
         network |= named_ema(path, network, shadow)
-    hyper = contents.get("hyper_parameters") or {}
-    settings = {}
-    for name, where in SETTINGS.items():
-        value = omegaconf_value(hyper.get("config"), where)
-        if value is not None:
-            settings[name] = value
-    return network, settings
+    return network, settings_of(path, omegaconf_value(contents, "hyper_parameters.config"))
 
 
 def named_ema(path, network, shadow):
     """The EMA weights by name: the list `shadow` has the order of the network's parameters, without its buffers."""
     names = [name for name in network if not name.endswith(("inv_freq", "block_diff_mask"))]
-    if not shadow:
+    if not shadow or not isinstance(shadow, list):
         raise ValueError(f"{path} holds no EMA weights: use --weights=raw")
     # the order is all that tells them apart: every shape must fit
-    if [w.shape for w in shadow] != [network[name].shape for name in names]:
+    if [getattr(w, "shape", None) for w in shadow] != [network[name].shape for name in names]:
         raise ValueError(f"{path}: its {len(shadow)} EMA tensors do not match the {len(names)} of its network")
     return dict(zip(names, shadow))
 
 
 def omegaconf_value(config, path):
-    """The number or text at a path like "model.length" of an OmegaConf tree that was read as `Inert`s, or None."""
-    try:
-        value = omegaconf_content(config)
-        for key in path.split("."):
-            value = omegaconf_content(value[key])
-    except (KeyError, TypeError, AttributeError):          # no such key, or no such tree
-        return None
-    if isinstance(value, str) and value.startswith("${"):  # a reference, as in block_size: ${model.length}
-        return omegaconf_value(config, value[2:-1])
-    if isinstance(value, (int, str)):
-        return value
+    """What stands at a path like "model.length" of a tree of dicts, or of OmegaConf's that was read as `Inert`s; None
+    if there is no such path, or it is a reference, as in block_size: ${model.length}, that leads nowhere.
+    """
+    for _ in range(9):                                     # a reference may lead to another, or in a circle
+        try:
+            value = omegaconf_content(config)
+            for key in path.split("."):
+                value = omegaconf_content(value[key])
+        except (LookupError, TypeError, AttributeError):   # no such key, or no such tree
+            return None
+        if not (isinstance(value, str) and value.startswith("${")):
+            return value
+        path = value[2:-1]
     return None
 
 
@@ -164,41 +251,193 @@ def omegaconf_content(node):
 # ---------------------------------------------------------------------------------------------------------------------
 # any of these
 
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", "block_diff_mask", "sampling_eps_min", "sampling_eps_max")
+
+
 def read_weights(path, weights=None):
     """Published weights -> (state dict, settings). Raises OSError, or ValueError with what is wrong.
 
-    path: a .safetensors or torch file; a folder that holds one under the name that Hugging Face gives it (settings: its
-    config.json); or a Lightning .ckpt of the authors' code.
+    path: a .safetensors or torch file; a folder that holds one under the name that Hugging Face gives it; or a
+    Lightning .ckpt of the authors' code. What the file itself does not say, a config.json beside it does.
     weights: of a .ckpt, "raw" or "ema"; None takes EMA where the file has them.
     """
     path = str(path)
-    settings = {}
     if os.path.isdir(path):
-        settings = read_config(path)
         path = weights_in_folder(path)
-    if path.endswith(".safetensors"):
-        return read_safetensors(path), settings
+    folder = os.path.dirname(path)
+    settings = {}
+    config = os.path.join(folder, "config.json")
+    if os.path.exists(config):
+        named = {name: value for name, value in read_object(config).items() if value is not None}
+        settings = named | settings_of(config, named)
     if path.endswith(".ckpt"):
-        return read_lightning(path, weights)
-    state, _ = read_torch(path)
+        state, own = read_lightning(path, weights)
+        settings |= own
+    elif path.endswith(".index.json"):                     # names the file of each weight
+        files = read_object(path, {"weight_map": dict})["weight_map"]
+        if not all(map(is_file_name, files.values())):
+            raise ValueError(f"{path} names files that are not beside it")
+        state = {}
+        for file in set(files.values()):
+            part = read_file(os.path.join(folder, file))
+            state |= {name: w for name, w in part.items() if files.get(name) == file}
+        if state.keys() != files.keys():
+            raise ValueError(f"{path} names weights that its files do not hold")
+    else:
+        state = read_file(path)
+    for name, w in state.items():
+        if not w.is_floating_point() and not name.endswith(NO_WEIGHTS):
+            raise ValueError(f"{path}: {name} is {w.dtype}, and weights are real numbers")
     return state, settings
 
 
+def read_file(path):
+    if path.endswith(".safetensors"):
+        return read_safetensors(path)
+    return read_torch(path)[0]
+
+
 def weights_in_folder(folder):
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WEIGHTS:
         path = os.path.join(folder, name)
         if os.path.exists(path):
             return path
     raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
-def read_config(folder):
-    """config.json of a folder of Hugging Face's as a dict; empty if there is none."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        return {}
-    with open(path) as f:
-        return json.load(f)
+def server_sha256(url):
+    """The SHA-256 that Hugging Face's server states of a file; None where it states none, or is not to be reached."""
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        headers = urllib.request.build_opener(NoRedirect).open(request, timeout=10).headers
+    except urllib.error.HTTPError as e:                    # also what is made of a redirection: it states it, too
+        headers = e.headers
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    stated = re.fullmatch('"?([0-9a-f]{64})"?', headers.get("X-Linked-Etag", ""))
+    return stated and stated[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what weights do not say
+
+def find_weight(state, ending):
+    """The tensor whose name ends so, or None."""
+    for name, w in state.items():
+        if name.endswith(ending):
+            return w
+    return None
+
+
+NETWORK = re.compile(r"""(backbone\.)?(
+    vocab_embed\.embedding | gumbel_noise_embed\.linear\.weight | rotary_emb\.inv_freq | block_diff_mask |
+    sigma_map\.mlp\.[02]\.(weight|bias) | output_layer\.(norm_final\.weight|(linear|adaLN_modulation)\.(weight|bias)) |
+    blocks\.\d+\.((norm[12]|attn_qkv|attn_out)\.weight|(mlp\.[02]|adaLN_modulation)\.(weight|bias)) )
+    | sampling_eps_(min|max)""", re.VERBOSE)
+
+
+def describe(state, settings):
+    """One of the authors' networks -> (its kind in our table of models, the arguments of that kind's `load_published`).
+
+    Raises ValueError where settings contradict the weights or each other, and where neither say what decides the
+    computation: then with the line that a config.json beside the file has to hold.
+    """
+    embedding = find_weight(state, "vocab_embed.embedding")
+    if embedding is None or embedding.ndim != 2 or len(embedding) < 3:
+        raise ValueError("not a published MDLM, BD3-LM, AR or GPT-2 checkpoint: it lacks their embedding")
+    for name in state:                                     # one that is left out would change the others' meaning
+        if not NETWORK.fullmatch(name):
+            raise ValueError(f"unknown weight {name}")
+    rows, D = embedding.shape
+    blocks = {name.split("blocks.")[1].split(".")[0] for name in state if "blocks." in name}
+    is_ar = find_weight(state, "sigma_map.mlp.0.weight") is None           # no input for the noise level
+    found = dict(vocab_size=rows, hidden_dim=D, n_blocks=len(blocks), causal=is_ar)
+    found["parameterization"] = "ar" if is_ar else "subs"
+    frequencies = find_weight(state, "rotary_emb.inv_freq")
+    if frequencies is not None and frequencies.numel():
+        found["n_heads"] = D // (2 * frequencies.numel())
+    check_sizes(settings, found)
+
+    # what the weights may not tell
+    n_heads = found.get("n_heads") or settings.get("n_heads")
+    length = settings.get("model_length", 1024)
+    block_size = settings.get("block_size")
+    said = settings.get("model_type", "").removesuffix("_gumbel")
+    if is_ar or said == "mdlm" and block_size is None:
+        block_size = length
+    if not n_heads or not block_size:
+        line = {name: settings[name] for name in ("model_type", "model_length") if name in settings}
+        line["block_size"] = block_size or math.gcd(4, length)
+        line["n_heads"] = n_heads or math.gcd(D // 2, 12)
+        raise ValueError("nothing says what its block_size (MDLM: its length) or its n_heads is: write what is true "
+                         f"of it to config.json beside it, as in {json.dumps(line)}")
+    kind = "bd3lm"
+    if is_ar:
+        kind = "ar"
+    elif block_size == length:
+        kind = "mdlm"                                      # also a BD3-LM that has one block
+    if said not in ("", kind) and (said, kind) != ("bd3lm", "mdlm"):
+        raise ValueError(f"its settings say {said}, its weights and block_size {block_size} of {length} {kind}")
+    if kind == "bd3lm" and settings.get("cross_attn") is False:
+        raise ValueError(f"its settings have cross_attn = False, and block_size {block_size} of {length} needs it")
+    if "model_length" not in settings:
+        note(f"nothing says what its model_length is: rows of {length} tokens are taken")
+
+    known = dict(n_heads=n_heads, length=length, bos=rows - 2)             # their ids end with BOS and [MASK]
+    if kind != "ar":
+        known["inject"] = settings.get("inject")
+    if kind == "bd3lm":
+        known["block_size"] = block_size
+    for noise in ("uniform", "gaussian"):                  # the latter wins in gumbel-distill's diffusion.py
+        if settings.get(f"use_{noise}") and find_weight(state, "gumbel_noise_embed.linear.weight") is not None:
+            known["noise"] = noise
+    return kind, known
+
+
+def check_sizes(settings, found):
+    """ValueError unless what the settings name is what is `found` in the weights."""
+    for name, value in found.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"its settings have {name} = {settings[name]!r}, its weights {value!r}")
+
+
+def note(text):
+    """A line on stderr, from one process of torchrun."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+# of GPT-2's tokens by id, as `tokenizer_of` takes it
+GPT2_TOKENS_SHA256 = "08f8f6dd8cd5c8a2cbde73c001e63acca2f66f142d2a289a37921fb0f737e770"
+
+
+def tokenizer_of(path, settings, model):
+    """The name of the tokenizer of published weights: by their settings, or by what lies beside them."""
+    is_gpt2_size = (model.vocab_size, model.bos) == (50257, 50256)
+    if is_gpt2_size and "tokenizer" in settings:
+        return "gpt2"
+    folder = path
+    if not os.path.isdir(path):
+        folder = os.path.dirname(path) or "."
+    files = [os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json")]
+    files = [file for file in files if os.path.exists(file)]
+    if not files and is_gpt2_size:
+        note(f"{path} comes without a tokenizer: its 50257 ids are taken for GPT-2's")
+        return "gpt2"
+    if not files:
+        return "ids"                                       # nothing names one
+    try:
+        tokens = content = read_object(files[0])
+        if files[0].endswith("tokenizer.json"):
+            added = content.get("added_tokens") or ()
+            tokens = dict(content["model"]["vocab"]) | {token["content"]: token["id"] for token in added}
+        by_id = sorted((i, token) for token, i in tokens.items() if i < model.vocab_size)
+    except (ValueError, LookupError, TypeError) as e:
+        raise ValueError(f"{files[0]} holds no tokens by id ({e})") from None
+    if is_gpt2_size and hashlib.sha256(json.dumps(by_id).encode()).hexdigest() == GPT2_TOKENS_SHA256:
+        return "gpt2"
+    return f"hf:{folder}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,6 +477,8 @@ def fold_network(theirs, n_heads):
     while f"blocks.{n_layer}.norm1.weight" in theirs:
         ours |= fold_block(theirs, f"blocks.{n_layer}.", c)
         n_layer += 1
+    if {name.split(".")[1] for name in theirs if name.startswith("blocks.")} != set(map(str, range(n_layer))):
+        raise ValueError(f"its blocks are not numbered from 0 on: {n_layer} of them are")
     ours |= fold_output_layer(theirs, c, vocab_size=rows - 1)
     state = {"transformer." + name: w for name, w in ours.items()}
     return state, dict(vocab_size=rows - 1, n_layer=n_layer, n_embd=D, n_head=n_heads, dropout=0.0)

@@ -1,10 +1,13 @@
 """The tests of extra/: published weights, decoding with a verifier, judges, MAUVE, figures, bench, lm-eval."""
 import argparse
+import contextlib
 import functools
+import hashlib
 import http.server
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -19,11 +22,13 @@ from scipy import stats
 import bd3lm
 import evaluate
 import sample
+import teacher
 import train
 from bd3lm import BD3LM
 from data import prepare
 from data.cli import BadInput
 from data.maze import maze_paths, maze_valid
+from data.vocab import Tokenizer
 from extra import bench, figures, lm_eval_model, published, scores
 from extra import judge as llm_judge
 from extra.plot import nfe_table
@@ -189,6 +194,580 @@ def test_a_published_folder_gives_the_golden_output_and_takes_ids_for_a_prompt(t
     assert difference[x == 100].abs().max() < 1e-4
     code, out, _ = cli(sample, f"--ckpt={folder} --n=1 --steps=4 --prompt=5")
     assert code == 0 and out.splitlines()[1].startswith("5 ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published.py: safetensors that are not what they say
+
+def safetensors_file(path, header, data=bytes(range(64))):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def entry(a, b, shape=(8,), dtype="F32"):
+    return dict(dtype=dtype, shape=list(shape), data_offsets=[a, b])
+
+
+GOOD_HEADER = dict(a=entry(0, 32), b=entry(32, 64))
+BAD_HEADERS = {
+    "reads its own header": dict(a=entry(-32, 0), b=entry(0, 64, [16])),
+    "ends before it begins": dict(a=entry(32, 0), b=entry(0, 64, [16])),
+    "beyond the end": dict(a=entry(0, 32), b=entry(32, 96, [16])),
+    "less than the shape": dict(a=entry(0, 28), b=entry(28, 64, [9])),
+    "overlap": dict(a=entry(0, 40, [10]), b=entry(32, 64)),
+    "the same bytes twice": dict(a=entry(0, 64, [16]), b=entry(0, 64, [16])),
+    "a hole": dict(a=entry(0, 16, [4]), b=entry(32, 64)),
+    "bytes that nothing names": dict(a=entry(0, 32)),
+    "no tensor, and data": {},
+    "a shape to be inferred": dict(a=entry(0, 32, [-1]), b=entry(32, 64)),
+    "two negative sizes": dict(a=entry(0, 32, [-2, -4]), b=entry(32, 64)),
+    "a size that is no int": dict(a=entry(0, 32, [8.0]), b=entry(32, 64)),
+    "a size that is true": dict(a=entry(0, 32, [8, True]), b=entry(32, 64)),
+    "a shape that is no list": GOOD_HEADER | dict(a=dict(dtype="F32", shape=8, data_offsets=[0, 32])),
+    "offsets that are no list": GOOD_HEADER | dict(a=dict(dtype="F32", shape=[8], data_offsets=0)),
+    "three offsets": GOOD_HEADER | dict(a=dict(dtype="F32", shape=[8], data_offsets=[0, 32, 32])),
+    "an unknown dtype": dict(a=entry(0, 32, dtype="F33"), b=entry(32, 64)),
+    "an entry that is no object": dict(a=3, b=entry(32, 64)),
+    "a list": [1, 2],
+    "a name twice": json.dumps(GOOD_HEADER).replace('"b"', '"a"').encode(),
+    "a dtype twice": json.dumps(GOOD_HEADER).replace('"dtype"', '"dtype": "I32", "dtype"', 1).encode(),
+    "nested deeply": b"[" * 100_000,
+    "no JSON": b"{no",
+    "no UTF-8": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("what", BAD_HEADERS)
+def test_safetensors_whose_header_does_not_describe_them_are_refused(tmp_path, what):
+    path = tmp_path / "x.safetensors"
+    safetensors_file(path, GOOD_HEADER)
+    assert published.read_safetensors(path)["b"].tolist() == np.arange(32, 64, dtype=np.uint8).view("<f4").tolist()
+    safetensors_file(path, BAD_HEADERS[what])
+    with pytest.raises(ValueError, match="x.safetensors is no complete safetensors file"):
+        published.read_safetensors(path)
+
+
+def test_safetensors_that_are_cut_off_or_have_a_tail_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors_file(path, GOOD_HEADER)
+    content = path.read_bytes()
+    for bad in (b"", content[:5], content[:20], content[:-1], content + b"x", b"\xff" * 8 + content[8:]):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="x.safetensors is no complete"):
+            published.read_safetensors(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published.py: settings are read and checked, wherever they stand, and never guessed
+
+FLAT = {"mdlm": dict(model_type="mdlm", model_length=32, n_heads=4),
+        "bd3lm": dict(model_type="bd3lm", model_length=32, n_heads=4, block_size=4),
+        "ar": dict(model_type="ar", model_length=32, n_heads=4)}
+FLAT |= {"mdlm_gumbel": FLAT["mdlm"], "bd3lm_gumbel": FLAT["bd3lm"]}
+
+
+def weights_file(path, name, config=None, heads_in_weights=True):
+    """The golden weights in a file without settings, of the kind that the path's ending says; `config` beside it."""
+    path.parent.mkdir(exist_ok=True)
+    state = {"backbone." + k: v.clone() for k, v in golden(name)["state_dict"].items()}
+    if not heads_in_weights:
+        del state["backbone.rotary_emb.inv_freq"]
+    if path.suffix == ".safetensors":
+        st = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+        st.save_file(state, path)
+    elif path.suffix == ".ckpt":
+        torch.save({"state_dict": state}, path)
+    else:
+        torch.save(state, path)
+    if config is not None:
+        (path.parent / "config.json").write_text(json.dumps(config))
+    return path
+
+
+CONTRARY = [                                               # (what the sentence names, in a .ckpt, in a config.json)
+    ("time_conditioning", {"algo": {"time_conditioning": True}}, {"time_conditioning": True}),
+    ("time_conditioning", {"time_conditioning": True}, {"algo": {"time_conditioning": True}}),
+    ("duo", {"algo": {"name": "duo", "parameterization": "mean"}}, {"model_type": "duo", "parameterization": "mean"}),
+    ("mean", {"algo": {"parameterization": "mean"}}, {"parameterization": "mean"}),
+    ("sedd", {"parameterization": "sedd"}, {"parameterization": "sedd"}),
+    ("d3pm", {"algo": {"parameterization": "d3pm"}}, {"model_type": "d3pm"}),
+    ("duo", {"algo": {"name": "duo"}}, {"model_type": "duo"}),
+    ("udlm", {"model_type": "udlm"}, {"model_type": "udlm"}),
+    ("gpt2", {"algo": {"name": "gpt2"}}, {"model_type": "gpt2"}),
+    ("bert-base-uncased", {"data": {"tokenizer_name_or_path": "bert-base-uncased"}},
+     {"tokenizer_name_or_path": "bert-base-uncased"}),
+    ("text8", {"data": {"tokenizer_name_or_path": "text8"}}, {"data": {"tokenizer_name_or_path": "text8"}}),
+    ("dimamba", {"algo": {"backbone": "dimamba"}}, {"backbone": "dimamba"}),
+    ("uniform", {"diffusion": "uniform"}, {"diffusion": "uniform"}),
+    ("causal", {"algo": {"causal_attention": True}}, {"causal": True}),
+    ("parameterization", {"algo": {"parameterization": "ar"}}, {"parameterization": "ar"}),
+    ("bd3lm", {"algo": {"name": "ar"}}, {"model_type": "ar"}),
+    ("mdlm", {"algo": {"name": "mdlm"}}, {"model_type": "mdlm"}),
+    ("cross_attn", {"algo": {"cross_attn": False}}, {"cross_attn": False}),
+    ("both", {"model": {"gumbel_inject_mode": "both"}}, {"gumbel_inject_mode": "both"}),
+    ("n_heads", {"model": {"n_heads": 8}}, {"n_heads": 8}),
+    ("n_heads", {"model": {"n_heads": -1}}, {"n_heads": "4"}),
+    ("n_blocks", {"model": {"n_blocks": 4}}, {"n_blocks": 10**9}),
+    ("hidden_dim", {"model": {"hidden_dim": 32}}, {"hidden_dim": 128}),
+    ("vocab_size", {"vocab_size": 50258}, {"vocab_size": 50258}),
+    ("block_size", {"block_size": 0}, {"block_size": [4]}),
+    ("block_size", {"block_size": True}, {"block_size": 4.0}),
+    ("length", {"model": {"length": 10**12}}, {"model_length": "x"}),
+]
+
+
+def merged(tree, change):
+    """A tree of dicts with some of its leaves changed."""
+    tree = dict(tree)
+    for key, value in change.items():
+        if isinstance(value, dict):
+            value = merged(tree.get(key, {}), value)
+        tree[key] = value
+    return tree
+
+
+@needs_shared
+@pytest.mark.parametrize("name, of_ckpt, of_folder", CONTRARY)
+def test_a_setting_that_our_networks_do_not_have_is_refused_by_name(tmp_path, cli, name, of_ckpt, of_folder):
+    config = merged(golden("bd3lm_gumbel")["config"], of_ckpt)
+    lightning_file(tmp_path / "x.ckpt", "bd3lm_gumbel", **config)
+    refused(cli(sample, f"--ckpt={tmp_path}/x.ckpt --n=1"), "x.ckpt", name)
+    weights_file(tmp_path / "f" / "model.safetensors", "bd3lm_gumbel", FLAT["bd3lm"] | of_folder)
+    refused(cli(sample, f"--ckpt={tmp_path}/f --n=1"), f"{tmp_path}/f", name)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"[1, 2]", ["config.json", "object"]), (b"{", ["config.json", "JSON"]), (b"", ["config.json", "JSON"]),
+    (b"\xff\xfe", ["config.json", "JSON"]), (b"[" * 100_000, ["config.json", "deep"]), (b"null", ["config.json"])])
+def test_a_config_json_that_is_none_is_refused_by_name(tmp_path, cli, content, words):
+    torch.save({"x": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes(content)
+    refused(cli(sample, f"--ckpt={tmp_path} --n=1"), *words)
+
+
+@needs_shared
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "mine.safetensors", "mine.bin", "x.ckpt"])
+@pytest.mark.parametrize("name", ["mdlm", "mdlm_gumbel", "bd3lm", "bd3lm_gumbel", "ar"])
+def test_a_file_is_what_the_config_json_beside_it_says(tmp_path, name, file):
+    """As is its folder, where the name is Hugging Face's."""
+    path = weights_file(tmp_path / "f" / file, name, FLAT[name])
+    paths = [path]
+    if file in published.WEIGHTS:
+        paths.append(path.parent)
+    for where in paths:
+        model = sample.load_model(str(where))
+        want = LOADERS[name.removesuffix("_gumbel")](golden(name)["state_dict"], length=32, bos=99)
+        assert type(model) is type(want) and model.config == want.config
+        assert all(map(torch.equal, model.state_dict().values(), want.state_dict().values()))
+
+
+@needs_shared
+@pytest.mark.parametrize("file", ["model.safetensors", "mine.bin", "x.ckpt"])
+@pytest.mark.parametrize("name, config, heads_in_weights", [
+    ("mdlm", None, True), ("bd3lm", None, True), ("bd3lm", None, False), ("ar", None, False),
+    ("mdlm_gumbel", dict(n_heads=4), True), ("mdlm", dict(model_type="mdlm"), False),
+    ("bd3lm", dict(model_type="bd3lm", model_length=30), True), ("bd3lm_gumbel", dict(block_size=8), False)])
+def test_what_neither_weights_nor_settings_say_is_asked_for(tmp_path, cli, name, config, heads_in_weights, file):
+    """And the line in the sentence, written to config.json, will do."""
+    path = weights_file(tmp_path / file, name, config, heads_in_weights)
+    result = cli(sample, f"--ckpt={path} --n=1")
+    refused(result, "config.json", "n_heads", str(path))
+    line = "{" + result[2].split("{")[1].split("}")[0] + "}"
+    (tmp_path / "config.json").write_text(line)
+    model = sample.load_model(str(path))
+    assert model.config.n_head == 4                        # (the guess for a width of 64 happens to be right)
+    said = json.loads(line)
+    assert getattr(model, "block_size", said["block_size"]) == said["block_size"]
+    assert (config or {}).items() <= said.items()
+
+
+@needs_shared
+def test_an_mdlm_needs_no_more_than_its_name_and_rows_of_1024_are_said(tmp_path, capsys):
+    path = weights_file(tmp_path / "x.safetensors", "mdlm", dict(model_type="mdlm"))
+    model = sample.load_model(str(path))
+    assert (model.args["model"], model.length) == ("mdlm", 1024)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "model_length" in err and "1024" in err
+
+
+@needs_shared
+def test_settings_of_the_file_itself_come_before_those_beside_it(tmp_path):
+    lightning_file(tmp_path / "x.ckpt", "bd3lm")
+    (tmp_path / "config.json").write_text(json.dumps(dict(block_size=8, model_type="mdlm", time_conditioning=False)))
+    assert sample.load_model(str(tmp_path / "x.ckpt")).block_size == 4
+
+
+@needs_shared
+@pytest.mark.parametrize("block_size", ["${block_size}", "${model.nothing}", "${eval: 2 + 2}"])
+def test_a_reference_that_leads_nowhere_says_nothing(tmp_path, cli, block_size):
+    lightning_file(tmp_path / "x.ckpt", "bd3lm", block_size=block_size)
+    refused(cli(sample, f"--ckpt={tmp_path}/x.ckpt --n=1"), "block_size", "config.json")
+
+
+@needs_shared
+@pytest.mark.parametrize("flags, kind", [({}, "gumbel"), ({"use_gaussian": True}, "gaussian"),
+                                         ({"use_uniform": True}, "uniform"),
+                                         ({"use_uniform": True, "use_gaussian": True}, "gaussian")])
+@pytest.mark.parametrize("name", ["mdlm_gumbel", "bd3lm_gumbel"])
+def test_the_kind_of_noise_is_the_one_that_the_settings_name(tmp_path, name, flags, kind):
+    """The authors' networks embed softmax(noise): given the same normal or uniform variates, so do ours."""
+    lightning_file(tmp_path / "x.ckpt", name, **merged(golden(name)["config"], {"algo": flags}))
+    model = sample.load_model(str(tmp_path / "x.ckpt"), "raw")
+    assert model.config.noise == model.noise_embed.kind == kind
+    u = torch.rand(3, 100, generator=gen(), dtype=torch.float64)
+    theirs = {"gumbel": -(-u.log()).log(), "gaussian": torch.special.ndtri(u), "uniform": u}[kind]
+    want = theirs.softmax(-1).float() @ golden(name)["state_dict"]["gumbel_noise_embed.linear.weight"].T
+    assert torch.allclose(model.noise_embed(-(-u.log()).log()), want, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published.py: weights that are none
+
+@needs_shared
+@pytest.mark.parametrize("change", [torch.Tensor.long, lambda w: w + 1j, torch.Tensor.bool, str])
+@pytest.mark.parametrize("name", ["vocab_embed.embedding", "blocks.1.norm1.weight", "gumbel_noise_embed.linear.weight"])
+def test_what_is_no_real_number_is_no_weight(tmp_path, cli, name, change):
+    for path in (tmp_path / "x.ckpt", tmp_path / "x.bin"):
+        state = {"backbone." + k: v for k, v in golden("mdlm_gumbel")["state_dict"].items()}
+        state["backbone." + name] = change(state["backbone." + name])
+        torch.save({"state_dict": state}, path)
+        (tmp_path / "config.json").write_text(json.dumps(FLAT["mdlm"]))
+        refused(cli(sample, f"--ckpt={path} --n=1"), str(path), name)
+
+
+@needs_shared
+@pytest.mark.parametrize("name, renamed", [
+    ("blocks.1.", "blocks.7."), ("blocks.1.", "blocks.x."), ("blocks.1.", "blocks.01."), ("sigma_map", "sigma_mao"),
+    ("gumbel_noise_embed", "gumbel_noise_embde"), ("blocks.2.norm1.", "blocks.2.norm3."), ("backbone", "teacher")])
+def test_a_weight_of_an_unknown_name_is_refused(tmp_path, cli, name, renamed):
+    """It was left out without a word: the blocks behind a gap, the noise."""
+    path = weights_file(tmp_path / "x.bin", "mdlm_gumbel", FLAT["mdlm"])
+    state = {k.replace(name, renamed): v for k, v in torch.load(path).items()}
+    torch.save(state, path)
+    refused(cli(sample, f"--ckpt={path} --n=1"), "x.bin", renamed.split(".")[0])
+
+
+@needs_shared
+@pytest.mark.parametrize("file", ["x.bin", "x.ckpt"])
+def test_a_flipped_bit_in_a_torch_file_is_found(tmp_path, cli, file):
+    path = weights_file(tmp_path / file, "mdlm", FLAT["mdlm"])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4                        # of some weight
+    path.write_bytes(content)
+    refused(cli(sample, f"--ckpt={path} --n=1"), file, "damaged")
+
+
+@pytest.mark.parametrize("contents", [
+    Node(x=1), [torch.zeros(2)], 3, {"state_dict": Node(x=1)}, {"state_dict": None}, {"state_dict": {3: torch.ones(1)}},
+    {"state_dict": {"w": Node(x=1)}}, {"state_dict": {"w": torch.ones(1)}, "ema": Node(x=1)},
+    {"state_dict": {"w": torch.ones(1)}, "ema": {"shadow_params": 3}},
+    {"state_dict": {"w": torch.ones(1)}, "ema": {"shadow_params": [3]}},
+    {"state_dict": {"w": torch.ones(1)}, "hyper_parameters": Node(x=1)},
+    {"state_dict": {"w": torch.ones(1)}, "hyper_parameters": {"config": Node(_content=3)}}])
+@pytest.mark.parametrize("file", ["x.ckpt", "x.bin"])
+def test_a_torch_file_of_something_else_is_refused_in_words(tmp_path, cli, contents, file):
+    torch.save(contents, tmp_path / file)
+    result = cli(sample, f"--ckpt={tmp_path / file} --n=1")
+    refused(result, file)
+    assert "_Inert" not in result[2] and "object has no attribute" not in result[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published.py: GPT-2 by the commands' door
+
+def rewrite(folder, **change):
+    """config.json with these values; None leaves one out."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+BAD_GPT2 = [                                               # (what config.json says, V, the word that names it)
+    *[(dict(bos_token_id=bos), 301, "bos_token_id") for bos in (10**9, -3, "x", [1, 2], 301, 1.5, True)],
+    (dict(bos_token_id=50256), 300, "bos_token_id"),
+    *[(dict(n_head=n_head), 301, "n_head") for n_head in (-1, 0, "2", 2.0, 10**9, True, [2])],
+    (dict(n_head=3), 301, "n_head"), (dict(n_head=None), 301, "n_head"),
+    (dict(n_layer=10**9), 301, "n_layer"), (dict(n_layer=1), 301, "n_layer"), (dict(n_embd=64), 301, "n_embd"),
+    (dict(vocab_size=300), 301, "vocab_size"), (dict(n_positions=41), 301, "n_positions"),
+    (dict(activation_function="relu"), 301, "activation_function"), (dict(model_type="opt"), 301, "model_type"),
+    (dict(time_conditioning=True), 301, "time_conditioning")]
+
+
+@pytest.fixture(scope="module")
+def gpt2_of(tmp_path_factory):
+    """A function: V -> a folder with a GPT-2 of so many ids, made once."""
+    @functools.cache
+    def make(V):
+        folder = tmp_path_factory.mktemp(f"gpt2-{V}")
+        save_gpt2(folder, V=V)
+        return folder
+    return make
+
+
+@pytest.mark.parametrize("change, V, name", BAD_GPT2)
+def test_a_gpt2_whose_settings_are_not_its_own_is_refused_by_name(gpt2_of, tmp_path, cli, change, V, name):
+    folder = copied(gpt2_of(V), tmp_path)
+    rewrite(folder, **change)
+    refused(cli(sample, f"--ckpt={folder} --n=1"), str(folder), name)
+
+
+def copied(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "lm"))
+
+
+def test_a_gpt2_file_has_the_heads_of_the_config_json_beside_it(gpt2_of, tmp_path, cli):
+    """Without one they are asked for, with the line to write."""
+    folder = copied(gpt2_of(301), tmp_path)
+    x = torch.randint(301, (2, 20), generator=gen())
+    want = sample.load_model(str(folder))(x)
+    file = folder / "model.safetensors"
+    assert torch.equal(sample.load_model(str(file))(x), want)
+    (folder / "config.json").unlink()
+    for path in (file, folder):
+        result = cli(sample, f"--ckpt={path} --n=1")
+        refused(result, "n_head", "config.json")
+    (folder / "config.json").write_text("{" + result[2].split("{")[1].split("}")[0] + "}")
+    assert sample.load_model(str(folder)).config.n_head == 4               # 128 wide, which it did not know
+    assert sample.load_model(str(file)).bos == 300
+
+
+def test_a_gpt2_of_a_published_width_needs_no_config(tmp_path):
+    state = GPT2(20, 8, 19, 1, 768, 12, 0.0).state_dict()
+    theirs = {ours: name for name, ours in teacher.GPT2_NAMES.items()}
+    out = {}
+    for key, w in state.items():
+        parts = key.removeprefix("transformer.").split(".")
+        if parts[0] == "head":
+            continue
+        prefix = ""
+        if parts[0] == "blocks":
+            prefix = f"h.{parts[1]}."
+            parts = parts[2:]
+        name = theirs[parts[0]]
+        out[f"{prefix}{name}.{parts[1]}"] = w.t() if "c_" in name and parts[1] == "weight" else w
+    torch.save(out, tmp_path / "gpt2.bin")
+    assert sample.load_model(str(tmp_path / "gpt2.bin")).config.n_head == 12
+
+
+@pytest.mark.parametrize("rename", [("h.1.", "h.1000000000."), ("h.1.", "h.2."), ("h.0.", "h.00.")])
+def test_gpt2_layers_with_a_gap_are_refused(gpt2_of, rename):
+    state = published.read_weights(gpt2_of(301))[0]
+    with pytest.raises(ValueError, match="layers"):
+        GPT2.from_state({k.replace(*rename): w for k, w in state.items()}, {})
+
+
+def test_a_gpt2_without_tokens_is_refused(gpt2_of):
+    state = published.read_weights(gpt2_of(301))[0]
+    for empty in (torch.zeros(0, 128), torch.zeros(0), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="GPT-2"):
+            GPT2.from_state(state | {"wte.weight": empty}, {})
+
+
+@pytest.mark.parametrize("bos, vocab_size, V", [(50256, 50304, 50257), (None, None, 50257), (50256, 50257, 50257),
+                                                (7, 50304, 50304)])
+def test_gpt2_padded_to_50304_rows_is_cut_where_its_bos_is_gpt2s(gpt2_of, tmp_path, bos, vocab_size, V):
+    folder = copied(gpt2_of(50304), tmp_path)
+    rewrite(folder, bos_token_id=bos, eos_token_id=bos, vocab_size=vocab_size)
+    model = sample.load_model(str(folder))
+    assert (model.vocab_size, model.bos) == (V, bos or 50256)
+    assert model.meta["tokenizer"] == ("gpt2" if V == 50257 else "ids")
+    x = torch.randint(50257, (1, 6), generator=gen())
+    assert model(x).shape == (1, 6, V) and len(model.transformer.embed.weight) == V
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_in_several_files_are_those_of_one(gpt2_of, tmp_path, cli, kind):
+    folder = copied(gpt2_of(301), tmp_path)
+    x = torch.randint(301, (2, 20), generator=gen())
+    want = sample.load_model(str(folder))(x)
+    state, _ = published.read_weights(folder)
+    (folder / "model.safetensors").unlink()
+    file_of = {name: f"part-{i % 3}.{kind}" for i, name in enumerate(state)}
+    for file in set(file_of.values()):
+        part = {name: w.clone() for name, w in state.items() if file_of[name] == file}
+        if kind == "bin":
+            torch.save(part, folder / file)
+        else:
+            pytest.importorskip("safetensors.torch").save_file(part, folder / file)
+    index = folder / (published.WEIGHTS[2] if kind == "safetensors" else published.WEIGHTS[3])
+    index.write_text(json.dumps(dict(metadata={}, weight_map=file_of)))
+    assert torch.equal(sample.load_model(str(folder))(x), want)
+
+    name = next(iter(file_of))
+    for bad in (file_of | {name: f"../lm/part-0.{kind}"}, file_of | {name: "/etc/passwd"}, file_of | {name: 3},
+                file_of | {name: f"part-1.{kind}"}, file_of | {"h.7.ln_1.weight": f"part-1.{kind}"},
+                file_of | {name: f"no.{kind}"}, [name], None, {}):
+        index.write_text(json.dumps(dict(weight_map=bad)))
+        refused(cli(sample, f"--ckpt={folder} --n=1"), str(folder))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published.py: whose tokenizer
+
+def gpt2_tokens():
+    return {token: i for i, token in Tokenizer("gpt2").codec.tokens().items()}
+
+
+@needs_shared
+def test_the_hash_of_gpt2s_tokens_is_that_of_tiktokens(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "assets", "tiktoken_cache"))
+    by_id = sorted((i, token) for token, i in gpt2_tokens().items())
+    digest = hashlib.sha256(json.dumps(by_id).encode()).hexdigest()
+    assert digest == published.GPT2_TOKENS_SHA256
+
+
+SWAPPED = {"the": "a", "a": "the"}                         # two tokens that change places: another tokenizer
+TOKENIZERS = [                                             # (files, V, bos, the tokenizer's name, a word on stderr)
+    ("none", 50257, 50256, "gpt2", "taken for GPT-2's"), ("none", 50257, 0, "ids", ""), ("none", 301, 300, "ids", ""),
+    ("vocab.json", 50257, 50256, "gpt2", ""), ("tokenizer.json", 50257, 50256, "gpt2", ""),
+    ("padded tokenizer.json", 50257, 50256, "gpt2", ""), ("other vocab.json", 50257, 50256, "hf:", ""),
+    ("other tokenizer.json", 50257, 50256, "hf:", ""), ("other vocab.json", 50257, 0, "hf:", ""),
+    ("unigram tokenizer.json", 50257, 50256, "hf:", ""), ("named", 50257, 50256, "gpt2", "")]
+
+
+@needs_shared
+@pytest.mark.parametrize("files, V, bos, name, word", TOKENIZERS)
+def test_a_tokenizer_is_known_by_its_tokens(tmp_path, capsys, monkeypatch, files, V, bos, name, word):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "assets", "tiktoken_cache"))
+    tokens = gpt2_tokens()
+    if "other" in files:
+        tokens = {SWAPPED.get(token, token): i for token, i in tokens.items()}
+    content = tokens
+    if "tokenizer.json" in files:
+        content = {"model": {"type": "BPE", "vocab": tokens}, "added_tokens": []}
+    if "padded" in files:
+        content["added_tokens"] = [{"id": 50256, "content": "<|endoftext|>"}, {"id": 50257, "content": "[PAD]"}]
+    if "unigram" in files:
+        content["model"]["vocab"] = [["a", -1.5], ["b", -2]]
+    if files not in ("none", "named"):
+        (tmp_path / files.split()[-1]).write_text(json.dumps(content))
+        (tmp_path / "merges.txt").write_text("")
+    settings = {}
+    if files == "named":
+        settings = {"tokenizer": "gpt2"}
+        (tmp_path / "vocab.json").write_text("{}")
+    model = argparse.Namespace(vocab_size=V, bos=bos)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        found = published.tokenizer_of(str(path), settings, model)
+        assert found == (f"hf:{tmp_path}" if name == "hf:" else name)
+        err = capsys.readouterr().err
+        assert word in err and err.count("\n") == bool(word)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"model": 3}', b'{"model": {}}', b'{"model": {"vocab": 3}}',
+                                     b'{"model": {"vocab": {}}, "added_tokens": [3]}',
+                                     b'{"model": {"vocab": {"a": "x"}}}'])
+def test_a_damaged_tokenizer_is_refused(gpt2_of, tmp_path, cli, content):
+    folder = copied(gpt2_of(301), tmp_path)
+    (folder / "tokenizer.json").write_bytes(content)
+    refused(cli(sample, f"--ckpt={folder} --n=1"), str(folder), "tokenizer.json")
+
+
+def hugging_face_model(folder, bos, eos, tokenizer_bos=None, V=120):
+    """A Llama whose config names these BOS and EOS, in a folder with a tokenizer whose BOS is another, or none."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers.logging.set_verbosity_error()             # it warns of such configs
+    torch.manual_seed(0)
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64))
+    lm.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    # null: a name that is left out has the default of its class
+    (folder / "config.json").write_text(json.dumps(config | dict(bos_token_id=bos, eos_token_id=eos)))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if tokenizer_bos is not None:
+        words = {f"w{i}": i for i in range(V)}
+        bpe = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=f"w{tokenizer_bos}")
+        theirs.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("bos, eos, tokenizer_bos, want", [
+    (7, 2, 5, 5), (None, None, 5, 5), (None, [5, 6], 5, 5), (10**6, 2, 5, 5),          # its tokenizer's, as in shards
+    (7, 2, None, 7), (None, 2, None, 2),                                               # without one, its config's
+    (None, [5, 6], None, "bos_token_id"), (None, None, None, "bos_token_id"), (10**6, 2, None, "bos_token_id"),
+    (-1, 2, None, "bos_token_id")])
+def test_a_hugging_face_model_has_the_bos_of_its_tokenizer(tmp_path, cli, monkeypatch, bos, eos, tokenizer_bos, want):
+    folder = hugging_face_model(tmp_path / "lm", bos, eos, tokenizer_bos)
+    loaded = []
+    monkeypatch.setattr(sample, "Tokenizer", lambda *args: loaded.append(args) or Tokenizer(*args))
+    if isinstance(want, str):
+        refused(cli(sample, f"--ckpt=hf:{folder} --n=1"), f"hf:{folder}", want)
+        return
+    model = sample.load_model(f"hf:{folder}")
+    assert model.bos == model.config.bos == model.meta["bos"] == want and len(loaded) == 1
+    assert bool(model.meta.get("fingerprint")) == (tokenizer_bos is not None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published.py: what a server says of a file
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As Hugging Face's: a redirection that states the hash of what lies behind it."""
+
+    def do_HEAD(self):
+        self.send_response(self.server.status)
+        self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+        for name, value in self.server.answer.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(self.server.content)))
+        self.end_headers()
+
+    def do_GET(self):
+        self.server.status = 200
+        self.do_HEAD()
+        self.wfile.write(self.server.content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.status = 302
+    server.answer = {}
+    server.content = b"x" * 1000
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    monkeypatch.setattr(teacher, "GPT2_URL", f"http://127.0.0.1:{server.server_port}/{{}}/model.safetensors")
+    monkeypatch.setenv("GUMBEL_CACHE", str(tmp_path / "cache"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("status", [200, 302, 307, 404])
+@pytest.mark.parametrize("etag, want", [
+    ('"' + 64 * "a" + '"', 64 * "a"), (64 * "b", 64 * "b"), ('"' + 40 * "a" + '"', None), ("", None), (None, None),
+    ('W/"x"', None)])
+def test_the_hash_of_a_download_is_the_one_that_the_server_states(hub, status, etag, want):
+    hub.status = status
+    if etag is not None:
+        hub.answer["X-Linked-Etag"] = etag
+    assert published.server_sha256(teacher.GPT2_URL.format("gpt2")) == want
+
+
+def test_a_server_that_is_not_there_states_no_hash():
+    assert published.server_sha256("http://127.0.0.1:9/x") is None
+
+
+def test_gpt2_is_downloaded_with_the_servers_hash_and_one_of_another_hash_is_not_kept(hub, gpt2_of, tmp_path, cli):
+    hub.content = (gpt2_of(301) / "model.safetensors").read_bytes()
+    hub.answer["X-Linked-Etag"] = '"' + 64 * "0" + '"'
+    refused(cli(sample, "--ckpt=gpt2 --n=1"), "gpt2", "hash")
+    assert not (tmp_path / "cache" / "gpt2" / "model.safetensors").exists()
+    hub.status = 302
+    hub.answer["X-Linked-Etag"] = '"' + hashlib.sha256(hub.content).hexdigest() + '"'
+    assert sample.load_model("gpt2").vocab_size == 301
+
+
+def test_a_download_without_a_hash_is_known_by_its_header(hub, gpt2_of, tmp_path, cli):
+    hub.content = (gpt2_of(301) / "model.safetensors").read_bytes()[:-100]
+    refused(cli(sample, "--ckpt=gpt2 --n=1"), "gpt2", "no complete safetensors file", "remove")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -820,6 +1399,85 @@ def test_a_failed_connection_to_the_judge_is_reported_without_its_address(endpoi
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/" + KEY)
     code, out, err = cli(llm_judge, f"{JUDGE}=m")
     assert code == 1 and "ConnectionRefusedError" in err and KEY not in out + err
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://", "https:///v1", "http://x:port/v1", "ftp://x", "x", "http://:80",
+                                 "http://a\tb/"])
+def test_a_judge_without_an_address_is_refused_at_once(endpoint, cli, monkeypatch, url):
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    refused(cli(llm_judge, f"{JUDGE}=m"), "OPENAI_BASE_URL")
+    assert not os.path.exists("j.jsonl")
+
+
+@pytest.mark.parametrize("flags, names", [(f"{JUDGE}=", ["--model"]), (f"{JUDGE}=m --timeout=inf", ["--timeout"]),
+                                          (f"{JUDGE}=m --timeout=1e30", ["--timeout"]),
+                                          (f"{JUDGE}=m --timeout=nan", ["--timeout"])])
+def test_flags_that_ask_nobody_or_wait_for_ever_are_refused(endpoint, cli, flags, names):
+    refused(cli(llm_judge, flags), *names)
+    assert not endpoint.seen
+
+
+@pytest.mark.parametrize("text", ["3", "null", "[]", "{}", "true"])
+def test_a_sample_whose_text_is_none_is_refused(endpoint, cli, text):
+    Path("a.jsonl").write_text(f'{{"text": {text}}}\n')
+    refused(cli(llm_judge, f"{JUDGE}=m"), "a.jsonl", "text")
+    assert not endpoint.seen
+
+
+@pytest.mark.parametrize("change", [dict(key=None), dict(key=3), dict(clarity="9"), dict(clarity=None), dict(style=11)])
+def test_answers_of_an_earlier_run_are_checked(endpoint, cli, change):
+    cli(llm_judge, f"{JUDGE}=m")
+    lines = Path("j.jsonl").read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | change)
+    content = "\n".join(lines) + "\n"
+    Path("j.jsonl").write_text(content)
+    refused(cli(llm_judge, f"{JUDGE}=m"), "--out=j.jsonl", *change)
+    assert Path("j.jsonl").read_text() == content
+
+
+DEEP = 100_000 * '{"a":'
+
+
+@pytest.mark.parametrize("item", [DEEP, 300_000 * "{", "[" + 100_000 * "[", DEEP + "1" + 100_000 * "}"])
+def test_an_answer_that_is_nested_deeply_is_no_answer(endpoint, cli, item):
+    began = time.time()
+    endpoint.script = 3 * [item]
+    code, out, err = cli(llm_judge, f"{JUDGE}=m --timeout=20")
+    assert code == 1 and "1 of 4" in err and "Traceback" not in err and time.time() - began < 10, err
+
+
+def test_samples_that_are_nested_deeply_are_refused(endpoint, cli):
+    Path("a.jsonl").write_text(f'{{"text": {DEEP}1\n')
+    refused(cli(llm_judge, f"{JUDGE}=m"), "a.jsonl")
+
+
+def test_half_a_pair_of_surrogates_is_judged_as_another_character(endpoint, cli):
+    Path("a.jsonl").write_text(r'{"text": "hello \ud83d there \ud83d\ude00"}' + "\n")
+    code, out, err = cli(llm_judge, f"{JUDGE}=m")
+    assert code == 0, err
+    asked = [body["messages"][0]["content"] for _, _, body in endpoint.seen]
+    assert any("hello \ufffd there \U0001f600" in prompt for prompt in asked)
+
+
+@pytest.mark.parametrize("where", ["in its headers", "in its text"])
+def test_a_server_that_drips_does_not_outlast_the_timeout(endpoint, cli, monkeypatch, where):
+    def drip(self):
+        self.server.seen.append(None)
+        self.wfile.write(b"HTTP/1.0 200 OK\r\n")
+        if where == "in its text":
+            self.wfile.write(b"\r\n")
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.1)
+    monkeypatch.setattr(Stub, "do_POST", drip)
+    Path("a.jsonl").write_text('{"text": "one"}\n')
+    Path("b.jsonl").write_text('{"text": "one"}\n')
+    began = time.time()
+    code, out, err = cli(llm_judge, f"{JUDGE}=m")
+    assert code == 1 and "no answer within 0.5 s" in err and time.time() - began < 4, err
+    assert len(endpoint.seen) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

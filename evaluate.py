@@ -555,7 +555,7 @@ def parse(argv=None):
     for name, (function, defaults, groups) in COMMANDS.items():
         sub = commands.add_parser(name, help=function.__doc__.splitlines()[0])
         sub.add_argument("--ckpt", nargs="+", required=True, help="checkpoints or run directories")
-        sub.add_argument("--n", type=number(int, 2),
+        sub.add_argument("--n", type=number(int, 2, 2**31),
                          help="samples per row; acceptance: prompts; infill, ppl: validation rows")
         sub.add_argument("--json", help="also write the rows to this file")
         for add_flags in groups:
@@ -588,6 +588,9 @@ def check_read(args, models):
     if args.what == "ppl":
         with_teacher = [model for model in models if model.noise_embed is not None and model.noise_embed.needs_teacher]
         refuse_unread(["teacher"], ["teacher"] if with_teacher else (), "without a student that reads its noise")
+    if args.what == "acceptance":
+        typical = ["epsilon", "delta"] if "typical" in args.accept else ()
+        refuse_unread(["epsilon", "delta"], typical, "without --accept=typical")
     if not draws_samples(args):
         return
     students = [model for model in models if not is_maze_teacher(model)]

@@ -38,6 +38,9 @@ from mdlm import MDLM, ORDERS, SAMPLERS
 from medusa import ACCEPT, Medusa
 from teacher import AR, GPT2, GPT2_SIZES, HF, model_hash
 
+# files that are called so in every folder
+WEIGHT_FILES = (".pt", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
+                "pytorch_model.bin.index.json")
 MODELS = {"ar": AR, "mdlm": MDLM, "bd3lm": BD3LM, "medusa": Medusa}  # what --model names
 
 
@@ -55,7 +58,7 @@ def load_model(path, weights=None, device="cpu"):
     else:
         model = load_foreign(path, source, weights)
     run = path
-    if path.endswith(".pt"):                    # a run bears the name of its folder
+    if path.endswith(WEIGHT_FILES):             # a run bears the name of its folder
         run = os.path.dirname(path)
     model.path = path
     model.name = os.path.basename(os.path.abspath(run))
@@ -83,8 +86,7 @@ def source_of(path):
         return "gpt2"
     if path.endswith((".ckpt", ".safetensors", ".bin")):
         return "published"
-    for name in ("config.json", "model.safetensors", "pytorch_model.bin",
-                 "model.safetensors.index.json", "pytorch_model.bin.index.json"):
+    for name in ("config.json", *WEIGHT_FILES):
         if os.path.exists(os.path.join(path, name)):
             return "published"
     # ours, or nothing at all: `load_checkpoint` says which
@@ -92,7 +94,7 @@ def source_of(path):
 
 
 # ranges of a config's fields; the others need to be of the type that its model's Config names
-RANGES = dict(vocab_size=whole(1, MOST_IDS), bos=whole(0, MOST_IDS), length=whole(2, 1 << 20), n_layer=whole(1, 1000),
+RANGES = dict(vocab_size=whole(1, MOST_IDS), length=whole(2, 1 << 20), n_layer=whole(1, 1000),
               n_embd=whole(1, 1 << 16), n_head=whole(1, 1 << 16), heads=whole(1, 1000), block_size=whole(1, 1 << 20),
               dropout=share)
 
@@ -104,6 +106,8 @@ def build(kind, config):
     cannot = f"cannot build model {kind!r}"
     of_model = dataclasses.fields(MODELS[kind].Config)
     checks = {field.name: RANGES.get(field.name, field.type) for field in of_model if field.name in config}
+    if "bos" in checks:
+        checks["bos"] = lambda bos: whole(0, config["vocab_size"] - 1)(bos)
     check_fields(f"the config of model {kind!r}", config, checks, "it cannot be built")
     weights = 12 * config.get("n_layer", 0) * config.get("n_embd", 0) ** 2         # of its blocks
     if 4 * weights > memory_bytes():
@@ -138,7 +142,7 @@ def attach_backbone(model, path, device):
     """Give heads the backbone that they were trained on: it is found by its name, and known by its weights' hash."""
     name = model.config.backbone
     try:
-        backbone, sha256 = load_backbone(name, device)
+        backbone, sha256 = load_backbone(str(name), device)
     except BadInput as e:
         raise BadInput(f"{path} needs its backbone {name}: {e}") from None
     if sha256 != model.config.sha256:
@@ -266,7 +270,11 @@ def load_teacher(args, model, meta, length, device):
     path = args.teacher or model.args.get("teacher") or default_teacher(meta, length)
     if path is None:
         raise BadInput(f"--teacher is needed for {model.name}: an AR checkpoint of its vocabulary")
-    return load_ar("--teacher", path, meta, length, device)
+    teacher = load_ar("--teacher", path, meta, length, device)
+    trained_with = (vars(model).get("conditions") or {}).get("teacher")
+    if trained_with and trained_with != model_hash(teacher):
+        print(f"{path} is another teacher than the one that {model.name} was trained with", file=sys.stderr)
+    return teacher
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,7 +503,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("--ckpt", required=True,
         help="checkpoint, run directory, gpt2[-medium|-large|-xl], hf:NAME, published .ckpt, folder")
-    add("--n", type=number(int, 1), default=4, help="number of samples")
+    add("--n", type=number(int, 1, 2**31), default=4, help="number of samples")
     add("--batch_size", type=number(int, 1, 2**20), default=16, help="samples drawn at once")
     add("--steps", type=number(int, 1, 2**31),
         help="per sample (BD3-LM: per block); default: one per token")

@@ -313,7 +313,7 @@ HELP = dict(
     verify="check sizes, hashes and ids of a dataset")
 
 
-def parse():
+def parse(argv=None):
     """The flags: every command has its own."""
     parser = Parser(description="Make, and check, datasets of token shards.")
     commands = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
@@ -347,7 +347,7 @@ def parse():
         help="with --files: fraction of the documents held out")
     add("--seed", default=TEXT_DEFAULTS["seed"], type=number(int, 0),
         help="with --files: which documents are held out")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main():

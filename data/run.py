@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data.cli import BadInput, environment_number, git_commit, optional
-from data.files import check_fields, maybe, naming, replacing, whole, writing
+from data.files import check_fields, maybe, naming, replacing, share, whole, writing
 from data.shards import MOST_IDS, changed_meta
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for the log's MFU
@@ -40,16 +40,21 @@ class World:
         self.device, self.dtype, self.autocast = device_and_dtype(dtype)
         self.size = environment_number("WORLD_SIZE", 1)
         self.rank = environment_number("RANK", 0)
-        if self.size > 1 and "MASTER_ADDR" not in os.environ:
-            raise BadInput(f"the environment has WORLD_SIZE={self.size} and no MASTER_ADDR: start with torchrun, or "
-                           "unset it")
+        if self.rank >= self.size:
+            raise BadInput(f"the environment has RANK={self.rank} and WORLD_SIZE={self.size}: start with torchrun, or "
+                           "unset both")
         self.master = self.rank == 0
         self.cuda = self.device == "cuda"
         if self.cuda:
             self.device = f"cuda:{environment_number('LOCAL_RANK', 0)}"
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if self.cuda else "gloo")
+            try:
+                dist.init_process_group("nccl" if self.cuda else "gloo")
+            except (ValueError, RuntimeError) as e:
+                why = str(e).splitlines()[0]
+                raise BadInput(f"WORLD_SIZE={self.size}, MASTER_ADDR and MASTER_PORT of the environment bring no "
+                               f"processes together ({why}): start with torchrun, or unset them") from None
 
     def sum(self, *values):
         """Floats, summed over the processes."""
@@ -273,9 +278,15 @@ def is_state(value):
         isinstance(name, str) and isinstance(w, torch.Tensor) and w.is_floating_point() for name, w in value.items())
 
 
+def is_window(value):
+    """A check: two noise levels."""
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(share, value))
+
+
 # what a checkpoint holds, and its meta and args (its config: `sample.build`)
 CHECKPOINT = dict(model=is_state, ema=is_state, optimizer=dict, step=whole(), tokens_seen=whole(), rng=torch.Tensor,
-                  args=dict, config=dict, meta=dict, git=str, conditions=maybe(dict), bad_steps=maybe(whole()))
+                  args=dict, config=dict, meta=dict, git=str, clip=maybe(is_window),
+                  conditions=maybe(dict), bad_steps=maybe(whole()))
 CHECKPOINT_META = dict(name=str, tokenizer=str, vocab_size=whole(1, MOST_IDS), bos=whole(0, MOST_IDS),
                        predict_bos=bool, row_length=maybe(whole(1)), fingerprint=maybe(str))
 
@@ -301,7 +312,7 @@ def load_checkpoint(path):
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise BadInput(f"{path} is not a readable checkpoint (truncated, or not a torch file), {why}: "
                        f"{remedy}") from None
-    newer = ("conditions", "bad_steps")                    # than some checkpoints
+    newer = ("clip", "conditions", "bad_steps")            # than some checkpoints
     missing = [key for key in CHECKPOINT if key not in newer and (not isinstance(ckpt, dict) or key not in ckpt)]
     if missing:
         raise BadInput(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
@@ -320,7 +331,10 @@ def restore(path, ckpt, model, averaged, optimizer):
         averaged.load_state_dict(ckpt["ema"])
         # the settings are those of the flags: only what was averaged is restored
         settings = optimizer.state_dict()["param_groups"]
+        (group,) = ckpt["optimizer"]["param_groups"]
         optimizer.load_state_dict(dict(state=ckpt["optimizer"]["state"], param_groups=settings))
+        if group["params"] != settings[0]["params"] or ckpt["step"] and not optimizer.state:
+            raise ValueError("the optimizer is of other weights")
         for p, state in optimizer.state.items():
             shapes = [state[name].shape for name in ("exp_avg", "exp_avg_sq")]
             if shapes != [p.shape, p.shape] or state["step"].numel() != 1:

@@ -4,6 +4,7 @@ evaluate.py writes them, and reads them with --samples=FILE; extra/judge.py send
 """
 import hashlib
 import json
+import math
 import os
 
 from data.cli import BadInput
@@ -59,7 +60,7 @@ def read_samples(path, settings, vocab_size):
         raise BadInput(f"--samples={path} holds {len(samples)} of its {settings['n']} samples: "
                        "draw anew into a folder")
     ids = whole(0, vocab_size - 1)
-    fields = dict(text=str, seconds=(lambda v: type(v) in (int, float)), nfe=whole(),
+    fields = dict(text=str, seconds=(lambda v: type(v) in (int, float) and 0 <= v < math.inf), nfe=whole(),
                   tokens=lambda v: list_of(ids)(v) and len(v) == settings["length"] - 1)
     for i, sample in enumerate(samples, start=2):
         check_fields(f"--samples={path}, line {i},", sample, fields, remedy)

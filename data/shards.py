@@ -67,8 +67,8 @@ class Writer:
             self._check_out()                              # another process may have made it until now
             if not self._resume():
                 self._remove_own()
-        except BaseException as e:
-            self.__exit__(type(e))
+        except BaseException:
+            self.__exit__(None)
             raise
 
     def __enter__(self):

@@ -206,6 +206,8 @@ def read_lightning(path, weights=None):
         if name.startswith("teacher_model.") or "sampling_eps" in name:
             continue
         network[name.replace("_orig_mod.", "")] = w        # what torch.compile puts into a name
+    if not isinstance(contents.get("ema"), dict | None):
+        raise ValueError(f"{path}: its ema holds no weights: use --weights=raw")
     shadow = omegaconf_value(contents, "ema.shadow_params")
     if weights == "ema" or weights is None and shadow:
         network |= named_ema(path, network, shadow)

@@ -7,7 +7,9 @@ import http.server
 import json
 import math
 import os
+import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -37,7 +39,7 @@ from gumbel import GumbelEmbedding, nucleus, sample_gumbel
 from mdlm import load_published
 from teacher import GPT2, CausalConfig, CausalLM, extract_parallel, extract_sequential
 from teacher import load_published as load_published_ar
-from test_gumbel import (SHARED, gen, golden, needs_shared, randomise, refused, rows_of, run_in, save_gpt2, tiny,
+from test_gumbel import (HERE, SHARED, gen, golden, needs_shared, randomise, refused, rows_of, run_in, save_gpt2, tiny,
                          tiny_ar)
 from test_gumbel import cli, runs  # noqa: F401, the fixtures
 
@@ -1538,3 +1540,51 @@ def test_bad_input_is_refused_in_one_sentence_and_nothing_is_written(inputs, cli
     before = files_in(inputs)
     refused(cli(command, flags), *names)
     assert files_in(inputs) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the documents say to type
+
+DOCUMENTS = ["README.md", "data/README.md", "extra/RESULTS.md", "extra/SPEED.md", "extra/DIFFERENCES.md", ".ci/run"]
+# a shell in which a command is printed, not run: its words with \x1f between them, and \x1e after it
+PRINTING = r"""
+python() { printf '%s\x1f' "$@"; printf '\x1e'; }
+torchrun() { while [[ $1 == --* ]]; do shift; done; python "$@"; }
+command_not_found_handle() { return 0; }
+set -f
+"""
+PARSERS = {"train.py": train.parse, "sample.py": sample.parse, "evaluate.py": evaluate.parse,
+           "data/prepare.py": prepare.parse, "extra.lm_eval_model": lm_eval_model.flags().parse_args,
+           "extra.judge": llm_judge.flags().parse_args, "extra.bench": bench.flags().parse_args}
+NOT_PARSED = {"gumbel.py", "pytest", "venv", "extra.figures"}
+
+
+def documented_commands(document):
+    """The python commands of a document's code blocks, as a shell expands them: lists of words."""
+    text = Path(HERE, document).read_text()
+    if document == ".ci/run":
+        lines = [line for line in text.splitlines() if line.startswith("python ")]
+    else:
+        blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        blocks += re.findall(r"(?:^    [^\n]*\n)+", text, re.MULTILINE)
+        lines = [block for block in blocks if re.search(r"python|torchrun|^\s*[A-Z]+=", block)]
+    shell = subprocess.run(["bash", "-c", PRINTING + "\n".join(lines)], capture_output=True, text=True,
+                           env={"PATH": "/nowhere"}, executable=shutil.which("bash"))
+    assert "syntax error" not in shell.stderr, shell.stderr
+    return [command.split("\x1f")[:-1] for command in shell.stdout.split("\x1e")[:-1]]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_documented_command_is_parsed(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("out")
+    commands = documented_commands(document)
+    assert commands or document == "extra/DIFFERENCES.md"
+    for script, *words in commands:
+        if script == "-m":
+            script, *words = words
+        if script not in NOT_PARSED:
+            try:
+                PARSERS[script](words)
+            except (SystemExit, BadInput) as e:
+                pytest.fail(f"{document}: {script} {' '.join(words)}: {e}")

@@ -576,8 +576,7 @@ def draw(model, args, length, device, autocast):
                 facts["entropy"] = round(entropy(row), 3)
             text = tokenizer.decode(row)
             if out:                             # first: a closed terminal loses none
-                with naming(args.out):
-                    out.write(json.dumps(dict(text=text, tokens=row) | facts) + "\n")
+                write_sample(out, dict(text=text, tokens=row) | facts)
             print(f"--- sample {done + i},", ", ".join(f"{name} {v}" for name, v in facts.items()))
             print(draw_maze(row) if is_maze else text)
         bar.update(b)
@@ -589,6 +588,15 @@ def draw(model, args, length, device, autocast):
     seconds = time.time() - began
     print(f"{args.n} samples from {model.name} (step {model.step or 'unknown'}) in {seconds:.1f} s: "
           f"{', '.join(how)}", file=sys.stderr)
+
+
+def write_sample(out, sample):
+    with naming(out.name):
+        try:
+            out.write(json.dumps(sample) + "\n")
+        except OSError:                         # half a file would only be in the way of the next try
+            os.remove(out.name)
+            raise
 
 
 def without_repeated_eos(row, eos):

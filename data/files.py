@@ -57,12 +57,11 @@ def take_lock(path, what, wait=False):
 
 
 @contextmanager
-def writing(folder, what=None):
-    """While in its body, this process alone writes the folder, which is made. Raises BadInput."""
-    what = what or folder
+def writing(folder, what=None, wait=False):
+    """While in its body, this process alone writes the folder, which is made. `what`, `wait`: as in `take_lock`."""
     with naming(folder):
         os.makedirs(folder, exist_ok=True)
-        f = take_lock(os.path.join(folder, "lock"), what)
+        f = take_lock(os.path.join(folder, "lock"), what or folder, wait)
     with f:
         try:
             yield

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from data.cli import BadInput
-from data.files import naming, read_json, take_lock, write_json
+from data.files import naming, read_json, write_json, writing
 from gumbel import CHUNK
 
 
@@ -114,12 +114,10 @@ class TeacherCache:
         meta = dict(teacher=sha256, dtype=dtype, length=data.length, k=self.k, rows=len(data))
         meta["shards"] = data.hashes()
         if master and not os.path.exists(self.meta_file):
-            with naming(self.folder):
-                os.makedirs(self.folder, exist_ok=True)
-                # runs may share a cache: one makes its files, the others wait
-                with take_lock(os.path.join(self.folder, "lock"), self.folder, wait=True):
-                    if not os.path.exists(self.meta_file):
-                        self._create(data, meta, sizes)
+            # runs may share a cache: one makes its files, the others wait
+            with writing(self.folder, wait=True), naming(self.folder):
+                if not os.path.exists(self.meta_file):
+                    self._create(data, meta, sizes)
         self._check(data, meta, sizes)
         self.frequency = self.frequency.to(teacher.device)
         self.values = np.memmap(self.values_file, "<u2", "r", shape=shape)

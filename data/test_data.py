@@ -1,5 +1,7 @@
 """The tests of data/: shards, tokenizers, documents and the datasets made of them, and the teacher's cache."""
 import argparse
+import bz2
+import csv
 import errno
 import functools
 import gzip
@@ -757,6 +759,139 @@ def test_noise_from_a_cache_of_few_tokens_is_as_far_off_as_theory_says(w):
         assert abs(rate - want) < 5 * (want / n) ** 0.5, (rate, want)
 
 
+def packed(name, content, kind="w"):
+    """The bytes of a tar of one file."""
+    f = io.BytesIO()
+    with tarfile.open(fileobj=f, mode=kind) as tar:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    return f.getvalue()
+
+
+def table(delimiter, *rows):
+    f = io.StringIO(newline="")
+    csv.writer(f, delimiter=delimiter).writerows(rows)
+    return f.getvalue().encode()
+
+
+TWO = ["Once, \"upon\"\na time.", "The end."]             # two documents, which every file below holds
+TEXT = "<|endoftext|>".join(TWO).encode()
+JSONL = "".join(json.dumps({"text": doc, "label": 0}) + "\n" for doc in TWO).encode()
+CSV = table(",", ["text"], *[[doc] for doc in TWO])
+TWO_COLUMNS = table(",", ["label", "text"], *[["3", doc] for doc in TWO])
+SAME = {                                                   # name: (content, flags)
+    "a.txt": (TEXT, ""), "mark.txt": (b"\xef\xbb\xbf" + TEXT, ""),
+    "a.jsonl": (JSONL, ""), "mark.json": (b"\xef\xbb\xbf" + JSONL, ""),
+    "gap.jsonl": (JSONL.replace(b"\n", b"\n\n"), ""),
+    "body.jsonl": (JSONL.replace(b"text", b"body"), "--field=body"),
+    # tables
+    "one.csv": (CSV, ""), "two.csv": (TWO_COLUMNS, ""), "given.csv": (TWO_COLUMNS, "--field=text"),
+    "body.CSV": (table(",", ["a", "body"], *[["", doc] for doc in TWO]), "--field=body"),
+    "mark.csv": (b"\xef\xbb\xbf" + CSV, ""),
+    "gap.csv": (b"\r\n" + CSV.replace(b"The end", b"\r\nThe end"), ""),
+    "a.tsv": (table("\t", ["text", "label"], *[[doc, "3"] for doc in TWO]), ""), "a.tsv.gz": (gzip.compress(CSV), ""),
+    # packed, and named so
+    "a.txt.gz": (gzip.compress(TEXT), ""), "a.txt.xz": (lzma.compress(TEXT), ""), "a.txt.bz2": (bz2.compress(TEXT), ""),
+    "a.csv.bz2": (bz2.compress(TWO_COLUMNS), ""), "a.tar": (packed("a.csv", CSV), ""),
+    "a.tgz": (gzip.compress(packed("a.jsonl", JSONL)), ""), "a.tar.bz2": (bz2.compress(packed("a.txt", TEXT)), ""),
+    "a.tbz2": (bz2.compress(packed("a.tsv", CSV)), ""), "a.txz": (lzma.compress(packed("a.txt", TEXT)), ""),
+    "in.tar": (packed("a.gz", gzip.compress(TEXT)), ""),
+    # packed, and named otherwise
+    "gz": (gzip.compress(TEXT), ""), "gz.txt": (gzip.compress(TEXT), ""), "gz.jsonl": (gzip.compress(JSONL), ""),
+    "gz.xz": (gzip.compress(TEXT), ""), "xz.csv": (lzma.compress(CSV), ""), "bz2.txt": (bz2.compress(TEXT), ""),
+    "tar.txt": (packed("a.txt", TEXT), ""), "tar.gz": (packed("a.txt", TEXT), ""),
+    "tar": (gzip.compress(packed("a", TEXT)), "")}
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars"])
+@pytest.mark.parametrize("name", SAME)
+def test_every_kind_of_file_holds_the_same_documents(tmp_path, cli, monkeypatch, name, tokenizer):
+    """Known by what it holds, with the header of a table dropped, and --field read."""
+    monkeypatch.chdir(tmp_path)
+    content, flags = SAME[name]
+    Path(name).write_bytes(content)
+    code, _, err = cli(prepare, f"text --files {name} {flags} --tokenizer={tokenizer} --out=o")
+    assert code == 0, err
+    decode = Tokenizer(read_meta("o")[0]["tokenizer"]).decode
+    ids = ids_of_documents("o", "train") + ids_of_documents("o", "val")
+    assert sorted(map(decode, ids)) == sorted(TWO)
+
+
+def test_parquet_is_known_by_its_content(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_hub("hub", "body", train=TWO)
+    os.rename("hub/train.parquet", "parquet.txt")
+    assert cli(prepare, "text --files parquet.txt --field=body --tokenizer=bytes --out=o")[0] == 0
+    assert sorted(read_back("o", "train") + read_back("o", "val")) == sorted(TWO)
+    refused(cli(prepare, "text --files parquet.txt --tokenizer=bytes --out=p"), "parquet.txt", "--field", "other, body")
+
+
+HALVES = ["a \ud83d b", "a \udcff b", "\ude00\ud83d", "\ud83d\ude00", "plain"]
+REPAIRED = ["a \ufffd b", "a \ufffd b", "\ufffd\ufffd", "\U0001f600", "plain"]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "gpt2"])
+def test_half_a_surrogate_pair_is_repaired_at_the_door(tmp_path, cli, monkeypatch, request, tokenizer):
+    if tokenizer == "gpt2":
+        request.getfixturevalue("gpt2_files")
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("x.jsonl", HALVES)
+    assert cli(prepare, f"text --files x.jsonl --tokenizer={tokenizer} --out=o")[0] == 0
+    decode = Tokenizer(read_meta("o")[0]["tokenizer"]).decode
+    ids = ids_of_documents("o", "train") + ids_of_documents("o", "val")
+    assert sorted(map(decode, ids)) == sorted(REPAIRED)
+
+
+def fake_hub(monkeypatch, rows):
+    """A hub's dataset of these rows, in the place of the package."""
+    fake = argparse.Namespace(get_dataset_split_names=lambda *args, **kw: ["train"],
+                              load_dataset=lambda *args, **kw: rows)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+
+
+def test_a_hub_has_the_same_door(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "text --hub=a/b --tokenizer=bytes --val_documents=1 --out=o"
+    for rows, word in (([{"text": None}], "None"), ([{"body": "a"}], "'text'"), ([{"text": ["a"]}], "['a']")):
+        fake_hub(monkeypatch, rows)
+        refused(cli(prepare, flags), "--hub=a/b", "--field", word)
+    fake_hub(monkeypatch, [{"text": half} for half in HALVES])
+    assert cli(prepare, flags)[0] == 0
+    assert read_back("o", "train") + read_back("o", "val") == REPAIRED
+
+
+def test_bytes_that_are_not_utf8_come_back_from_plain_files(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_bytes(b"a \xff\xed\xa0\xbd b<|endoftext|>c \x80")
+    assert cli(prepare, "text --files a --tokenizer=bytes --out=o")[0] == 0
+    ids = ids_of_documents("o", "train") + ids_of_documents("o", "val")
+    assert sorted(bytes(part.astype(np.uint8)) for part in ids) == [b"a \xff\xed\xa0\xbd b", b"c \x80"]
+
+
+def test_a_field_of_a_table_may_be_long(tmp_path, cli, monkeypatch):
+    """Longer than Python's own limit of 131,072 characters."""
+    monkeypatch.chdir(tmp_path)
+    Path("x.csv").write_bytes(table(",", ["text"], ["word " * 100_000], ["b"]))
+    assert cli(prepare, "text --files x.csv --tokenizer=bytes --out=o")[0] == 0
+    assert sorted(read_back("o", "train") + read_back("o", "val")) == ["b", "word " * 100_000]
+
+
+AG_NEWS = [["3", "Title", "Body, of it."], ["4", "Another", "one"]]
+
+
+@pytest.mark.parametrize("content, words", [
+    (table(",", *AG_NEWS), "Title Body, of it.Another one"),           # as published
+    (table(",", ["Class Index", "Title", "Description"], *AG_NEWS), "Title Body, of it.Another one"),
+    (table(",", ["label", "text"], ["2", "a"], ["1", "b"]), "ab")])
+def test_ag_news_comes_with_and_without_names_of_columns(tmp_path, cli, monkeypatch, content, words):
+    monkeypatch.chdir(tmp_path)
+    Path("x.csv").write_bytes(content)
+    assert cli(prepare, "zeroshot ag_news --files x.csv --tokenizer=bytes --out=o")[0] == 0
+    assert Tokenizer("bytes").decode(np.fromfile("o/val.bin", dtype="<u2")) == words
+    refused(cli(prepare, "zeroshot ag_news --files x.csv --field=body --tokenizer=bytes --out=p"), "x.csv", "'body'")
+
+
 def test_truncated_logits_are_never_nan():
     """No mass left, by rounding even less than none: the others are impossible, the true token is not."""
     frequency = torch.tensor([0.5, 0.25, 0.125, 0.125])
@@ -849,6 +984,72 @@ def test_the_loss_from_a_cache_is_that_with_the_teacher(cached):
 
 
 def test_an_interrupted_pass_is_continued_by_other_processes_to_the_same_bytes(cached, tmp_path, monkeypatch):
+UNFIT = {                                                  # name: (content, what the sentence names)
+    # tables
+    "headless.csv": (table(",", *AG_NEWS), ["--field", "'text'", "3, Title"]),
+    "header.csv": (table(",", ["label", "body"], ["1", "a"], ["2", "b"]), ["--field", "'text'", "label, body"]),
+    "short.csv": (table(",", ["label", "text"], ["1", "a"], ["2"]), ["--field", "'text'"]),
+    "quote.csv": (b'text\n"open\na\nb\n', ["unexpected end of data"]),
+    "stray.csv": (b'text\n"a" b,c\n', ["expected after"]),
+    "header.tsv": (b"label\tbody\n1\ta\n2\tb\n", ["--field", "'text'", "label, body"]),
+    "commas.tsv": (b"label,text\n1,a\n2,b\n", ["--field", "'text'"]),
+    "header.csv.gz": (gzip.compress(b"a,b\n1,2\n"), ["a, b"]),
+    # JSON
+    "deep.jsonl": (b"[" * 100_000, ["line 1", "RecursionError"]),
+    "deeper.jsonl": (JSONL + b'{"text":' * 99_999, ["line 3"]),
+    "list.jsonl": (b'[{"text": "a"}]', ["object"]), "string.jsonl": (b'"text"', ["object"]),
+    "null.jsonl": (b"null", ["object"]),
+    "lines.json": (b'[\n{"text": "a"},\n{"text": "b"}\n]', ["line 1", "object"]),
+    "object.json": (b'{\n"text": "a"\n}', ["line 1", "object"]),
+    "field.jsonl": (b'{"body": 1, "b": 2}', ["'text'", "body, b"]),
+    "value.jsonl": (b'{"text": null}', ["None", "--field"]), "number.jsonl": (b'{"text": 3}', ["3", "--field"]),
+    "values.jsonl": (b'{"text": ["a"]}', ["['a']", "--field"]), "latin.jsonl": (b'{"text": "caf\xe9"}', ["line 1"]),
+    "digits.jsonl": (b'{"text": ' + b"1" * 9999 + b"}", ["line 1"]),
+    # kinds that are not read, whatever their names
+    "a.zip": (b"PK\3\4" + bytes(60), ["zip", "unpack"]), "zip.txt": (b"PK\3\4" + bytes(60), ["zip", "unpack"]),
+    "empty.zip": (b"PK\5\6" + bytes(18), ["zip"]), "a.zst": (b"\x28\xb5\x2f\xfd" + bytes(60), ["zst", "unpack"]),
+    "zst.jsonl": (b"\x28\xb5\x2f\xfd" + bytes(60), ["zst", "unpack"]),
+    "a.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(60), ["7z"]),
+    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(60), ["7z"]), "rar.txt": (b"Rar!\x1a\7\0" + bytes(60), ["rar"]),
+    "arrow": (b"ARROW1\0\0" + bytes(60), ["arrow", "parquet"]), "named.zip": (b"plain text", ["zip"]),
+    "in.tar": (packed("a.txt", b"PK\3\4" + bytes(60)), ["zip"]),
+    "in.gz": (gzip.compress(b"PK\3\4" + bytes(60)), ["zip"]),
+    "utf16.txt": ("\ufeffabc".encode("utf-16-le"), ["UTF-16", "convert"]),
+    "be": ("\ufeffabc".encode("utf-16-be"), ["UTF-16"]),
+    "utf16.csv": ("text\na\nb\n".encode("utf-16"), ["UTF-16"]), "utf32.txt": ("abc".encode("utf-32"), ["UTF-32"]),
+    "utf32be": ("\ufeffabc".encode("utf-32-be"), ["UTF-32"]),
+    # not what the name says, or damaged
+    "no.gz": (b"plain", ["BadGzipFile"]), "no.xz": (b"plain", ["LZMAError"]), "no.bz2": (b"plain", ["OSError"]),
+    "no.tar": (b"plain " * 200, ["ReadError"]), "no.parquet": (b"plain", ["no.parquet"]),
+    "cut.bz2": (bz2.compress(TEXT)[:-9], ["EOFError"]), "cut": (gzip.compress(TEXT)[:-9], ["EOFError"]),
+    "parquet": (b"PAR1\x15" + bytes(60), ["parquet"])}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.parametrize("flags", ["text --tokenizer=chars", "openwebtext --tokenizer=bytes --val_documents=1"])
+def test_what_holds_no_text_is_refused_by_name(tmp_path, cli, monkeypatch, name, flags):
+    """With --tokenizer=bytes, too, an archive is not trained on."""
+    if "parquet" in name:
+        pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    monkeypatch.chdir(tmp_path)
+    content, words = UNFIT[name]
+    Path(name).write_bytes(content)
+    refused(cli(prepare, f"{flags} --files {name} --out=p"), name, *words)
+    assert os.listdir() == [name]
+
+
+@pytest.mark.parametrize("command", ["text", "openwebtext", "lm1b", "zeroshot lambada"])
+def test_a_field_that_no_file_has_is_a_flag_that_nothing_reads(tmp_path, cli, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b"):
+        Path(name).write_bytes(TEXT)
+    flags = f"{command} --field=body --tokenizer=bytes --out=o"
+    refused(cli(prepare, f"{flags} --files a.txt b"), "--field")
+    Path("x.jsonl").write_bytes(JSONL.replace(b"text", b"body"))
+    assert cli(prepare, f"{flags.replace('--out', '--val_documents=1 --out') if 'web' in command else flags} "
+                        "--files a.txt x.jsonl")[0] == 0
+
+
     """By process 1 of 2 alone: first its share, then what nobody else has done. A disk that is full in between does no
     harm."""
     teacher = cached.teacher

@@ -30,7 +30,7 @@ from data.documents import documents
 from data.maze import PAD, draw_maze, maze_dataset, maze_paths, maze_valid
 from data.shards import Shards, Writer, changed_meta, read_meta
 from data.teacher_cache import TeacherCache, truncated_logits
-from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
+from data.vocab import GPT2_FINGERPRINT, Tokenizer, add_fingerprint, same_tokenizer, translate
 from gumbel import posterior_times, sample_exponential
 from teacher import AR, model_hash
 from test_gumbel import (DOCS, LONG, SHARED, TINY, gen, interrupt_after, randomise, refused, run_in, same_dataset, tiny,
@@ -208,7 +208,11 @@ def test_gpt2_has_one_fingerprint_through_tiktoken_and_transformers(gpt2_files, 
     theirs = Tokenizer(f"hf:{tmp_path}/gpt2")
     ours = Tokenizer("gpt2")
     assert (theirs.vocab_size, theirs.bos) == (ours.vocab_size, ours.bos)
-    assert theirs.fingerprint() == ours.fingerprint()
+    assert theirs.fingerprint() == ours.fingerprint() == GPT2_FINGERPRINT
+
+
+def test_the_fingerprint_of_gpt2_is_known_without_its_files(gpt2_files):
+    assert Tokenizer("gpt2").fingerprint() == GPT2_FINGERPRINT
 
 
 def test_the_vocabulary_of_chars_is_the_characters_of_the_text(text_file, tmp_path, cli):
@@ -365,6 +369,92 @@ def test_prepare_maze_writes_the_paths(maze, cli):
     code, out, _ = cli(prepare, "verify data/maze")
     assert code == 0
     assert out == "data/maze/train.bin: 20000 tokens, ok\ndata/maze/val.bin: 20000 tokens, ok\n"
+CONTROL = "price <s>old</s> <|endoftext|></s>"             # in plain text, these are characters
+
+
+def hf_tokenizers(folder):
+    """Names of small tokenizers of every model that `tokenizers` trains, on words among which control tokens are."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    models = tokenizers.models
+    trainers = tokenizers.trainers
+    before = tokenizers.pre_tokenizers
+    how = dict(vocab_size=130, special_tokens=["<unk>", "<s>", "</s>"])
+    kinds = {
+        "BPE": (models.BPE(unk_token="<unk>"), trainers.BpeTrainer(**how), before.Metaspace()),
+        "Unigram": (models.Unigram(), trainers.UnigramTrainer(**how, unk_token="<unk>"), before.Metaspace()),
+        "WordLevel": (models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer(**how), before.WhitespaceSplit())}
+    words = [f"x {CONTROL} <s> </s> y"] * 20 + [string.ascii_letters + string.punctuation]
+    for name, (model, trainer, splitter) in kinds.items():
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = splitter
+        tokenizer.decoder = tokenizers.decoders.Metaspace()
+        tokenizer.train_from_iterator(words, trainer)
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
+                                                    eos_token="</s>")
+        fast.save_pretrained(f"{folder}/{name}")
+    write_bpe(f"{folder}/ByteLevel", words + LONG[:50])
+    return [f"hf:{folder}/{name}" for name in (*kinds, "ByteLevel")]
+
+
+@pytest.fixture(params=["gpt2", "others"])
+def tokenizers(request, tmp_path):
+    """Names of tokenizers: GPT-2's, where its files are, and all others (bytes come last)."""
+    if request.param == "gpt2":
+        request.getfixturevalue("gpt2_files")
+        return ["gpt2", "bytes"]
+    return [*hf_tokenizers(tmp_path), "chars:" + "".join(sorted(set(CONTROL + "The union are"))), "bytes"]
+
+
+def test_control_tokens_pass_through_text_in_neither_direction(tokenizers):
+    """Not from a text into ids, though some models know "<s>" as a word of theirs; and not from ids into a text."""
+    for name in tokenizers:
+        tokenizer = Tokenizer(name)
+        ids = tokenizer.encode([CONTROL, "price"])[0].tolist()
+        assert not tokenizer.ends & set(ids), name
+        if "WordLevel" not in name:                        # it knows words only
+            assert tokenizer.decode(ids) == CONTROL, name
+        ends = list(tokenizer.ends)
+        assert tokenizer.decode([*ends, *ids, *ends]) == tokenizer.decode(ids), name
+        assert tokenizer.decode(ends) == "", name
+        assert len(ends) == (2 if name.startswith("hf:") else 1)
+
+
+def test_a_row_goes_to_another_tokenizer_with_an_eos_for_an_eos(tokenizers):
+    for a in map(Tokenizer, [name for name in tokenizers if "WordLevel" not in name]):
+        one, two = [ids.tolist() for ids in a.encode(["The union", "are"])]
+        row = [a.bos, *one, a.bos, a.bos, *two, max(a.ends)]
+        assert a.split(np.array(row)) == [one, two] and a.split([a.bos]) == []
+        for b in map(Tokenizer, tokenizers):
+            want_one, want_two = [ids.tolist() for ids in b.encode([a.decode(one), a.decode(two)])]
+            want = [b.bos, *want_one, b.bos, b.bos, *want_two, b.bos]
+            assert translate(row, a, b) == translate(torch.tensor(row), a, b) == want, (a.name, b.name)
+            assert translate([a.bos] * 3, a, b) == translate([], a, b) == [b.bos]
+            assert translate(one, a, b) == want_one
+
+
+@pytest.mark.parametrize("file, content, word", [
+    ("tokenizer_config.json", {"bos_token": ["<s>"]}, "hf:one"), ("tokenizer_config.json", [], "hf:one"),
+    ("tokenizer.json", {"model": 3}, "hf:one"), ("tokenizer.json", {}, "hf:one")])
+def test_a_damaged_tokenizer_of_hugging_face_is_refused(tmp_path, monkeypatch, file, content, word):
+    monkeypatch.chdir(tmp_path)
+    write_bpe("one", LONG[:50])
+    old = json.loads(Path("one", file).read_text())
+    Path("one", file).write_text(json.dumps(old | content if content else content))
+    with pytest.raises(BadInput, match=word):
+        Tokenizer("hf:one")
+
+
+def test_the_bos_of_a_tokenizer_is_one_of_its_ids(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    write_bpe(f"{tmp_path}/one", LONG[:50] + [string.ascii_lowercase])
+    for bos in (-1, 120, [1, 2], 1.0, None):
+        for name in ("bos_token_id", "eos_token_id"):
+            monkeypatch.setattr(transformers.PreTrainedTokenizerFast, name, bos, raising=False)
+        with pytest.raises(BadInput, match=re.escape(f"{tmp_path}/one has the BOS (or EOS) {bos}")):
+            Tokenizer(f"hf:{tmp_path}/one")
+
+
 
 
 def test_a_drawn_path_says_how_it_ends():

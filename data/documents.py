@@ -92,7 +92,8 @@ def pick(row, field):
     if not isinstance(row, dict):
         raise BadInput(f"a document is {row!r:.40}: put an object for each document on one line")
     if field not in row:
-        raise BadInput(f"--field names {field!r}, but its columns are {', '.join(row):.200}: choose one of these")
+        names = " ".join(", ".join(row).split())           # on one line, whatever they hold
+        raise BadInput(f"--field names {field!r}, but its columns are {names:.200}: choose one of these")
     return row[field]
 
 

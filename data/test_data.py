@@ -988,6 +988,7 @@ UNFIT = {                                                  # name: (content, wha
     # tables
     "headless.csv": (table(",", *AG_NEWS), ["--field", "'text'", "3, Title"]),
     "header.csv": (table(",", ["label", "body"], ["1", "a"], ["2", "b"]), ["--field", "'text'", "label, body"]),
+    "lines.csv": (table(",", ["a\nb", "c"], ["1", "a"], ["2", "b"]), ["a b, c: choose"]),
     "short.csv": (table(",", ["label", "text"], ["1", "a"], ["2"]), ["--field", "'text'"]),
     "quote.csv": (b'text\n"open\na\nb\n', ["unexpected end of data"]),
     "stray.csv": (b'text\n"a" b,c\n', ["expected after"]),

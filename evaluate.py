@@ -30,7 +30,7 @@ from data.report import device_name, report
 from data.run import device_and_dtype
 from data.samples import names_file, read_samples, write_samples
 from data.shards import Shards
-from data.vocab import Tokenizer, same_tokenizer
+from data.vocab import Tokenizer, same_tokenizer, translate
 from mdlm import reveal_steps, revealing_path, unmask
 from medusa import ACCEPT
 from sample import (check_length, check_sampler, check_sampling_flags, check_sampling_read, check_vocabulary, generate,
@@ -302,10 +302,7 @@ class TextSetting:
         """Rows of the models' ids -> the judge's ids, through text where the tokenizers differ."""
         if self.tokenizer is None:
             return rows
-        texts = [self.tokenizer.decode(row) for row in rows]
-        rows = self.judges_tokenizer.encode(texts)
-        # a sample of nothing but EOS is no text, and would be no row: EOS again
-        return [ids if len(ids) else [self.judge.bos] for ids in rows]
+        return [translate(row, self.tokenizer, self.judges_tokenizer) for row in rows]
 
     def note(self, args, models):
         text = (f"{self.length - 1} tokens a sample, judge {self.judge.name}; entropy: of the tokens of a "

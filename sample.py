@@ -28,7 +28,7 @@ import bd3lm
 import mdlm
 import teacher
 from bd3lm import BD3LM
-from data.cli import BadInput, Parser, number, refuse_unread, run_main
+from data.cli import BadInput, Parser, number, refuse_unread, run_main, say_once
 from data.files import check_fields, check_output, naming, share, whole
 from data.maze import draw_maze
 from data.run import device_and_dtype, is_finite, load_checkpoint, memory_bytes
@@ -224,9 +224,9 @@ def check_vocabulary(what, model, meta):
     # two names that say something: ask the tokenizers themselves, where they are to be had
     if same is None and theirs != ours and "ids" not in (theirs, ours):
         same = same_tokenizer(add_fingerprint(model.meta), add_fingerprint(meta))
-        if same is None and not int(os.environ.get("LOCAL_RANK", 0)):   # one process of torchrun
-            print(f"{what} has the tokenizer {theirs[:60]}, the data {ours[:60]}: "
-                  "whether they are the same cannot be told", file=sys.stderr)
+        if same is None:
+            say_once(f"{what} has the tokenizer {theirs[:60]}, the data {ours[:60]}: "
+                     "whether they are the same cannot be told")
     if same is False:
         raise BadInput(f"{what} has the tokenizer {theirs[:60]}, the data {ours[:60]}, which is another: "
                        "use a model of this vocabulary, or prepare the text with the model's")
@@ -273,7 +273,7 @@ def load_teacher(args, model, meta, length, device):
     teacher = load_ar("--teacher", path, meta, length, device)
     trained_with = (vars(model).get("conditions") or {}).get("teacher")
     if trained_with and trained_with != model_hash(teacher):
-        print(f"{path} is another teacher than the one that {model.name} was trained with", file=sys.stderr)
+        say_once(f"{path} is another teacher than the one that {model.name} was trained with")
     return teacher
 
 

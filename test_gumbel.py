@@ -2768,9 +2768,11 @@ def test_a_flag_that_nothing_reads_is_refused(all_runs, cli, monkeypatch, comman
 
 
 @pytest.mark.parametrize("flags", [
-    "sample --ckpt=out/gumbel --tau=0.5 --greedy", "sample --ckpt=out/ar --tau=0.5", "sample --ckpt=out/heads --no_cache",
+    "sample --ckpt=out/gumbel --tau=0.5 --greedy", "sample --ckpt=out/ar --tau=0.5",
+    "sample --ckpt=out/heads --no_cache",
     "evaluate genppl --judge=out/ar --n=4 --ckpt out/plain out/ar --nfe=4 --tau=0.5",
-    "evaluate genppl --judge=out/ar --n=4 --ckpt out/plain out/gumbel --nfe=4 --tau=0.5 --decode=sample,greedy --top_p=1"])
+    "evaluate genppl --judge=out/ar --n=4 --ckpt out/plain out/gumbel --nfe=4 --tau=0.5 --decode=sample,greedy "
+    "--top_p=1"])
 def test_a_flag_that_one_of_the_models_reads_is_accepted(all_runs, cli, monkeypatch, flags):
     monkeypatch.chdir(all_runs)
     command, _, flags = flags.partition(" ")
@@ -2992,7 +2994,8 @@ def train_the_teacher_on(folder):
 
 @pytest.mark.parametrize("change,names", [
     (prepare_other_text, "other shards data/mine"), (train_the_teacher_on, "another teacher out/ar")])
-def test_a_run_is_not_continued_on_other_data_or_with_another_teacher(text_runs, cli, monkeypatch, tmp_path, change, names):
+def test_a_run_is_not_continued_on_other_data_or_with_another_teacher(text_runs, cli, monkeypatch, tmp_path, change,
+                                                                      names):
     """A path does not stand for what lies there."""
     for name in ("data", "out/ar", "out/gumbel"):
         shutil.copytree(text_runs / name, tmp_path / name)
@@ -3004,7 +3007,8 @@ def test_a_run_is_not_continued_on_other_data_or_with_another_teacher(text_runs,
 
 
 @pytest.mark.parametrize("name,value", [
-    ("processes", 2), ("micro_batch_size", 4), ("device", "cuda"), ("dtype", "bfloat16"), ("torch", "2.0"), ("random", 0)])
+    ("processes", 2), ("micro_batch_size", 4), ("device", "cuda"), ("dtype", "bfloat16"), ("torch", "2.0"),
+    ("random", 0)])
 def test_a_run_is_continued_under_other_conditions_with_a_warning(in_maze_runs, cli, tmp_path, name, value):
     """The same law, other draws or other rounding: said once, and noted in the log."""
     shutil.copytree("out/maze-mdlm", tmp_path / "m")
@@ -3726,7 +3730,8 @@ def test_kept_samples_give_the_same_table_without_a_network(kept, cli, monkeypat
 @pytest.mark.parametrize("other,names", [
     ("--nfe=3,4", "2 --nfe"), ("--decode=sample,greedy", "2 --decode"), ("--ckpt out/plain out/gumbel", "2 --ckpt"),
     ("--decode=greedy", "decode sample"), ("--nfe=4", "steps 3 4"), ("--n=7", "n 6 7"),
-    ("--ckpt out/gumbel", "model plain gumbel"), ("--top_p=0.8", "top_p 0.9 0.8"), ("--samples=none.jsonl", "none.jsonl")])
+    ("--ckpt out/gumbel", "model plain gumbel"), ("--top_p=0.8", "top_p 0.9 0.8"),
+    ("--samples=none.jsonl", "none.jsonl")])
 def test_kept_samples_of_other_settings_are_refused(kept, cli, other, names):
     refused(cli(evaluate, f"{KEPT} --samples={kept[1]} {other}"), "--samples", *names.split())
 

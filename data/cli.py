@@ -165,6 +165,13 @@ def environment_number(name, default):
     return int(text)
 
 
+@functools.cache                                           # once
+def say_once(text):
+    """A line on stderr, by one process of a run."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
 def git_commit():
     """The commit of this code, with + when it was changed since, or "" outside a checkout."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -4,16 +4,18 @@ A stream of documents yields (source, text, ends): the file or the hub's split t
 whether it ends its document. A document of ordinary size is one item. A very long one, such as a file of gigabytes
 without a separator, comes in several pieces, of which only the last has `ends`: so memory stays flat.
 """
+import bz2
 import csv
+import functools
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
 import re
 import tarfile
-import zlib
 
 from data.cli import BadInput, optional
 
@@ -70,47 +72,97 @@ def place_to_cut(text, margin):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the door. BadInput that is raised here names no file: who calls says which it is
+
+def clean(text, errors="strict"):
+    """A document as it enters, wherever it is from. Half a surrogate pair, which JSON may hold, becomes U+FFFD, as in
+    tiktoken; with errors "surrogateescape", those stay that stand for bytes which are not UTF-8.
+    """
+    if not isinstance(text, str):                          # a field may hold null, or a list
+        raise BadInput(f"a document is {text!r:.40}, which is no text: name the text's field with --field")
+    try:
+        text.encode("utf-8", errors)
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def pick(row, field):
+    """What a row {field: value} has in this field."""
+    if not isinstance(row, dict):
+        raise BadInput(f"a document is {row!r:.40}: put an object for each document on one line")
+    if field not in row:
+        names = " ".join(", ".join(row).split())           # on one line, whatever they hold
+        raise BadInput(f"--field names {field!r}, but its columns are {names:.200}: choose one of these")
+    return row[field]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # files of every kind
 
-class Reader:
-    """Reads the documents of a file, by the end of its name; `read` yields (name, text, whether it ends its document).
+# what a file holds, by its first bytes
+MAGIC = {
+    "gz": rb"\x1f\x8b\x08", "xz": rb"\xfd7zXZ\0", "bz2": rb"BZh[1-9](1AY&SY|\x17rE8P)", "parquet": rb"PAR1\x15",
+    "zip": rb"PK(\x03\x04|\x05\x06)", "zst": rb"\x28\xb5\x2f\xfd", "7z": rb"7z\xbc\xaf", "rar": rb"Rar!\x1a",
+    "arrow": rb"ARROW1\0\0", "UTF-16 or UTF-32": rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff"}
+# by the end of its name, where these do not tell; what else there is, is text
+ENDS = {".tgz": "gz", ".txz": "xz", ".tbz2": "bz2", ".json": "jsonl"}
+ENDS |= {f".{kind}": kind for kind in (*MAGIC, "tar", "jsonl", "csv", "tsv")}
+PACKED = dict(gz=gzip.open, xz=lzma.open, bz2=bz2.open)
+UNREAD = dict.fromkeys(("zip", "zst", "7z", "rar"), "unpack it first")
+UNREAD |= {"arrow": "save it as .parquet", "UTF-16 or UTF-32": "convert it to UTF-8"}
+csv.field_size_limit(2**31 - 1)                            # a document may be long (Windows takes no more)
 
-    .parquet and .jsonl: a document is the text in `field`. .csv: the columns after the first. .tar, .gz, .xz: what is
-    in it. Other: text, cut at `separator`, or at each line (`by_line`). `errors`: what happens to bytes that are not
-    UTF-8, as in Python's open.
+
+def kind_of(head, path):
+    """What a file is, by its first 512 bytes, else by its name: one of ENDS' values, or "text"."""
+    for kind, magic in MAGIC.items():
+        if re.match(magic, head):
+            return kind
+    try:
+        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")        # there is a checksum in it
+        return "tar"
+    except tarfile.HeaderError:
+        return ENDS.get(os.path.splitext(path)[1].lower(), "text")
+
+
+def kind_of_file(path):
+    with open(path, "rb") as f:
+        return kind_of(f.read(512), path)
+
+
+class Reader:
+    """Reads the documents of a file of any kind; `read` yields (name, text, whether it ends its document).
+
+    .parquet, .jsonl, .csv and .tsv: a document is the text in `field`. .tar, .gz, .xz, .bz2: what is in it. Other:
+    text, cut at `separator`, or at each line (`by_line`). `errors`: what happens to bytes that are not UTF-8, as in
+    Python's open. `headless`: a .csv may be AG News as published, a label and columns of text without names.
     """
 
-    def __init__(self, separator="", by_line=False, field="text", errors="strict"):
+    def __init__(self, separator="", by_line=False, field="text", errors="strict", headless=False):
         self.separator = separator
         self.by_line = by_line
         self.field = field
         self.errors = errors
+        self.headless = headless
 
     def read(self, path, file=None):
         """The documents of the file of this path, or of `file`, open in binary: an archive's member of this name."""
-        name = os.path.basename(path).lower()
         with file or open(path, "rb") as f:
-            if name.endswith((".gz", ".tgz")):
-                yield from self.read(self.unpacked(path), gzip.open(f))
-            elif name.endswith(".xz"):
-                yield from self.read(self.unpacked(path), lzma.open(f))
-            elif name.endswith(".tar"):
+            kind = kind_of(f.peek(512), path)
+            if kind in UNREAD:
+                raise BadInput(f"this is {kind}, which is not read: {UNREAD[kind]}")
+            if kind in PACKED:
+                inner, end = os.path.splitext(path)
+                if ENDS.get(end.lower()) not in PACKED:    # a name that does not tell
+                    inner = path
+                yield from self.read(inner, PACKED[kind](f))
+            elif kind == "tar":
                 yield from self.read_tar(f)
-            elif name.endswith(".parquet"):
-                yield from self.read_parquet(path, f)
-            elif name.endswith((".jsonl", ".json")):
-                for line in f:
-                    if line.strip():                       # an empty line at the end is no damage
-                        yield path, json.loads(line)[self.field], True
             else:
-                yield from self.read_text(path, f)
-
-    def unpacked(self, path):
-        """The name of what a packed file holds."""
-        inner = path[:path.rindex(".")]
-        if path.lower().endswith((".tgz", "_data.xz")):    # _data.xz: OpenWebText's subsets, each a tar
-            return inner + ".tar"
-        return inner
+                errors = "strict" if kind in ("parquet", "jsonl") else self.errors
+                for text, ends in getattr(self, f"read_{kind}")(f):
+                    yield path, clean(text, errors), ends
 
     def read_tar(self, f):
         # mode "r:": plain tar only, since what packs it is undone in `read`
@@ -121,26 +173,48 @@ class Reader:
         if f.tell() < archive.offset + tarfile.BLOCKSIZE:  # tarfile itself takes this for the end
             raise EOFError("the archive ends within a header")
 
-    def read_parquet(self, path, f):
-        parquet = optional("pyarrow.parquet", path)
+    def read_parquet(self, f):
+        file = optional("pyarrow.parquet", "parquet").ParquetFile(f)
+        # (all columns where the field is none of them: `pick` names them)
+        columns = [self.field] if self.field in file.schema_arrow.names else None
         # a few rows at a time: a file may be larger than memory
-        for batch in parquet.ParquetFile(f).iter_batches(256, columns=[self.field]):
-            for text in batch.column(0).to_pylist():
-                yield path, text, True
+        for batch in file.iter_batches(256, columns=columns):
+            for row in batch.to_pylist():
+                yield pick(row, self.field), True
 
-    def read_text(self, path, f):
-        # newline="": line ends stay as they are
-        text_file = io.TextIOWrapper(f, encoding="utf-8", errors=self.errors, newline="")
-        if path.lower().endswith(".csv"):
-            for row in csv.reader(text_file):
-                yield path, " ".join(row[1:]), True        # the first is a label
-        elif self.by_line:
-            for line in text_file:
-                if line.strip():
-                    yield path, line, True
+    def read_jsonl(self, f):
+        for n, line in enumerate(f, 1):
+            if line.strip():                               # an empty line at the end is no damage
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as e:
+                    raise BadInput(f"line {n} is no JSON ({e!r:.80}): put an object for each document on one "
+                                   "line") from None
+                yield pick(row, self.field), True
+
+    def read_csv(self, f, delimiter=","):
+        rows = filter(None, csv.reader(self.open_text(f), delimiter=delimiter, strict=True))
+        header = next(rows, [])
+        if self.headless and self.field not in header:
+            if header and header[0].isdigit():             # a label, no name of a column
+                rows = itertools.chain([header], rows)
+            for row in rows:
+                yield " ".join(row[1:]), True
         else:
-            for text, ends in documents(text_file, self.separator):
-                yield path, text, ends
+            for row in rows:
+                yield pick(dict(zip(header, row)), self.field), True
+
+    read_tsv = functools.partialmethod(read_csv, delimiter="\t")
+
+    def read_text(self, f):
+        text_file = self.open_text(f)
+        if self.by_line:
+            return ((line, True) for line in text_file if line.strip())
+        return documents(text_file, self.separator)
+
+    def open_text(self, f):
+        # newline="": line ends stay as they are; -sig: a mark of the encoding in front is no text
+        return io.TextIOWrapper(f, encoding="utf-8-sig", errors=self.errors, newline="")
 
 
 def expand(files):
@@ -165,22 +239,15 @@ def stream_files(paths, **how):
     reader = Reader(**how)
     for path in paths:
         try:
-            for name, text, ends in reader.read(path):
-                check_text(text)
-                yield name, text, ends
+            yield from reader.read(path)
+        except BadInput as e:
+            raise BadInput(f"--files: {path}: {e}") from None
         except UnicodeDecodeError as e:
-            raise BadInput(f"--files: {path} holds bytes that are not UTF-8 ({e.reason} at byte {e.start} "
-                           "of a block): convert them, or use --tokenizer=bytes") from None
-        except (OSError, EOFError, ValueError, LookupError, TypeError, tarfile.TarError, csv.Error,
-                lzma.LZMAError, zlib.error) as e:
-            raise BadInput(f"--files: {path} cannot be read ({type(e).__name__}: {e}): truncated, or not "
-                           "of the kind its name says, or without the field of the text") from None
-
-
-def check_text(text):
-    """TypeError for what is no str: a field may hold null, or a list."""
-    if not isinstance(text, str):
-        raise TypeError(f"a document is {text!r}, which is no text")
+            raise BadInput(f"--files: {path} holds bytes that are not UTF-8 ({e.reason} at byte {e.start} of a block): "
+                           "convert them, or, where it is plain text, use --tokenizer=bytes") from None
+        except Exception as e:                             # decoders fail in a hundred ways
+            raise BadInput(f"--files: {path} cannot be read ({e!r:.200}): it is truncated or damaged, or not of the "
+                           "kind that its name says") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,8 +277,9 @@ def stream_hub(hub, splits, field):
     try:
         for split in splits:
             for row in datasets.load_dataset(name, config, split=split, streaming=True, revision=revision):
-                check_text(row[field])
-                yield f"{name}:{split}", row[field], True
+                yield f"{name}:{split}", clean(pick(row, field)), True
+    except BadInput as e:
+        raise BadInput(f"--hub={hub}: {e}") from None
     except Exception as e:
         raise hub_failure(hub, e) from None
 
@@ -222,6 +290,5 @@ def import_datasets(hub):
 
 def hub_failure(hub, e):
     """The BadInput for whatever `datasets` has raised."""
-    lines = (str(e) or "-").splitlines()
-    return BadInput(f"datasets cannot stream {hub} ({type(e).__name__}: {lines[0]}): go online, "
+    return BadInput(f"datasets cannot stream {hub} ({e!r:.200}): go online, "
                     "name a copy with --hub, or give local files with --files")

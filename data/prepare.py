@@ -24,7 +24,7 @@ if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from data.cli import BadInput, Parser, number, refuse_unread, run_main, unescape
 from data.detokenize import LAMBADA, LM1B, PTB, SCIENTIFIC, WIKITEXT, detokenize
-from data.documents import expand, hub_splits, stream_files, stream_hub
+from data.documents import expand, hub_splits, kind_of_file, stream_files, stream_hub
 from data.maze import MAZE_LENGTH, maze_dataset
 from data.shards import Writer, verify
 from data.vocab import Tokenizer
@@ -70,6 +70,8 @@ def begin(args, hub=None, splits=("train",), field="text", **how):
     field = args.field or field
     paths = expand(args.files or [])
     if args.files:
+        if args.field and {kind_of_file(path) for path in paths} == {"text"}:
+            raise BadInput("--field is not read with --files that hold plain text: leave it out")
         errors = "strict"
         if tokenizer_name == "bytes":                      # it takes what is not UTF-8 as it is
             errors = "surrogateescape"
@@ -298,7 +300,8 @@ def is_held_out_of_lm1b(source):
 def make_zeroshot(args):
     """A zero-shot set (Table 8): its test texts, detokenised, in one stream without EOS, as the paper wraps them."""
     hub, field, by_line, rules = ZEROSHOT[args.name]
-    with begin(args, hub, ("test",), field, by_line=by_line) as (tokenizer, stream, writer):
+    headless = args.name == "ag_news" and not args.field
+    with begin(args, hub, ("test",), field, by_line=by_line, headless=headless) as (tokenizer, stream, writer):
         items = to_splits(stream(), lambda source: True, rules)
         write_text(writer, items, tokenizer, eos=False)
 
@@ -326,12 +329,12 @@ def parse(argv=None):
     for name in MAKERS:
         add = sub[name].add_argument
         add("--files", nargs="+",
-            help="text, .jsonl, .parquet, .csv, .tar of these, .gz or .xz of these, or folders of these, "
-            "in this order; without, --hub")
+            help="text, .jsonl, .parquet, .csv, .tsv, .tar of these, .gz, .xz or .bz2 of these, or folders of "
+            "these, in this order; without, --hub")
         add("--hub",
             help="Hugging Face dataset NAME[:CONFIG][@REVISION], streamed by `datasets`; NAME may be a folder")
         add("--field",
-            help="where .jsonl, .parquet and the hub keep a document's text; by default text, or the "
+            help="where .jsonl, .parquet, .csv, .tsv and the hub keep a document's text; by default text, or the "
             "zero-shot set's own")
         add("--tokenizer", default="gpt2",
             help="gpt2, bytes (no download, any file), hf:NAME; for `text` with --files also chars (the "

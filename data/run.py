@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data.cli import BadInput, environment_number, git_commit, optional
 from data.files import check_fields, maybe, naming, replacing, share, whole, writing
-from data.shards import MOST_IDS, changed_meta
+from data.shards import changed_meta, check_meta
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for the log's MFU
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -283,12 +283,10 @@ def is_window(value):
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(share, value))
 
 
-# what a checkpoint holds, and its meta and args (its config: `sample.build`)
+# what a checkpoint holds (its config: `sample.build`)
 CHECKPOINT = dict(model=is_state, ema=is_state, optimizer=dict, step=whole(), tokens_seen=whole(), rng=torch.Tensor,
                   args=dict, config=dict, meta=dict, git=str, clip=maybe(is_window),
                   conditions=maybe(dict), bad_steps=maybe(whole()))
-CHECKPOINT_META = dict(name=str, tokenizer=str, vocab_size=whole(1, MOST_IDS), bos=whole(0, MOST_IDS),
-                       predict_bos=bool, row_length=maybe(whole(1)), fingerprint=maybe(str))
 
 
 def load_checkpoint(path):
@@ -318,7 +316,7 @@ def load_checkpoint(path):
         raise BadInput(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
     check_fields(path, ckpt, CHECKPOINT, remedy)
     check_fields(path, ckpt["args"], dict(model=str, steps=whole(1), data=str), remedy)
-    check_fields(path, ckpt["meta"], CHECKPOINT_META, remedy)
+    check_meta(path, ckpt["meta"], remedy)
     return ckpt
 
 

@@ -4,7 +4,8 @@ A dataset is a folder of raw little-endian uint16 token ids, `train.bin` and `va
 `meta.json` (tokenizer, its fingerprint, vocab_size, bos, row_length, and per file: split, tokens, sha256). It is made
 in `OUT.partial` and renamed when complete: an interrupted run leaves nothing that training would accept, and the same
 command continues it. Without a meta.json, nanoGPT's .bin files are taken as GPT-2 ids, and llm.c's (256-int32 header)
-are read too. A training row is [BOS] + the next L - 1 tokens; rows do not overlap.
+are read too; other formats are refused, by their content. A training row is [BOS] + the next L - 1 tokens; rows do not
+overlap.
 """
 import hashlib
 import json
@@ -16,14 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cli import BadInput
-from data.files import (check_fields, check_folder, is_file_name, list_of, naming, read_json, sync_folder, whole,
+from data.cli import BadInput, say_once
+from data.documents import kind_of
+from data.files import (check_fields, check_folder, is_file_name, list_of, maybe, naming, read_json, sync_folder, whole,
                         write_json, writing)
 from data.maze import PAD
+from data.vocab import MOST_IDS, named_size
 
 SPLITS = ("train", "val")
 MIB_OF_IDS = 1 << 19                                       # the ids in a MiB
-MOST_IDS = 1 << 16                                         # a shard's token is a uint16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,14 +270,31 @@ def hash_of_ends(f):
     return hashlib.sha256(first + last + size).hexdigest()
 
 
-META_KEYS = ("name", "tokenizer", "vocab_size", "bos", "predict_bos", "row_length")
+# what is in meta.json beside `files`, and what of it may be there
+META_FIELDS = dict(name=str, tokenizer=str, vocab_size=whole(1, MOST_IDS), bos=whole(), predict_bos=bool,
+                   row_length=maybe(whole(1)), fingerprint=maybe(str))
+FILE_FIELDS = dict(name=is_file_name, split=SPLITS.__contains__, tokens=whole(), sha256=lambda value: (
+    isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)))
+
+
+def check_meta(file, meta, remedy):
+    """BadInput unless `meta`, which this file holds, describes a dataset; its tokenizer's name may tell its size."""
+    check_fields(file, meta, META_FIELDS, remedy)
+    size = (meta["vocab_size"], meta["bos"])
+    try:
+        fitting = named_size(meta["tokenizer"], size)
+    except BadInput as e:
+        raise BadInput(f"{file} is damaged ({e}): {remedy}") from None
+    if size != fitting or meta["bos"] >= meta["vocab_size"]:
+        raise BadInput(f"{file} is damaged (vocab_size {size[0]} and bos {size[1]} do not fit its tokenizer "
+                       f"{meta['tokenizer']:.40}): {remedy}")
 
 
 def read_meta(path):
     """A dataset's meta and its files, sizes checked: (meta, [{path, split, tokens, sha256, ids (memmapped)}]).
 
-    meta: what META_KEYS names, and "fingerprint" (of the tokenizer) where the dataset is not older than fingerprints.
-    Raises BadInput.
+    meta: what META_FIELDS names, without a fingerprint (of the tokenizer) where the dataset is older than
+    fingerprints. Raises BadInput.
     """
     name = os.path.basename(os.path.normpath(path))
     if not os.path.isdir(path):
@@ -283,16 +302,13 @@ def read_meta(path):
         if name in ("maze", "maze_skewed", "openwebtext", "lm1b"):
             how = name
         raise BadInput(f"{path} is not a folder of shards: make it with `python data/prepare.py {how}`")
-    if os.path.exists(os.path.join(path, "meta.json")):
+    if os.path.lexists(os.path.join(path, "meta.json")):
         meta, files = read_own(path)
     else:
         # nanoGPT's, llm.c's and modded-nanogpt's shards have none, and hold GPT-2's ids
         meta = dict(name=name, tokenizer="gpt2", vocab_size=50257, bos=50256, predict_bos=True,
                     row_length=None)
-        names = sorted(f for f in os.listdir(path) if f.endswith(".bin"))
-        files = [foreign(os.path.join(path, f)) for f in names]
-        if not files:
-            raise BadInput(f"{path} holds no .bin shards: make them with `python data/prepare.py`")
+        files = read_foreign(path)
     for f in files:
         f["ids"] = open_ids(f)
     return meta, files
@@ -301,46 +317,71 @@ def read_meta(path):
 def read_own(path):
     """What meta.json says of a dataset that `Writer` has written: (meta, files), not yet opened."""
     file = os.path.join(path, "meta.json")
+    remedy = "prepare the data again"
     try:
-        with open(file) as f:
-            content = json.load(f)
-        files = [dict(path=os.path.join(path, f["name"]), split=f["split"], tokens=int(f["tokens"]),
-                      offset=0, sha256=f["sha256"]) for f in content["files"]]
-        meta = {key: content[key] for key in META_KEYS}
-        if content.get("fingerprint"):
-            meta["fingerprint"] = content["fingerprint"]
-        if not 0 <= meta["bos"] < meta["vocab_size"] <= MOST_IDS:
-            raise ValueError(f"bos {meta['bos']} and vocab_size {meta['vocab_size']} do not fit")
-        if meta["row_length"] and any(f["tokens"] % meta["row_length"] for f in files):
-            raise ValueError(f"the files do not hold whole rows of {meta['row_length']} tokens")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise BadInput(f"{file} is damaged ({type(e).__name__}: {e}): "
-                       "prepare the data again") from None
+        content = read_json(file)
+    except (OSError, ValueError) as e:                     # (it may be a folder)
+        raise BadInput(f"{file} is damaged ({e}): {remedy}") from None
+    check_meta(file, content, remedy)
+    check_fields(file, content, dict(files=list_of(dict)), remedy)
+    for entry in content["files"]:
+        check_fields(f"{file}, in `files`,", entry, FILE_FIELDS, remedy)
+    meta = {key: content.get(key) for key in META_FIELDS}
+    if not meta["fingerprint"]:
+        del meta["fingerprint"]
+    if not content["files"] or "row_length" not in content:
+        raise BadInput(f"{file} is damaged (it names no files, or no row_length): {remedy}")
+    if meta["row_length"] and any(f["tokens"] % meta["row_length"] for f in content["files"]):
+        raise BadInput(f"{file} is damaged (its files do not hold whole rows of {meta['row_length']} tokens): {remedy}")
+    files = [dict(path=os.path.join(path, f["name"]), split=f["split"], tokens=f["tokens"], offset=0,
+                  sha256=f["sha256"]) for f in content["files"]]
     return meta, files
 
 
+def read_foreign(path):
+    """The files of a folder without meta.json. What can be seen to hold anything else than GPT-2's ids is refused."""
+    names = sorted(os.listdir(path))
+    for name in names:
+        if name.endswith((".pkl", ".idx")):                # nanoGPT's characters; Megatron's and fairseq's index
+            raise BadInput(f"{path} holds {name}, so its ids are not GPT-2's, and it is not opened: prepare "
+                           "the text itself, of characters with `python data/prepare.py text --tokenizer=chars`")
+    files = [foreign(os.path.join(path, name)) for name in names if name.endswith(".bin")]
+    if not files:
+        raise BadInput(f"{path} holds no .bin shards: make them with `python data/prepare.py`")
+    say_once(f"{path} has no meta.json: its ids are taken for GPT-2's")
+    return files
+
+
 def foreign(path):
-    """What is known of a shard without meta.json: llm.c's and modded-nanogpt's begin with a header."""
-    size = os.path.getsize(path)
-    head = np.fromfile(path, dtype="<i4", count=3)
+    """A shard without meta.json: llm.c's and modded-nanogpt's begin with a header."""
+    if not os.path.isfile(path):
+        raise BadInput(f"{path} is no file: move it elsewhere")
     offset = 0
-    tokens = size // 2
-    if size >= 1024 and head[0] == 20240520:
-        # a header of 256 int32: this magic number, the version, the tokens that follow, zeros
-        if head[1] != 1:
-            raise BadInput(f"{path} has version {head[1]} of llm.c's shard format: "
-                           "only version 1 (uint16) is read")
+    tokens, odd = divmod(os.path.getsize(path), 2)
+    head = np.fromfile(path, dtype="<i4", count=256)
+    kind = kind_of(head.tobytes(), path)
+    if len(head) and 20240000 < head[0] < 20250000:
+        # a header of 256 int32: a date as the magic number, the version, the tokens that follow, zeros
+        if head[0] != 20240520 or head[1:2].tolist() != [1]:
+            raise BadInput(f"{path} has a header of another format, {head[:2].tolist()}, and llm.c's shards of GPT-2's "
+                           "ids have [20240520, 1]: prepare the text itself")
         offset = 1024
-        tokens = int(head[2])
-    elif size % 2:
-        raise BadInput(f"{path} has {size} bytes, an odd number: not uint16 ids, or truncated")
-    split = "val" if "val" in os.path.basename(path) else "train"
-    return dict(path=path, split=split, tokens=tokens, offset=offset)
+        tokens = int(head[2:3].sum())                      # (0 where the header is cut off)
+    elif kind != "text":
+        raise BadInput(f"{path} is {kind}, and no uint16 ids: unpack it, or move it elsewhere")
+    elif odd:
+        raise BadInput(f"{path} has {2 * tokens + 1} bytes, an odd number: not uint16 ids, or truncated")
+    f = dict(path=path, split="val" if "val" in os.path.basename(path) else "train", tokens=tokens, offset=offset)
+    # wider ids: their upper halves are 0 to 3 in every vocabulary, which as GPT-2's ids are ! " # $
+    upper = open_ids(f)[1:MIB_OF_IDS:2]
+    if len(upper) > 4 and upper.max() < 4:
+        raise BadInput(f"{path} holds ids of int32 or int64, not uint16 (every second uint16 is below 4): convert them")
+    return f
 
 
 def open_ids(f):
     """The ids of a file, memmapped: uint16 [tokens]. BadInput where it has not the size that it should have."""
-    size = os.path.getsize(f["path"]) if os.path.exists(f["path"]) else 0
+    size = os.path.getsize(f["path"]) if os.path.isfile(f["path"]) else 0
     expected = 2 * f["tokens"] + f["offset"]
     if size != expected:
         what = "truncated or was changed" if size else "missing"

@@ -1,5 +1,7 @@
 """The tests of data/: shards, tokenizers, documents and the datasets made of them, and the teacher's cache."""
 import argparse
+import bz2
+import csv
 import errno
 import functools
 import gzip
@@ -28,7 +30,7 @@ from data.documents import documents
 from data.maze import PAD, draw_maze, maze_dataset, maze_paths, maze_valid
 from data.shards import Shards, Writer, changed_meta, read_meta
 from data.teacher_cache import TeacherCache, truncated_logits
-from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
+from data.vocab import GPT2_FINGERPRINT, Tokenizer, add_fingerprint, same_tokenizer, translate
 from gumbel import posterior_times, sample_exponential
 from teacher import AR, model_hash
 from test_gumbel import (DOCS, LONG, SHARED, TINY, gen, interrupt_after, randomise, refused, run_in, same_dataset, tiny,
@@ -101,6 +103,53 @@ DAMAGED = [                                                # (damage, what the s
 ]
 
 
+def entry_with(**change):
+    """Other values in the first entry of `files`."""
+    return dict(files=[dict(name="train.bin", split="train", tokens=20_000, sha256="0" * 64) | change])
+
+
+META = [                                                   # (values in the maze's meta.json, what the sentence names)
+    *((dict(name=v), ["name"]) for v in (None, 3)),
+    *((dict(tokenizer=v), ["tokenizer"]) for v in (None, 3, [], "", "zzz", "gpt2", "bytes", "chars:ab")),
+    *((dict(vocab_size=v), ["vocab_size"]) for v in (None, 0, -6, 6.0, "6", True, 7, 65_537, 10**30)),
+    *((dict(bos=v), ["bos"]) for v in (None, 1.5, -1, "5", [5], True, 4, 6)),
+    *((dict(predict_bos=v), ["predict_bos"]) for v in (None, 0, "no")),
+    *((dict(row_length=v), ["row_length"]) for v in (0, -10, 10.0, "10", True)),
+    *((dict(fingerprint=v), ["fingerprint"]) for v in (3, [])),
+    *((dict(files=v), ["files"]) for v in (None, {}, [], [None], "train.bin")),
+    *((entry_with(name=v), ["name"]) for v in (None, "", ".", "..", "../secret.bin", "/etc/passwd", "a/b", "a\0", 3)),
+    *((entry_with(split=v), ["split"]) for v in (None, "test", 0, [])),
+    *((entry_with(tokens=v), ["tokens"]) for v in (None, -10, 2.5, "20000", True)),
+    *((entry_with(sha256=v), ["sha256"]) for v in (None, "", "0" * 63, "g" * 64, 0)),
+]
+
+
+@pytest.mark.parametrize("change, names", META, ids=[str(change)[:60] for change, _ in META])
+def test_every_field_of_meta_json_is_checked(maze, cli, change, names):
+    meta_with(**change)(maze)
+    refused(cli(prepare, "verify data/maze"), "meta.json", *names)
+
+
+def test_a_meta_json_that_is_no_object_is_refused(maze, cli):
+    for content in (b"", b"[]", b"null", b"[" * 100_000, b"\xff", b'{"files": ' * 5000):
+        (maze / "meta.json").write_bytes(content)
+        refused(cli(prepare, "verify data/maze"), "meta.json")
+    os.unlink(maze / "meta.json")
+    os.mkdir(maze / "meta.json")
+    refused(cli(prepare, "verify data/maze"), "meta.json")
+    os.rmdir(maze / "meta.json")
+    os.symlink("nowhere", maze / "meta.json")              # (its ids would else be taken for GPT-2's)
+    refused(cli(prepare, "verify data/maze"), "meta.json")
+
+
+def test_a_shard_that_is_a_folder_is_refused(maze, cli):
+    os.unlink(maze / "train.bin")
+    os.mkdir(maze / "train.bin")
+    refused(cli(prepare, "verify data/maze"), "train.bin")
+    os.unlink(maze / "meta.json")
+    refused(cli(prepare, "verify data/maze"), "train.bin")
+
+
 @pytest.mark.parametrize("damage, names", DAMAGED)
 def test_training_refuses_a_damaged_dataset(maze, cli, damage, names):
     damage(maze)
@@ -132,10 +181,10 @@ def test_a_row_of_text_is_bos_and_the_next_tokens(text_file, tmp_path, cli):
     assert data.rows([1])[0].tolist() == [256, *ids[8:16]]
 
 
-def llm_c(version=1, tokens=55):
+def llm_c(version=1, tokens=55, magic=20240520):
     """A shard of 55 tokens, 1000 to 1054, behind llm.c's header: a magic number, version, number of tokens, zeros."""
     header = np.zeros(256, "<i4")
-    header[:3] = [20240520, version, tokens]
+    header[:3] = [magic, version, tokens]
     return header.tobytes() + np.arange(1000, 1055, dtype="<u2").tobytes()
 
 
@@ -150,14 +199,44 @@ def test_foreign_shards_are_read_as_gpt2_ids_and_no_row_crosses_files(tmp_path):
     assert data.rows([10])[0].tolist() == [50256, *range(1000, 1010)]
 
 
-@pytest.mark.parametrize("content, number", [
-    pytest.param(llm_c(tokens=56), 1136, id="truncated"),              # bytes there should be: 1024 + 2 * 56
-    pytest.param(llm_c(version=2), 2, id="unknown version"),
-    pytest.param(b"abc", 3, id="odd number of bytes")])
-def test_damaged_foreign_shards_are_refused(tmp_path, content, number):
+def test_foreign_shards_are_said_to_be_taken_for_gpt2s_once_and_by_one_process(tmp_path, capsys, monkeypatch):
+    np.arange(100, dtype="<u2").tofile(tmp_path / "train.bin")
+    os.symlink(tmp_path, tmp_path / "other")
+    for path in (tmp_path, tmp_path, tmp_path / "other"):
+        read_meta(str(path))
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    assert capsys.readouterr().err == f"{tmp_path} has no meta.json: its ids are taken for GPT-2's\n"
+
+
+IDS = np.arange(1000, 1100)
+FOREIGN = {                                                # (the content of a .bin, what the sentence names)
+    "truncated": (llm_c(tokens=56), "1136"),               # bytes there should be: 1024 + 2 * 56
+    "too few": (llm_c(tokens=54), "1132"), "a negative number of tokens": (llm_c(tokens=-1), "1134"),
+    "cut within the header": (llm_c()[:1000], "1000"), "cut after a number": (llm_c()[:4], "header"),
+    "unknown version": (llm_c(version=2), "2"), "llama 3": (llm_c(magic=20240801, version=7), "20240801"),
+    "hellaswag": (llm_c(magic=20240522), "20240522"),
+    "a model of llm.c": (llm_c(magic=20240326, version=3), "20240326"),
+    "odd number of bytes": (b"abc", "3"),
+    "int32": (IDS.astype("<i4").tobytes(), "int32"), "int64": (IDS.astype("<i8").tobytes(), "int64"),
+    "uint32 of a large vocabulary": ((100 * IDS).astype("<u4").tobytes(), "int32"),
+    "gzip": (gzip.compress(IDS.tobytes()), "gz"), "xz": (lzma.compress(IDS.tobytes()), "xz"),
+    "a model of torch": (b"PK\3\4" + bytes(100), "zip"), "ids of another vocabulary": (b"\xff\xf0" * 100, "61695")}
+
+
+@pytest.mark.parametrize("content, word", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_files_that_are_no_ids_of_gpt2_are_refused(tmp_path, cli, content, word):
     (tmp_path / "train_000.bin").write_bytes(content)
-    with pytest.raises(BadInput, match=rf"train_000\.bin.* {number}\b"):
+    refused(cli(prepare, f"verify {tmp_path}"), "train_000.bin", word)
+    with pytest.raises(BadInput, match=rf"train_000\.bin.*\b{word}\b"):
         Shards(str(tmp_path), "train", 11)
+
+
+@pytest.mark.parametrize("name, content", [("meta.pkl", b"\x80\x04."), ("train.idx", b"MMIDIDX\0\0")])
+def test_shards_beside_a_vocabulary_or_an_index_are_not_taken_for_gpt2s(tmp_path, cli, name, content):
+    """nanoGPT's characters, Megatron's dataset. A pickle is code: it is not read."""
+    np.arange(60, dtype="<u2").tofile(tmp_path / "train.bin")
+    (tmp_path / name).write_bytes(content)
+    refused(cli(prepare, f"verify {tmp_path}"), name, "--tokenizer=chars")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +285,11 @@ def test_gpt2_has_one_fingerprint_through_tiktoken_and_transformers(gpt2_files, 
     theirs = Tokenizer(f"hf:{tmp_path}/gpt2")
     ours = Tokenizer("gpt2")
     assert (theirs.vocab_size, theirs.bos) == (ours.vocab_size, ours.bos)
-    assert theirs.fingerprint() == ours.fingerprint()
+    assert theirs.fingerprint() == ours.fingerprint() == GPT2_FINGERPRINT
+
+
+def test_the_fingerprint_of_gpt2_is_known_without_its_files(gpt2_files):
+    assert Tokenizer("gpt2").fingerprint() == GPT2_FINGERPRINT
 
 
 def test_the_vocabulary_of_chars_is_the_characters_of_the_text(text_file, tmp_path, cli):
@@ -284,6 +367,92 @@ def test_every_dataset_holds_the_fingerprint_of_its_tokenizer(tmp_path, cli, mon
     assert found["bytes"] == found["lm1b"] == found["zeroshot"]
     assert len({found["bytes"], found["chars"], found["maze"]}) == 3
     assert Tokenizer("chars:ab").fingerprint() != Tokenizer("chars:ba").fingerprint()      # ids are places
+
+
+CONTROL = "price <s>old</s> <|endoftext|></s>"             # in plain text, these are characters
+
+
+def hf_tokenizers(folder):
+    """Names of small tokenizers of every model that `tokenizers` trains, on words among which control tokens are."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    models = tokenizers.models
+    trainers = tokenizers.trainers
+    before = tokenizers.pre_tokenizers
+    how = dict(vocab_size=130, special_tokens=["<unk>", "<s>", "</s>"])
+    kinds = {
+        "BPE": (models.BPE(unk_token="<unk>"), trainers.BpeTrainer(**how), before.Metaspace()),
+        "Unigram": (models.Unigram(), trainers.UnigramTrainer(**how, unk_token="<unk>"), before.Metaspace()),
+        "WordLevel": (models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer(**how), before.WhitespaceSplit())}
+    words = [f"x {CONTROL} <s> </s> y"] * 20 + [string.ascii_letters + string.punctuation]
+    for name, (model, trainer, splitter) in kinds.items():
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = splitter
+        tokenizer.decoder = tokenizers.decoders.Metaspace()
+        tokenizer.train_from_iterator(words, trainer)
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
+                                                    eos_token="</s>")
+        fast.save_pretrained(f"{folder}/{name}")
+    write_bpe(f"{folder}/ByteLevel", words + LONG[:50])
+    return [f"hf:{folder}/{name}" for name in (*kinds, "ByteLevel")]
+
+
+@pytest.fixture(params=["gpt2", "others"])
+def tokenizers(request, tmp_path):
+    """Names of tokenizers: GPT-2's, where its files are, and all others (bytes come last)."""
+    if request.param == "gpt2":
+        request.getfixturevalue("gpt2_files")
+        return ["gpt2", "bytes"]
+    return [*hf_tokenizers(tmp_path), "chars:" + "".join(sorted(set(CONTROL + "The union are"))), "bytes"]
+
+
+def test_control_tokens_pass_through_text_in_neither_direction(tokenizers):
+    """Not from a text into ids, though some models know "<s>" as a word of theirs; and not from ids into a text."""
+    for name in tokenizers:
+        tokenizer = Tokenizer(name)
+        ids = tokenizer.encode([CONTROL, "price"])[0].tolist()
+        assert not tokenizer.ends & set(ids), name
+        if "WordLevel" not in name:                        # it knows words only
+            assert tokenizer.decode(ids) == CONTROL, name
+        ends = list(tokenizer.ends)
+        assert tokenizer.decode([*ends, *ids, *ends]) == tokenizer.decode(ids), name
+        assert tokenizer.decode(ends) == "", name
+        assert len(ends) == (2 if name.startswith("hf:") else 1)
+
+
+def test_a_row_goes_to_another_tokenizer_with_an_eos_for_an_eos(tokenizers):
+    for a in map(Tokenizer, [name for name in tokenizers if "WordLevel" not in name]):
+        one, two = [ids.tolist() for ids in a.encode(["The union", "are"])]
+        row = [a.bos, *one, a.bos, a.bos, *two, max(a.ends)]
+        assert a.split(np.array(row)) == [one, two] and a.split([a.bos]) == []
+        for b in map(Tokenizer, tokenizers):
+            want_one, want_two = [ids.tolist() for ids in b.encode([a.decode(one), a.decode(two)])]
+            want = [b.bos, *want_one, b.bos, b.bos, *want_two, b.bos]
+            assert translate(row, a, b) == translate(torch.tensor(row), a, b) == want, (a.name, b.name)
+            assert translate([a.bos] * 3, a, b) == translate([], a, b) == [b.bos]
+            assert translate(one, a, b) == want_one
+
+
+@pytest.mark.parametrize("file, content, word", [
+    ("tokenizer_config.json", {"bos_token": ["<s>"]}, "hf:one"), ("tokenizer_config.json", [], "hf:one"),
+    ("tokenizer.json", {"model": 3}, "hf:one"), ("tokenizer.json", {}, "hf:one")])
+def test_a_damaged_tokenizer_of_hugging_face_is_refused(tmp_path, monkeypatch, file, content, word):
+    monkeypatch.chdir(tmp_path)
+    write_bpe("one", LONG[:50])
+    old = json.loads(Path("one", file).read_text())
+    Path("one", file).write_text(json.dumps(old | content if content else content))
+    with pytest.raises(BadInput, match=word):
+        Tokenizer("hf:one")
+
+
+def test_the_bos_of_a_tokenizer_is_one_of_its_ids(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    write_bpe(f"{tmp_path}/one", LONG[:50] + [string.ascii_lowercase])
+    for bos in (-1, 120, [1, 2], 1.0, None):
+        for name in ("bos_token_id", "eos_token_id"):
+            monkeypatch.setattr(transformers.PreTrainedTokenizerFast, name, bos, raising=False)
+        with pytest.raises(BadInput, match=re.escape(f"{tmp_path}/one has the BOS (or EOS) {bos}")):
+            Tokenizer(f"hf:{tmp_path}/one")
 
 
 BYTES_META = dict(name="mine", tokenizer="bytes", vocab_size=257, bos=256, fingerprint="5f")
@@ -591,6 +760,139 @@ def test_openwebtext_from_any_kind_of_input_has_its_last_documents_held_out(inpu
     assert cli(prepare, f"verify {out}")[0] == 0
 
 
+def packed(name, content, kind="w"):
+    """The bytes of a tar of one file."""
+    f = io.BytesIO()
+    with tarfile.open(fileobj=f, mode=kind) as tar:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    return f.getvalue()
+
+
+def table(delimiter, *rows):
+    f = io.StringIO(newline="")
+    csv.writer(f, delimiter=delimiter).writerows(rows)
+    return f.getvalue().encode()
+
+
+TWO = ["Once, \"upon\"\na time.", "The end."]             # two documents, which every file below holds
+TEXT = "<|endoftext|>".join(TWO).encode()
+JSONL = "".join(json.dumps({"text": doc, "label": 0}) + "\n" for doc in TWO).encode()
+CSV = table(",", ["text"], *[[doc] for doc in TWO])
+TWO_COLUMNS = table(",", ["label", "text"], *[["3", doc] for doc in TWO])
+SAME = {                                                   # name: (content, flags)
+    "a.txt": (TEXT, ""), "mark.txt": (b"\xef\xbb\xbf" + TEXT, ""),
+    "a.jsonl": (JSONL, ""), "mark.json": (b"\xef\xbb\xbf" + JSONL, ""),
+    "gap.jsonl": (JSONL.replace(b"\n", b"\n\n"), ""),
+    "body.jsonl": (JSONL.replace(b"text", b"body"), "--field=body"),
+    # tables
+    "one.csv": (CSV, ""), "two.csv": (TWO_COLUMNS, ""), "given.csv": (TWO_COLUMNS, "--field=text"),
+    "body.CSV": (table(",", ["a", "body"], *[["", doc] for doc in TWO]), "--field=body"),
+    "mark.csv": (b"\xef\xbb\xbf" + CSV, ""),
+    "gap.csv": (b"\r\n" + CSV.replace(b"The end", b"\r\nThe end"), ""),
+    "a.tsv": (table("\t", ["text", "label"], *[[doc, "3"] for doc in TWO]), ""), "a.tsv.gz": (gzip.compress(CSV), ""),
+    # packed, and named so
+    "a.txt.gz": (gzip.compress(TEXT), ""), "a.txt.xz": (lzma.compress(TEXT), ""), "a.txt.bz2": (bz2.compress(TEXT), ""),
+    "a.csv.bz2": (bz2.compress(TWO_COLUMNS), ""), "a.tar": (packed("a.csv", CSV), ""),
+    "a.tgz": (gzip.compress(packed("a.jsonl", JSONL)), ""), "a.tar.bz2": (bz2.compress(packed("a.txt", TEXT)), ""),
+    "a.tbz2": (bz2.compress(packed("a.tsv", CSV)), ""), "a.txz": (lzma.compress(packed("a.txt", TEXT)), ""),
+    "in.tar": (packed("a.gz", gzip.compress(TEXT)), ""),
+    # packed, and named otherwise
+    "gz": (gzip.compress(TEXT), ""), "gz.txt": (gzip.compress(TEXT), ""), "gz.jsonl": (gzip.compress(JSONL), ""),
+    "gz.xz": (gzip.compress(TEXT), ""), "xz.csv": (lzma.compress(CSV), ""), "bz2.txt": (bz2.compress(TEXT), ""),
+    "tar.txt": (packed("a.txt", TEXT), ""), "tar.gz": (packed("a.txt", TEXT), ""),
+    "tar": (gzip.compress(packed("a", TEXT)), "")}
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars"])
+@pytest.mark.parametrize("name", SAME)
+def test_every_kind_of_file_holds_the_same_documents(tmp_path, cli, monkeypatch, name, tokenizer):
+    """Known by what it holds, with the header of a table dropped, and --field read."""
+    monkeypatch.chdir(tmp_path)
+    content, flags = SAME[name]
+    Path(name).write_bytes(content)
+    code, _, err = cli(prepare, f"text --files {name} {flags} --tokenizer={tokenizer} --out=o")
+    assert code == 0, err
+    decode = Tokenizer(read_meta("o")[0]["tokenizer"]).decode
+    ids = ids_of_documents("o", "train") + ids_of_documents("o", "val")
+    assert sorted(map(decode, ids)) == sorted(TWO)
+
+
+def test_parquet_is_known_by_its_content(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_hub("hub", "body", train=TWO)
+    os.rename("hub/train.parquet", "parquet.txt")
+    assert cli(prepare, "text --files parquet.txt --field=body --tokenizer=bytes --out=o")[0] == 0
+    assert sorted(read_back("o", "train") + read_back("o", "val")) == sorted(TWO)
+    refused(cli(prepare, "text --files parquet.txt --tokenizer=bytes --out=p"), "parquet.txt", "--field", "other, body")
+
+
+HALVES = ["a \ud83d b", "a \udcff b", "\ude00\ud83d", "\ud83d\ude00", "plain"]
+REPAIRED = ["a \ufffd b", "a \ufffd b", "\ufffd\ufffd", "\U0001f600", "plain"]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "gpt2"])
+def test_half_a_surrogate_pair_is_repaired_at_the_door(tmp_path, cli, monkeypatch, request, tokenizer):
+    if tokenizer == "gpt2":
+        request.getfixturevalue("gpt2_files")
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("x.jsonl", HALVES)
+    assert cli(prepare, f"text --files x.jsonl --tokenizer={tokenizer} --out=o")[0] == 0
+    decode = Tokenizer(read_meta("o")[0]["tokenizer"]).decode
+    ids = ids_of_documents("o", "train") + ids_of_documents("o", "val")
+    assert sorted(map(decode, ids)) == sorted(REPAIRED)
+
+
+def fake_hub(monkeypatch, rows):
+    """A hub's dataset of these rows, in the place of the package."""
+    fake = argparse.Namespace(get_dataset_split_names=lambda *args, **kw: ["train"],
+                              load_dataset=lambda *args, **kw: rows)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+
+
+def test_a_hub_has_the_same_door(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "text --hub=a/b --tokenizer=bytes --val_documents=1 --out=o"
+    for rows, word in (([{"text": None}], "None"), ([{"body": "a"}], "'text'"), ([{"text": ["a"]}], "['a']")):
+        fake_hub(monkeypatch, rows)
+        refused(cli(prepare, flags), "--hub=a/b", "--field", word)
+    fake_hub(monkeypatch, [{"text": half} for half in HALVES])
+    assert cli(prepare, flags)[0] == 0
+    assert read_back("o", "train") + read_back("o", "val") == REPAIRED
+
+
+def test_bytes_that_are_not_utf8_come_back_from_plain_files(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_bytes(b"a \xff\xed\xa0\xbd b<|endoftext|>c \x80")
+    assert cli(prepare, "text --files a --tokenizer=bytes --out=o")[0] == 0
+    ids = ids_of_documents("o", "train") + ids_of_documents("o", "val")
+    assert sorted(bytes(part.astype(np.uint8)) for part in ids) == [b"a \xff\xed\xa0\xbd b", b"c \x80"]
+
+
+def test_a_field_of_a_table_may_be_long(tmp_path, cli, monkeypatch):
+    """Longer than Python's own limit of 131,072 characters."""
+    monkeypatch.chdir(tmp_path)
+    Path("x.csv").write_bytes(table(",", ["text"], ["word " * 100_000], ["b"]))
+    assert cli(prepare, "text --files x.csv --tokenizer=bytes --out=o")[0] == 0
+    assert sorted(read_back("o", "train") + read_back("o", "val")) == ["b", "word " * 100_000]
+
+
+AG_NEWS = [["3", "Title", "Body, of it."], ["4", "Another", "one"]]
+
+
+@pytest.mark.parametrize("content, words", [
+    (table(",", *AG_NEWS), "Title Body, of it.Another one"),           # as published
+    (table(",", ["Class Index", "Title", "Description"], *AG_NEWS), "Title Body, of it.Another one"),
+    (table(",", ["label", "text"], ["2", "a"], ["1", "b"]), "ab")])
+def test_ag_news_comes_with_and_without_names_of_columns(tmp_path, cli, monkeypatch, content, words):
+    monkeypatch.chdir(tmp_path)
+    Path("x.csv").write_bytes(content)
+    assert cli(prepare, "zeroshot ag_news --files x.csv --tokenizer=bytes --out=o")[0] == 0
+    assert Tokenizer("bytes").decode(np.fromfile("o/val.bin", dtype="<u2")) == words
+    refused(cli(prepare, "zeroshot ag_news --files x.csv --field=body --tokenizer=bytes --out=p"), "x.csv", "'body'")
+
+
 @pytest.mark.parametrize("source", ["lm1b.tar.gz", "training heldout"])
 def test_lm1b_is_detokenised_and_its_heldout_files_are_val(tmp_path, cli, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
@@ -681,6 +983,73 @@ REFUSED = [                                                # (command, flags, wh
     (evaluate, "ppl --ckpt out/c --data=data/o", ["--data=data/o"]),
     (sample, "--ckpt=out/c --n=1 --prompt=\u2603", ["'\u2603'"]),
 ]
+
+
+UNFIT = {                                                  # name: (content, what the sentence names)
+    # tables
+    "headless.csv": (table(",", *AG_NEWS), ["--field", "'text'", "3, Title"]),
+    "header.csv": (table(",", ["label", "body"], ["1", "a"], ["2", "b"]), ["--field", "'text'", "label, body"]),
+    "lines.csv": (table(",", ["a\nb", "c"], ["1", "a"], ["2", "b"]), ["a b, c: choose"]),
+    "short.csv": (table(",", ["label", "text"], ["1", "a"], ["2"]), ["--field", "'text'"]),
+    "quote.csv": (b'text\n"open\na\nb\n', ["unexpected end of data"]),
+    "stray.csv": (b'text\n"a" b,c\n', ["expected after"]),
+    "header.tsv": (b"label\tbody\n1\ta\n2\tb\n", ["--field", "'text'", "label, body"]),
+    "commas.tsv": (b"label,text\n1,a\n2,b\n", ["--field", "'text'"]),
+    "header.csv.gz": (gzip.compress(b"a,b\n1,2\n"), ["a, b"]),
+    # JSON
+    "deep.jsonl": (b"[" * 100_000, ["line 1", "RecursionError"]),
+    "deeper.jsonl": (JSONL + b'{"text":' * 99_999, ["line 3"]),
+    "list.jsonl": (b'[{"text": "a"}]', ["object"]), "string.jsonl": (b'"text"', ["object"]),
+    "null.jsonl": (b"null", ["object"]),
+    "lines.json": (b'[\n{"text": "a"},\n{"text": "b"}\n]', ["line 1", "object"]),
+    "object.json": (b'{\n"text": "a"\n}', ["line 1", "object"]),
+    "field.jsonl": (b'{"body": 1, "b": 2}', ["'text'", "body, b"]),
+    "value.jsonl": (b'{"text": null}', ["None", "--field"]), "number.jsonl": (b'{"text": 3}', ["3", "--field"]),
+    "values.jsonl": (b'{"text": ["a"]}', ["['a']", "--field"]), "latin.jsonl": (b'{"text": "caf\xe9"}', ["line 1"]),
+    "digits.jsonl": (b'{"text": ' + b"1" * 9999 + b"}", ["line 1"]),
+    # kinds that are not read, whatever their names
+    "a.zip": (b"PK\3\4" + bytes(60), ["zip", "unpack"]), "zip.txt": (b"PK\3\4" + bytes(60), ["zip", "unpack"]),
+    "empty.zip": (b"PK\5\6" + bytes(18), ["zip"]), "a.zst": (b"\x28\xb5\x2f\xfd" + bytes(60), ["zst", "unpack"]),
+    "zst.jsonl": (b"\x28\xb5\x2f\xfd" + bytes(60), ["zst", "unpack"]),
+    "a.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(60), ["7z"]),
+    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(60), ["7z"]), "rar.txt": (b"Rar!\x1a\7\0" + bytes(60), ["rar"]),
+    "arrow": (b"ARROW1\0\0" + bytes(60), ["arrow", "parquet"]), "named.zip": (b"plain text", ["zip"]),
+    "in.tar": (packed("a.txt", b"PK\3\4" + bytes(60)), ["zip"]),
+    "in.gz": (gzip.compress(b"PK\3\4" + bytes(60)), ["zip"]),
+    "utf16.txt": ("\ufeffabc".encode("utf-16-le"), ["UTF-16", "convert"]),
+    "be": ("\ufeffabc".encode("utf-16-be"), ["UTF-16"]),
+    "utf16.csv": ("text\na\nb\n".encode("utf-16"), ["UTF-16"]), "utf32.txt": ("abc".encode("utf-32"), ["UTF-32"]),
+    "utf32be": ("\ufeffabc".encode("utf-32-be"), ["UTF-32"]),
+    # not what the name says, or damaged
+    "no.gz": (b"plain", ["BadGzipFile"]), "no.xz": (b"plain", ["LZMAError"]), "no.bz2": (b"plain", ["OSError"]),
+    "no.tar": (b"plain " * 200, ["ReadError"]), "no.parquet": (b"plain", ["no.parquet"]),
+    "cut.bz2": (bz2.compress(TEXT)[:-9], ["EOFError"]), "cut": (gzip.compress(TEXT)[:-9], ["EOFError"]),
+    "parquet": (b"PAR1\x15" + bytes(60), ["parquet"])}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.parametrize("flags", ["text --tokenizer=chars", "openwebtext --tokenizer=bytes --val_documents=1"])
+def test_what_holds_no_text_is_refused_by_name(tmp_path, cli, monkeypatch, name, flags):
+    """With --tokenizer=bytes, too, an archive is not trained on."""
+    if "parquet" in name:
+        pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    monkeypatch.chdir(tmp_path)
+    content, words = UNFIT[name]
+    Path(name).write_bytes(content)
+    refused(cli(prepare, f"{flags} --files {name} --out=p"), name, *words)
+    assert os.listdir() == [name]
+
+
+@pytest.mark.parametrize("command", ["text", "openwebtext", "lm1b", "zeroshot lambada"])
+def test_a_field_that_no_file_has_is_a_flag_that_nothing_reads(tmp_path, cli, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b"):
+        Path(name).write_bytes(TEXT)
+    flags = f"{command} --field=body --tokenizer=bytes --out=o"
+    refused(cli(prepare, f"{flags} --files a.txt b"), "--field")
+    Path("x.jsonl").write_bytes(JSONL.replace(b"text", b"body"))
+    assert cli(prepare, f"{flags.replace('--out', '--val_documents=1 --out') if 'web' in command else flags} "
+                        "--files a.txt x.jsonl")[0] == 0
 
 
 def files_in(folder):

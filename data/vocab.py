@@ -3,18 +3,20 @@
 `Tokenizer(name)` is what the project uses. One small class for each kind does the work, below it.
 """
 import hashlib
+import itertools
 import json
 import os
 
 import numpy as np
 
 from data.cli import BadInput, optional
-from data.shards import MOST_IDS
 
+MOST_IDS = 1 << 16                                         # an id is stored as a uint16
 # what a fingerprint is taken from: scripts, spaces, digits, newlines, an emoji made of several characters
 PROBE = ("Hello, world! It's 2024; don't  stop\t(now)\n\n  x_1 = 3.14159 * 100000 naïve café Straße ¿Qué? "
          "Привет мир, Καλημέρα, שלום, مرحبا, नमस्ते, 你好世界, こんにちは, 안녕하세요 "
          "\U0001f468\u200d\U0001f469\u200d\U0001f467 \r\nEND ")
+GPT2_FINGERPRINT = "d8d083704e53b296"                      # to know GPT-2's tokenizer without its files
 
 
 class Tokenizer:
@@ -32,6 +34,7 @@ class Tokenizer:
         self.vocab_size = self.codec.vocab_size
         self.bos = self.codec.bos
         self.chars = self.codec.chars
+        self.ends = {self.bos, getattr(self.codec, "eos", self.bos)}   # the ids that separate documents
         if (self.vocab_size or 0) > MOST_IDS:
             raise BadInput(f"tokenizer {name[:40]} has {self.vocab_size} ids, "
                            f"but shards hold at most {MOST_IDS}")
@@ -41,11 +44,16 @@ class Tokenizer:
         return [np.array(row, dtype=np.uint16) for row in self.codec.encode(texts)]
 
     def decode(self, ids):
-        """The ids of one row, without BOS in front -> str."""
+        """The ids of one row -> str. BOS, EOS and the like are no text."""
         ids = [int(i) for i in ids]
         if self.name != "ids":                             # [MASK] stands for no text; as a number it is shown
             ids = [i for i in ids if i < self.vocab_size]
         return self.codec.decode(ids)
+
+    def split(self, ids):
+        """The documents of a row: its ids cut at BOS or EOS, each a list. Empty ones are left out."""
+        runs = itertools.groupby(map(int, ids), self.ends.__contains__)
+        return [list(run) for is_end, run in runs if not is_end]
 
     def fingerprint(self):
         """16 hex digits that say what this tokenizer does: a hash of its tokens by id and of a fixed text, encoded.
@@ -104,7 +112,7 @@ class GPT2:
         return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
 
     def decode(self, ids):
-        return self.bpe.decode(ids)
+        return self.bpe.decode([i for i in ids if i != self.bos])
 
     def tokens(self):
         # as GPT-2's published vocab.json writes them, so that Hugging Face's GPT-2 has the same fingerprint
@@ -203,33 +211,66 @@ class HuggingFace:
         folder = folder or "."
         try:
             self.bpe = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        except (OSError, ValueError, ImportError) as e:
-            why = str(e).splitlines()[0]
-            raise BadInput(f"transformers cannot load the tokenizer {name}: {why}") from None
+        except Exception as e:                             # damaged files fail in a hundred ways
+            why = (str(e) or "-").splitlines()[0]
+            raise BadInput(f"transformers cannot load the tokenizer {name} ({type(e).__name__}): {why}") from None
         try:
-            of_model = transformers.AutoConfig.from_pretrained(folder, gguf_file=file).vocab_size
-        except (OSError, ValueError, AttributeError):
-            of_model = 0                                   # no model beside it
+            of_model = int(transformers.AutoConfig.from_pretrained(folder, gguf_file=file).vocab_size)
+        except Exception:                                  # no model beside it, or a damaged one
+            of_model = 0
         self.vocab_size = max(len(self.bpe), of_model)     # a model may have a few ids more than its tokenizer
         self.bos = self.bpe.bos_token_id
         if self.bos is None:                               # as GPT-2, which has one id for both
             self.bos = self.bpe.eos_token_id
-        if self.bos is None:
-            raise BadInput(f"tokenizer {name} has neither BOS nor EOS, and rows begin with one")
+        if type(self.bos) is not int or not 0 <= self.bos < self.vocab_size:
+            raise BadInput(f"tokenizer {name} has the BOS (or EOS) {self.bos}, and rows begin with one of its "
+                           f"{self.vocab_size} ids: correct its tokenizer_config.json")
+        self.eos = self.bpe.eos_token_id
+        # what "<s>" in a text is: characters, each with its id
+        self.spelled = {}
+        for i in {*self.bpe.all_special_ids} - {self.bpe.unk_token_id} | {self.bos}:
+            ids = self.bpe.convert_tokens_to_ids([*self.bpe.convert_ids_to_tokens(i)])
+            self.spelled[i] = [j for j in ids if j not in (None, self.bos)]
 
     def encode(self, texts):
         # verbose: it warns of rows longer than its model's, which is not what reads them
-        return self.bpe(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        rows = self.bpe(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for n, row in enumerate(rows):
+            # control tokens may be among the words that its model knows (Unigram's are)
+            if not self.spelled.keys().isdisjoint(row):
+                rows[n] = [j for i in row for j in self.spelled.get(i, [i])]
+        return rows
 
     def decode(self, ids):
-        return self.bpe.decode(ids)
+        return self.bpe.decode(ids, skip_special_tokens=True)
 
     def tokens(self):
         return {i: token for token, i in self.bpe.get_vocab().items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# are two vocabularies the same?
+# from one vocabulary to another; are two the same?
+
+def translate(row, a, b):
+    """The ids of a row of tokenizer a -> those of b, through text, an EOS for an EOS. No text: one EOS."""
+    ids = []
+    for is_end, run in itertools.groupby(map(int, row), a.ends.__contains__):
+        if is_end:
+            ids += [b.bos for _ in run]
+        else:
+            ids += b.encode([a.decode(run)])[0].tolist()
+    if set(ids) <= {b.bos}:
+        return [b.bos]
+    return ids
+
+
+def named_size(name, otherwise):
+    """(vocab_size, bos) as a tokenizer's name alone tells them, nothing loaded; `otherwise` where it does not."""
+    if name == "ids" or name.startswith("hf:"):
+        return otherwise
+    codec = GPT2 if name == "gpt2" else make_codec(name)
+    return codec.vocab_size, codec.bos
+
 
 def same_tokenizer(meta_a, meta_b):
     """Whether the ids of two datasets or models mean the same, by their meta: True, False, or None: it cannot be told.

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from data.cli import BadInput
+from data.cli import BadInput, say_once
 from data.files import check_fields, fits, is_file_name, read_json, whole
 from extra.judge import NoRedirect
 
@@ -384,7 +383,7 @@ def describe(state, settings):
     if kind == "bd3lm" and settings.get("cross_attn") is False:
         raise ValueError(f"its settings have cross_attn = False, and block_size {block_size} of {length} needs it")
     if "model_length" not in settings:
-        note(f"nothing says what its model_length is: rows of {length} tokens are taken")
+        say_once(f"nothing says what its model_length is: rows of {length} tokens are taken")
 
     known = dict(n_heads=n_heads, length=length, bos=rows - 2)             # their ids end with BOS and [MASK]
     if kind != "ar":
@@ -404,12 +403,6 @@ def check_sizes(settings, found):
             raise ValueError(f"its settings have {name} = {settings[name]!r}, its weights {value!r}")
 
 
-def note(text):
-    """A line on stderr, from one process of torchrun."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr)
-
-
 # of GPT-2's tokens by id, as `tokenizer_of` takes it
 GPT2_TOKENS_SHA256 = "08f8f6dd8cd5c8a2cbde73c001e63acca2f66f142d2a289a37921fb0f737e770"
 
@@ -425,7 +418,7 @@ def tokenizer_of(path, settings, model):
     files = [os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json")]
     files = [file for file in files if os.path.exists(file)]
     if not files and is_gpt2_size:
-        note(f"{path} comes without a tokenizer: its 50257 ids are taken for GPT-2's")
+        say_once(f"{path} comes without a tokenizer: its 50257 ids are taken for GPT-2's")
         return "gpt2"
     if not files:
         return "ids"                                       # nothing names one

@@ -586,7 +586,9 @@ def config_json(rng):
                "n_heads": [-1, 0, 3, "x", 1.5], "model_length": ["x", -1, 0, 10**12, 1.5],
                "block_size": [5, 0, -1, "x", 10**12]}
     yield from cases(draws, REFUSED, edit(refused), "mdlm", "MDLM: ")
-    yield Case("MDLM: block_size 4 makes it a BD3-LM", partial(edit_json, path, "block_size", 4), draws, REFUSED)
+    with_blocks = partial(edit_json, path, "block_size", 4)
+    yield Case("MDLM: block_size 4, of what is called an MDLM", with_blocks, draws, EITHER)
+    yield Case("BD3-LM", partial(both, with_blocks, partial(edit_json, path, "model_type", "bd3lm")), draws, ACCEPTED)
     yield from cases(draws, EITHER, edit({"vocab_size": [30524], "hidden_dim": [32], "n_blocks": [2], "zzz": [1]}),
                      prefix="MDLM: ")
     yield from cases(draws, REFUSED, no_object(path), "mdlm", "MDLM: ")
@@ -701,6 +703,10 @@ def write_setting(path, place, value):
     """A .ckpt of the authors' with another value in its configuration."""
     config = json.loads(json.dumps(AUTHORS))
     put(config, place, value)
+    write_whole(path, config)
+
+
+def write_whole(path, config):
     torch.save(lightning(config), path)
 
 
@@ -718,7 +724,9 @@ def lightning_ckpt(rng):
                 "model/gumbel_inject_mode": ["zzz", 3],
                 "block_size": [5, 0, -1, "x", 1.5, 10**12]}
     yield from cases(draws, REFUSED, fields(write_setting, path, settings), path)
-    yield Case("block_size 4 makes it a BD3-LM", partial(write_setting, path, "block_size", 4), draws, REFUSED)
+    yield Case("block_size 4, of what is called an MDLM", partial(write_setting, path, "block_size", 4), draws, EITHER)
+    blocks = AUTHORS | dict(block_size=4, algo=AUTHORS["algo"] | dict(name="bd3lm", cross_attn=True))
+    yield Case("BD3-LM", partial(write_whole, path, blocks), draws, ACCEPTED)
     references = {"block_size": ["${block_size}", "${nowhere}", "${", "${model.length.x}", None, DELETE],
                   "model": [None, 3, "x"], "algo": [None, 3]}
     yield from cases(draws, EITHER, fields(write_setting, path, references))
@@ -727,9 +735,10 @@ def lightning_ckpt(rng):
                "state_dict/backbone.blocks.0.norm1.weight": [torch.zeros(4), "x"],
                "ema/shadow_params": ["x", [torch.zeros(2)], [None], 3], "ema": ["x", 3, [1]]}
     yield from cases(draws, REFUSED, fields(write_ckpt, path, refused), path)
-    raw_nan = {"state_dict/backbone.blocks.0.norm1.weight": [torch.full((16,), math.nan)]}
-    yield from cases((draws[0], f"{draws[1]} --weights=raw"), REFUSED, fields(write_ckpt, path, raw_nan), path)
     yield Case("no EMA", partial(write_ckpt, path, "ema", DELETE), draws, ACCEPTED)
+    # (EMA is read, where there is any)
+    yield Case("raw weights of nan", partial(write_ckpt, path, first, torch.full((22, 16), math.nan)),
+               (sample, f"--ckpt={path} {DRAW} --weights=raw"), REFUSED, path)
     yield Case("EMA of nan", partial(write_ckpt, path, "ema/shadow_params/0", torch.full((22, 16), math.nan)), draws,
                REFUSED, path)
     beside = partial(shutil.copy, "mdlm/config.json", "config.json")

@@ -70,8 +70,11 @@ def begin(args, hub=None, splits=("train",), field="text", **how):
     field = args.field or field
     paths = expand(args.files or [])
     if args.files:
-        if args.field and {kind_of_file(path) for path in paths} == {"text"}:
-            raise BadInput("--field is not read with --files that hold plain text: leave it out")
+        kinds = {kind_of_file(path) for path in paths}
+        if kinds == {"text"}:
+            refuse_unread(["field"], (), "on plain text")
+        if kinds <= {"jsonl", "parquet", "csv", "tsv"}:
+            refuse_unread(["separator"], (), "on files that say where a document ends")
         errors = "strict"
         if tokenizer_name == "bytes":                      # it takes what is not UTF-8 as it is
             errors = "surrogateescape"

@@ -3,6 +3,7 @@ import argparse
 import bz2
 import csv
 import errno
+import fcntl
 import functools
 import gzip
 import importlib.util
@@ -24,9 +25,10 @@ import torch
 import evaluate
 import sample
 import train
-from data import prepare, shards
+from data import files, prepare, shards
 from data.cli import BadInput
 from data.documents import documents
+from data.files import replacing, write_json, writing
 from data.maze import PAD, draw_maze, maze_dataset, maze_paths, maze_valid
 from data.shards import Shards, Writer, changed_meta, read_meta
 from data.teacher_cache import TeacherCache, truncated_logits
@@ -1315,3 +1317,77 @@ def test_a_run_from_the_cache_continues_with_the_same_cache_only(trained, text_r
     code, _, err = cli(train, f"{flags} --teacher_cache=8")
     assert code == 0 and "continuing at step 4" in err and "teacher's pass" not in err
     refused(cli(train, f"{flags} --teacher_cache=9"), "teacher_cache")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files.py
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    """What is not written to its end leaves the old file; what killed processes left goes, what another holds stays."""
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    (tmp_path / "x.json.99999999.tmp").write_text("left over")
+    (tmp_path / "notes.7.tmp").write_text("someone's")
+    held = tmp_path / "x.json.88888888.tmp"
+    with open(held, "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(KeyError), replacing(str(path)) as out:
+            out.write("new")
+            raise KeyError
+        assert path.read_text() == "old"
+        with replacing(str(path)) as out:
+            out.write("new")
+        assert path.read_text() == "new"
+        assert sorted(os.listdir(tmp_path)) == ["notes.7.tmp", "x.json", held.name]
+
+
+def test_a_planted_link_leads_nowhere(tmp_path):
+    """Neither the temporary file nor the lock is opened through a link."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f"x.json.{os.getpid()}.tmp").symlink_to(victim)
+    with replacing(str(tmp_path / "x.json")) as f:
+        f.write("new")
+    (tmp_path / "lock").symlink_to(victim)
+    with pytest.raises(OSError), writing(tmp_path):
+        pass
+    assert victim.read_text() == "mine" and (tmp_path / "x.json").read_text() == "new"
+
+
+def test_results_go_to_a_device_as_they_are():
+    write_json("/dev/null", [1])
+    assert not os.path.isfile("/dev/null")
+
+
+@pytest.mark.parametrize("why", [errno.ENOLCK, errno.EOPNOTSUPP, None])
+def test_where_files_cannot_be_locked_a_warning_is_all(tmp_path, monkeypatch, capsys, why):
+    """As on some network disks (the system says no), and on Windows (there is no fcntl)."""
+    def refuse(*args):
+        raise OSError(why, os.strerror(why))
+    if why is None:
+        monkeypatch.setattr(files, "fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    with writing(tmp_path / "run"), writing(tmp_path / "run"):
+        pass
+    assert capsys.readouterr().err.count("cannot be locked") == 2
+    write_json(tmp_path / "x.json", [1])
+
+
+def test_the_second_writer_is_told_who_the_first_is(tmp_path):
+    with writing(tmp_path / "run"):
+        told = f"pid {os.getpid()} on .* is writing out/run"
+        with pytest.raises(BadInput, match=told), writing(tmp_path / "run", "out/run"):
+            pass
+    with writing(tmp_path / "run"):                        # the first has ended
+        pass
+    assert os.listdir(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("flags,name", [
+    ("--files a.txt --field=body", "--field=body"), ("--files x.jsonl --separator=x", "--separator=x"),
+    ("--files a.txt --val_documents=5", "--val_documents=5")])
+def test_a_flag_that_these_files_do_not_read_is_refused(text_file, cli, monkeypatch, flags, name):
+    monkeypatch.chdir(text_file.parent)
+    write_jsonl("x.jsonl", ["one", "two", "three"])
+    refused(cli(prepare, f"text {flags} --tokenizer=bytes --out=o"), name)

@@ -3079,6 +3079,27 @@ def test_weights_that_are_not_finite_are_refused(in_medusa_runs, block_runs, cli
         refused(cli(evaluate, f"genppl --judge={tmp_path} --ckpt out/plain"), "finite")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_results_reach_the_disk_and_any_terminal(in_text_runs, tmp_path, encoding):
+    """A table has a τ, which these terminals have not."""
+    command = [sys.executable, f"{HERE}/evaluate.py", "genppl", "--judge=out/ar", "--ckpt", "out/gumbel", "--n=4",
+               "--nfe=2", f"--json={tmp_path}/x.json", f"--samples={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and b"GenPPL" in done.stdout and b"Traceback" not in done.stderr
+    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 1
+
+
+def test_a_closed_pipe_is_one_sentence_and_loses_no_result(in_text_runs, tmp_path):
+    """As in `evaluate.py ... | head -0`."""
+    command = [sys.executable, f"{HERE}/evaluate.py", "genppl", "--judge=out/ar", "--ckpt", "out/plain", "--n=4",
+               "--nfe=2", f"--json={tmp_path}/x.json", f"--samples={tmp_path}"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    err = run.stderr.read().decode()
+    assert run.wait() == 2 and "Traceback" not in err and err.count("error:") == 1 and "closed" in err
+    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 1
+
+
 @pytest.mark.parametrize("name,value", [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "8"), ("RANK", "-1"), ("WORLD_SIZE", "")])
 def test_a_wrong_environment_is_one_sentence(in_maze_runs, cli, monkeypatch, name, value):
     monkeypatch.setenv(name, value)

@@ -618,6 +618,26 @@ def test_the_hash_of_gpt2s_tokens_is_that_of_tiktokens(monkeypatch):
     assert digest == published.GPT2_TOKENS_SHA256
 
 
+@pytest.mark.parametrize("draws", [1, 3])
+def test_the_score_of_a_request_does_not_depend_on_the_batch(draws):
+    """Its noise is drawn from a generator of its own."""
+    teacher = tiny_ar(V=7, L=12, seed=2)
+    student = tiny("gumbel", V=7, L=12, seed=5)
+    student.meta = dict(tokenizer="ids")
+    student.name = "student"
+    g = gen()
+    pairs = []
+    for n in torch.randint(2, 11, (33,), generator=g).tolist():
+        ids = torch.randint(6, (n,), generator=g).tolist()
+        pairs.append((ids[:n // 2], ids[n // 2:]))
+    scores = []
+    for batch in (1, 7, 32):
+        scorer = lm_eval_model.Scorer(student, teacher, False, draws, batch, seed=1)
+        scores.append([nats for nats, _ in scorer.score_all(pairs, show_bar=False)])
+    assert np.allclose(scores[1], scores[0], rtol=1e-5) and np.allclose(scores[2], scores[0], rtol=1e-5)
+    assert len(set(scores[0])) > 20
+
+
 SWAPPED = {"the": "a", "a": "the"}                         # two tokens that change places: another tokenizer
 TOKENIZERS = [                                             # (files, V, bos, the tokenizer's name, a word on stderr)
     ("none", 50257, 50256, "gpt2", "taken for GPT-2's"), ("none", 50257, 0, "ids", ""), ("none", 301, 300, "ids", ""),

@@ -3007,6 +3007,17 @@ def test_a_run_is_not_continued_on_other_data_or_with_another_teacher(text_runs,
     assert (tmp_path / "out/gumbel/ckpt.pt").read_bytes() == before
 
 
+def test_a_bound_says_that_the_teacher_is_another(text_runs, cli, monkeypatch, tmp_path):
+    for name in ("data", "out/ar", "out/gumbel"):
+        shutil.copytree(text_runs / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    _, err = succeeded(cli(evaluate, "ppl --ckpt out/gumbel --n=4"))
+    assert "another teacher" not in err
+    train_the_teacher_on(tmp_path)
+    _, err = succeeded(cli(evaluate, "ppl --ckpt out/gumbel --n=4"))
+    assert err.count("another teacher") == 1
+
+
 @pytest.mark.parametrize("name,value", [
     ("processes", 2), ("micro_batch_size", 4), ("device", "cuda"), ("dtype", "bfloat16"), ("torch", "2.0"),
     ("random", 0)])

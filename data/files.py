@@ -105,7 +105,8 @@ def replacing(path, mode="w", like=None):
     What killed processes left behind goes as well: temporary files of this name, or of names that match `like`, that
     no process holds.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe: nothing can take its place
+    is_device = os.path.exists(path) and not os.path.isfile(path) or str(path).startswith("/dev/")
+    if is_device:                                          # or a pipe: nothing can take its place
         with naming(path), open(path, mode) as f:
             yield f
         return

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data.cli import BadInput
 from data.shards import Writer
 from sample import torch_seed
+from teacher import model_hash
 
 
 def check_shards(args, model):
@@ -38,7 +39,7 @@ def write_shards(model, args, length, device, autocast):
             meta[key] = model.meta[key]
     flags = ("ckpt", "n", "batch_size", "length", "seed", "weights", "dtype")
     # another run with these continues this one, with any other starts over
-    decides = {flag: vars(args)[flag] for flag in flags} | {"step": model.step}
+    decides = {flag: vars(args)[flag] for flag in flags} | dict(step=model.step, sha256=model_hash(model))
     with Writer(args.shards, meta, key=decides) as writer:
         write_rows(writer, model, args, n_val, length, device, autocast)
     print(f"{args.shards}: {args.n} rows of {length - 1} tokens by {model.name}, "

@@ -5,6 +5,7 @@ whether it ends its document. A document of ordinary size is one item. A very lo
 without a separator, comes in several pieces, of which only the last has `ends`: so memory stays flat.
 """
 import bz2
+import contextlib
 import csv
 import functools
 import glob
@@ -72,29 +73,32 @@ def place_to_cut(text, margin):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the door. BadInput that is raised here names no file: who calls says which it is
+# the door: what text is, and what becomes of everything else
 
-def clean(text, errors="strict"):
-    """A document as it enters, wherever it is from. Half a surrogate pair, which JSON may hold, becomes U+FFFD, as in
-    tiktoken; with errors "surrogateescape", those stay that stand for bytes which are not UTF-8.
-    """
-    if not isinstance(text, str):                          # a field may hold null, or a list
-        raise BadInput(f"a document is {text!r:.40}, which is no text: name the text's field with --field")
+@contextlib.contextmanager
+def reading(where, remedy):
+    """Whatever is refused or fails within becomes a BadInput that names the file or the hub."""
     try:
-        text.encode("utf-8", errors)
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        yield
+    except BadInput as e:
+        raise BadInput(f"{where}: {e}") from None
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{where} holds bytes that are not UTF-8 ({e.reason} at byte {e.start} of a block): convert "
+                       "them, or, where it is plain text, use --tokenizer=bytes") from None
+    except Exception as e:                                 # decoders and hubs fail in a hundred ways
+        raise BadInput(f"{where} cannot be read ({e!r:.200}): {remedy}") from None
 
 
 def pick(row, field):
-    """What a row {field: value} has in this field."""
+    """The text in this field of a row {field: value}. Half a surrogate pair, which JSON may hold, becomes U+FFFD."""
     if not isinstance(row, dict):
         raise BadInput(f"a document is {row!r:.40}: put an object for each document on one line")
     if field not in row:
-        names = " ".join(", ".join(row).split())           # on one line, whatever they hold
-        raise BadInput(f"--field names {field!r}, but its columns are {names:.200}: choose one of these")
-    return row[field]
+        raise BadInput(f"--field names {field!r}, but its columns are {', '.join(row)!r:.200}: choose one of these")
+    text = row[field]
+    if not isinstance(text, str):
+        raise BadInput(f"a document is {text!r:.40}, which is no text: name the text's field with --field")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,14 +107,12 @@ def pick(row, field):
 # what a file holds, by its first bytes
 MAGIC = {
     "gz": rb"\x1f\x8b\x08", "xz": rb"\xfd7zXZ\0", "bz2": rb"BZh[1-9](1AY&SY|\x17rE8P)", "parquet": rb"PAR1\x15",
-    "zip": rb"PK(\x03\x04|\x05\x06)", "zst": rb"\x28\xb5\x2f\xfd", "7z": rb"7z\xbc\xaf", "rar": rb"Rar!\x1a",
-    "arrow": rb"ARROW1\0\0", "UTF-16 or UTF-32": rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff"}
+    "zip": rb"PK(\x03\x04|\x05\x06)", "zst": rb"\x28\xb5\x2f\xfd", "7z": rb"7z\xbc\xaf",
+    "UTF-16 or UTF-32": rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff"}
 # by the end of its name, where these do not tell; what else there is, is text
-ENDS = {".tgz": "gz", ".txz": "xz", ".tbz2": "bz2", ".json": "jsonl"}
-ENDS |= {f".{kind}": kind for kind in (*MAGIC, "tar", "jsonl", "csv", "tsv")}
-PACKED = dict(gz=gzip.open, xz=lzma.open, bz2=bz2.open)
-UNREAD = dict.fromkeys(("zip", "zst", "7z", "rar"), "unpack it first")
-UNREAD |= {"arrow": "save it as .parquet", "UTF-16 or UTF-32": "convert it to UTF-8"}
+ENDS = {f".{kind}": kind for kind in (*MAGIC, "tar", "jsonl", "csv", "tsv")}
+ENDS |= {".tgz": "gz", ".txz": "xz", ".tbz2": "bz2", ".json": "jsonl"}
+UNPACK = dict(gz=gzip.open, xz=lzma.open, bz2=bz2.open)
 csv.field_size_limit(2**31 - 1)                            # a document may be long (Windows takes no more)
 
 
@@ -135,8 +137,8 @@ class Reader:
     """Reads the documents of a file of any kind; `read` yields (name, text, whether it ends its document).
 
     .parquet, .jsonl, .csv and .tsv: a document is the text in `field`. .tar, .gz, .xz, .bz2: what is in it. Other:
-    text, cut at `separator`, or at each line (`by_line`). `errors`: what happens to bytes that are not UTF-8, as in
-    Python's open. `headless`: a .csv may be AG News as published, a label and columns of text without names.
+    text, cut at `separator`, or at each line (`by_line`). `errors`: what becomes of bytes in it that are not UTF-8, as
+    in Python's open. `headless`: a .csv may be AG News as published, a label and columns of text without names.
     """
 
     def __init__(self, separator="", by_line=False, field="text", errors="strict", headless=False):
@@ -150,19 +152,17 @@ class Reader:
         """The documents of the file of this path, or of `file`, open in binary: an archive's member of this name."""
         with file or open(path, "rb") as f:
             kind = kind_of(f.peek(512), path)
-            if kind in UNREAD:
-                raise BadInput(f"this is {kind}, which is not read: {UNREAD[kind]}")
-            if kind in PACKED:
-                inner, end = os.path.splitext(path)
-                if ENDS.get(end.lower()) not in PACKED:    # a name that does not tell
-                    inner = path
-                yield from self.read(inner, PACKED[kind](f))
+            if kind in UNPACK:
+                stem, end = os.path.splitext(path)
+                inner = stem if ENDS.get(end.lower()) in UNPACK else path
+                yield from self.read(inner, UNPACK[kind](f))
             elif kind == "tar":
                 yield from self.read_tar(f)
-            else:
-                errors = "strict" if kind in ("parquet", "jsonl") else self.errors
+            elif hasattr(self, f"read_{kind}"):
                 for text, ends in getattr(self, f"read_{kind}")(f):
-                    yield path, clean(text, errors), ends
+                    yield path, text, ends
+            else:
+                raise BadInput(f"this is {kind}, which is not read: unpack it, or convert it to UTF-8")
 
     def read_tar(self, f):
         # mode "r:": plain tar only, since what packs it is undone in `read`
@@ -188,33 +188,27 @@ class Reader:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as e:
-                    raise BadInput(f"line {n} is no JSON ({e!r:.80}): put an object for each document on one "
-                                   "line") from None
+                    raise BadInput(f"line {n} is no JSON ({e!r:.80}): put each document's object on one line") from None
                 yield pick(row, self.field), True
 
     def read_csv(self, f, delimiter=","):
-        rows = filter(None, csv.reader(self.open_text(f), delimiter=delimiter, strict=True))
+        text_file = io.TextIOWrapper(f, "utf-8-sig", newline="")
+        rows = filter(None, csv.reader(text_file, delimiter=delimiter, strict=True))
         header = next(rows, [])
         if self.headless and self.field not in header:
             if header and header[0].isdigit():             # a label, no name of a column
                 rows = itertools.chain([header], rows)
-            for row in rows:
-                yield " ".join(row[1:]), True
-        else:
-            for row in rows:
-                yield pick(dict(zip(header, row)), self.field), True
+            return ((" ".join(row[1:]), True) for row in rows)
+        return ((pick(dict(zip(header, row)), self.field), True) for row in rows)
 
     read_tsv = functools.partialmethod(read_csv, delimiter="\t")
 
     def read_text(self, f):
-        text_file = self.open_text(f)
+        # newline="": line ends stay as they are; -sig: a mark of the encoding in front is no text
+        text_file = io.TextIOWrapper(f, "utf-8-sig", self.errors, newline="")
         if self.by_line:
             return ((line, True) for line in text_file if line.strip())
         return documents(text_file, self.separator)
-
-    def open_text(self, f):
-        # newline="": line ends stay as they are; -sig: a mark of the encoding in front is no text
-        return io.TextIOWrapper(f, encoding="utf-8-sig", errors=self.errors, newline="")
 
 
 def expand(files):
@@ -232,63 +226,37 @@ def expand(files):
 
 
 def stream_files(paths, **how):
-    """The documents of these files, in this order: yields (file's name, text, ends). `how`: see `Reader`.
-
-    Raises BadInput for what cannot be read, when it comes to it.
-    """
+    """Yields (file's name, text, ends) for these files, in this order, or raises BadInput. `how`: see `Reader`."""
     reader = Reader(**how)
     for path in paths:
-        try:
+        with reading(f"--files: {path}", "it is truncated or damaged, or not of the kind that its name says"):
             yield from reader.read(path)
-        except BadInput as e:
-            raise BadInput(f"--files: {path}: {e}") from None
-        except UnicodeDecodeError as e:
-            raise BadInput(f"--files: {path} holds bytes that are not UTF-8 ({e.reason} at byte {e.start} of a block): "
-                           "convert them, or, where it is plain text, use --tokenizer=bytes") from None
-        except Exception as e:                             # decoders fail in a hundred ways
-            raise BadInput(f"--files: {path} cannot be read ({e!r:.200}): it is truncated or damaged, or not of the "
-                           "kind that its name says") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a hub's datasets, NAME[:CONFIG][@REVISION], through `datasets` (optional). NAME may be a local folder
 
+GO_ONLINE = "go online, name a copy with --hub, or give local files with --files"
+
+
 def parse_hub(hub):
-    """NAME[:CONFIG][@REVISION] -> (name, config or None, revision or None)."""
+    """NAME[:CONFIG][@REVISION] -> (name, config or None, revision or None), and the package that reads it."""
     where, _, revision = hub.partition("@")
     name, _, config = where.partition(":")
-    return name, config or None, revision or None
+    return name, config or None, revision or None, optional("datasets", f"{hub} without --files")
 
 
 def hub_splits(hub):
     """The names of a dataset's splits: "train", "validation", "test", or others. Raises BadInput."""
-    name, config, revision = parse_hub(hub)
-    datasets = import_datasets(hub)
-    try:
+    name, config, revision, datasets = parse_hub(hub)
+    with reading(f"--hub={hub}", GO_ONLINE):
         return datasets.get_dataset_split_names(name, config, revision=revision)
-    except Exception as e:                                 # a hub and its library fail in a hundred ways
-        raise hub_failure(hub, e) from None
 
 
 def stream_hub(hub, splits, field):
     """The documents of these splits of a dataset, streamed: yields ("NAME:SPLIT", text, True). Raises BadInput."""
-    name, config, revision = parse_hub(hub)
-    datasets = import_datasets(hub)
-    try:
+    name, config, revision, datasets = parse_hub(hub)
+    with reading(f"--hub={hub}", GO_ONLINE):
         for split in splits:
             for row in datasets.load_dataset(name, config, split=split, streaming=True, revision=revision):
-                yield f"{name}:{split}", clean(pick(row, field)), True
-    except BadInput as e:
-        raise BadInput(f"--hub={hub}: {e}") from None
-    except Exception as e:
-        raise hub_failure(hub, e) from None
-
-
-def import_datasets(hub):
-    return optional("datasets", f"{hub} without --files")
-
-
-def hub_failure(hub, e):
-    """The BadInput for whatever `datasets` has raised."""
-    return BadInput(f"datasets cannot stream {hub} ({e!r:.200}): go online, "
-                    "name a copy with --hub, or give local files with --files")
+                yield f"{name}:{split}", pick(row, field), True

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cli import BadInput, say_once
-from data.documents import kind_of
+from data.documents import kind_of_file
 from data.files import (check_fields, check_folder, is_file_name, list_of, maybe, naming, read_json, sync_folder, whole,
                         write_json, writing)
 from data.maze import PAD
@@ -205,8 +205,8 @@ class Shards:
         self.stored = fixed or self.length - 1             # tokens of a row in the file
         self.files = [f for f in files if f["split"] == split]
         for f in self.files:
-            self._check(f["ids"][:MIB_OF_IDS], f["path"])
-            self._check(f["ids"][-MIB_OF_IDS:], f["path"])
+            check_ids(f["ids"][:MIB_OF_IDS], f["path"], self.meta)
+            check_ids(f["ids"][-MIB_OF_IDS:], f["path"], self.meta)
         # rows never cross files: the tail of a file that does not fill a row is left out
         rows_of_files = [f["tokens"] // self.stored for f in self.files]
         self.starts = np.cumsum([0] + rows_of_files)       # the number of each file's first row, and of all rows
@@ -216,21 +216,12 @@ class Shards:
 
     def _check_length(self, fixed, length):
         """Refuse a length (BOS included) that rows cut to `fixed` tokens do not have; None is the dataset's own."""
-        if not fixed:
-            if length is None:
-                raise BadInput(f"{self.path} is text without a fixed row length: give --length")
-            return
-        fitting = [None, fixed + 1]
-        if self.meta["tokenizer"] == "maze":               # one PAD more, so that blocks of 4 divide it
-            fitting.append(fixed + 2)
-        if length not in fitting:
+        if not fixed and length is None:
+            raise BadInput(f"{self.path} is text without a fixed row length: give --length")
+        n_pads = int(self.meta["tokenizer"] == "maze")     # it may have one more, so that blocks of 4 divide it
+        if fixed and length not in (None, fixed + 1, fixed + 1 + n_pads):
             raise BadInput(f"--length={length} does not fit {self.path}, whose rows are cut to {fixed} tokens: "
                            f"use --length={fixed + 1} (BOS included), or leave it out")
-
-    def _check(self, ids, path):
-        if len(ids) and ids.max() >= self.meta["vocab_size"]:
-            raise BadInput(f"{path} holds token id {ids.max()}, but the vocabulary has "
-                           f"{self.meta['vocab_size']}: prepare the data again with the right tokenizer")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -244,7 +235,7 @@ class Shards:
             k = np.searchsorted(self.starts, i, side="right") - 1      # the file that holds row i
             a = (i - self.starts[k]) * self.stored
             row[1:1 + self.stored] = self.files[k]["ids"][a:a + self.stored]
-            self._check(row, self.files[k]["path"])
+            check_ids(row, self.files[k]["path"], self.meta)
         return out
 
     def hashes(self):
@@ -262,29 +253,32 @@ class Shards:
         return (counts / counts.sum()).astype(np.float32)
 
 
+def check_ids(ids, path, meta):
+    highest = ids.max(initial=0)
+    if highest >= meta["vocab_size"]:
+        raise BadInput(f"{path} holds token id {highest}, but the vocabulary has {meta['vocab_size']}: "
+                       "prepare the data again with the right tokenizer")
+
+
 def hash_of_ends(f):
     """A hash of a file's first and last MiB and of its size: for foreign shards, which no meta.json describes."""
-    first = f["ids"][:MIB_OF_IDS].tobytes()
-    last = f["ids"][-MIB_OF_IDS:].tobytes()
-    size = bytes(str(f["tokens"]), "ascii")
-    return hashlib.sha256(first + last + size).hexdigest()
+    ends = f["ids"][:MIB_OF_IDS].tobytes() + f["ids"][-MIB_OF_IDS:].tobytes()
+    return hashlib.sha256(ends + str(f["tokens"]).encode()).hexdigest()
 
 
 # what is in meta.json beside `files`, and what of it may be there
 META_FIELDS = dict(name=str, tokenizer=str, vocab_size=whole(1, MOST_IDS), bos=whole(), predict_bos=bool,
                    row_length=maybe(whole(1)), fingerprint=maybe(str))
-FILE_FIELDS = dict(name=is_file_name, split=SPLITS.__contains__, tokens=whole(), sha256=lambda value: (
-    isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)))
+FILE_FIELDS = dict(name=is_file_name, split=SPLITS.__contains__, tokens=whole(), sha256=str)
 
 
 def check_meta(file, meta, remedy):
     """BadInput unless `meta`, which this file holds, describes a dataset; its tokenizer's name may tell its size."""
     check_fields(file, meta, META_FIELDS, remedy)
     size = (meta["vocab_size"], meta["bos"])
-    try:
+    fitting = None
+    with suppress(BadInput):                               # there may be no such tokenizer
         fitting = named_size(meta["tokenizer"], size)
-    except BadInput as e:
-        raise BadInput(f"{file} is damaged ({e}): {remedy}") from None
     if size != fitting or meta["bos"] >= meta["vocab_size"]:
         raise BadInput(f"{file} is damaged (vocab_size {size[0]} and bos {size[1]} do not fit its tokenizer "
                        f"{meta['tokenizer']:.40}): {remedy}")
@@ -293,8 +287,7 @@ def check_meta(file, meta, remedy):
 def read_meta(path):
     """A dataset's meta and its files, sizes checked: (meta, [{path, split, tokens, sha256, ids (memmapped)}]).
 
-    meta: what META_FIELDS names, without a fingerprint (of the tokenizer) where the dataset is older than
-    fingerprints. Raises BadInput.
+    meta: what META_FIELDS names; datasets older than fingerprints have none. Raises BadInput.
     """
     name = os.path.basename(os.path.normpath(path))
     if not os.path.isdir(path):
@@ -306,8 +299,7 @@ def read_meta(path):
         meta, files = read_own(path)
     else:
         # nanoGPT's, llm.c's and modded-nanogpt's shards have none, and hold GPT-2's ids
-        meta = dict(name=name, tokenizer="gpt2", vocab_size=50257, bos=50256, predict_bos=True,
-                    row_length=None)
+        meta = dict(name=name, tokenizer="gpt2", vocab_size=50257, bos=50256, predict_bos=True, row_length=None)
         files = read_foreign(path)
     for f in files:
         f["ids"] = open_ids(f)
@@ -326,25 +318,21 @@ def read_own(path):
     check_fields(file, content, dict(files=list_of(dict)), remedy)
     for entry in content["files"]:
         check_fields(f"{file}, in `files`,", entry, FILE_FIELDS, remedy)
-    meta = {key: content.get(key) for key in META_FIELDS}
-    if not meta["fingerprint"]:
-        del meta["fingerprint"]
+    meta = {key: content[key] for key in META_FIELDS if key in content}
     if not content["files"] or "row_length" not in content:
         raise BadInput(f"{file} is damaged (it names no files, or no row_length): {remedy}")
     if meta["row_length"] and any(f["tokens"] % meta["row_length"] for f in content["files"]):
         raise BadInput(f"{file} is damaged (its files do not hold whole rows of {meta['row_length']} tokens): {remedy}")
-    files = [dict(path=os.path.join(path, f["name"]), split=f["split"], tokens=f["tokens"], offset=0,
-                  sha256=f["sha256"]) for f in content["files"]]
+    files = [entry | dict(path=os.path.join(path, entry["name"]), offset=0) for entry in content["files"]]
     return meta, files
 
 
 def read_foreign(path):
     """The files of a folder without meta.json. What can be seen to hold anything else than GPT-2's ids is refused."""
     names = sorted(os.listdir(path))
-    for name in names:
-        if name.endswith((".pkl", ".idx")):                # nanoGPT's characters; Megatron's and fairseq's index
-            raise BadInput(f"{path} holds {name}, so its ids are not GPT-2's, and it is not opened: prepare "
-                           "the text itself, of characters with `python data/prepare.py text --tokenizer=chars`")
+    if "meta.pkl" in names:                                # nanoGPT's characters
+        raise BadInput(f"{path} holds meta.pkl, so its ids are not GPT-2's, and it is not opened: prepare the text "
+                       "itself with `python data/prepare.py text --tokenizer=chars`")
     files = [foreign(os.path.join(path, name)) for name in names if name.endswith(".bin")]
     if not files:
         raise BadInput(f"{path} holds no .bin shards: make them with `python data/prepare.py`")
@@ -356,22 +344,18 @@ def foreign(path):
     """A shard without meta.json: llm.c's and modded-nanogpt's begin with a header."""
     if not os.path.isfile(path):
         raise BadInput(f"{path} is no file: move it elsewhere")
-    offset = 0
-    tokens, odd = divmod(os.path.getsize(path), 2)
-    head = np.fromfile(path, dtype="<i4", count=256)
-    kind = kind_of(head.tobytes(), path)
-    if len(head) and 20240000 < head[0] < 20250000:
+    split = "val" if "val" in os.path.basename(path) else "train"
+    f = dict(path=path, split=split, tokens=os.path.getsize(path) // 2, offset=0)
+    head = np.fromfile(path, "<i4", 3).tolist() + [0, 0, 0]            # (it may be cut off)
+    kind = kind_of_file(path)
+    if 20240000 < head[0] < 20250000:
         # a header of 256 int32: a date as the magic number, the version, the tokens that follow, zeros
-        if head[0] != 20240520 or head[1:2].tolist() != [1]:
-            raise BadInput(f"{path} has a header of another format, {head[:2].tolist()}, and llm.c's shards of GPT-2's "
-                           "ids have [20240520, 1]: prepare the text itself")
-        offset = 1024
-        tokens = int(head[2:3].sum())                      # (0 where the header is cut off)
+        if head[:2] != [20240520, 1]:
+            raise BadInput(f"{path} has a header of another format, {head[:2]}, and llm.c's shards of GPT-2's ids have "
+                           "[20240520, 1]: prepare the text itself")
+        f |= dict(tokens=head[2], offset=1024)
     elif kind != "text":
         raise BadInput(f"{path} is {kind}, and no uint16 ids: unpack it, or move it elsewhere")
-    elif odd:
-        raise BadInput(f"{path} has {2 * tokens + 1} bytes, an odd number: not uint16 ids, or truncated")
-    f = dict(path=path, split="val" if "val" in os.path.basename(path) else "train", tokens=tokens, offset=offset)
     # wider ids: their upper halves are 0 to 3 in every vocabulary, which as GPT-2's ids are ! " # $
     upper = open_ids(f)[1:MIB_OF_IDS:2]
     if len(upper) > 4 and upper.max() < 4:
@@ -405,10 +389,6 @@ def verify(path):
     meta, files = read_meta(path)
     for f in files:
         if "sha256" in f and sha256(f["path"]) != f["sha256"]:
-            raise BadInput(f"{f['path']} does not have the sha256 that meta.json names: "
-                           "prepare the data again")
-        highest = f["ids"].max(initial=0)
-        if highest >= meta["vocab_size"]:
-            raise BadInput(f"{f['path']} holds token id {highest}, "
-                           f"but the vocabulary has {meta['vocab_size']}")
+            raise BadInput(f"{f['path']} does not have the sha256 that meta.json names: prepare the data again")
+        check_ids(f["ids"], f["path"], meta)
         print(f"{f['path']}: {f['tokens']} tokens, ok")

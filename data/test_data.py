@@ -32,7 +32,7 @@ from data.files import replacing, write_json, writing
 from data.maze import PAD, draw_maze, maze_dataset, maze_paths, maze_valid
 from data.shards import Shards, Writer, changed_meta, read_meta
 from data.teacher_cache import TeacherCache, truncated_logits
-from data.vocab import GPT2_FINGERPRINT, Tokenizer, add_fingerprint, same_tokenizer, translate
+from data.vocab import Tokenizer, add_fingerprint, same_tokenizer, translate
 from gumbel import posterior_times, sample_exponential
 from teacher import AR, model_hash
 from test_gumbel import (DOCS, LONG, SHARED, TINY, gen, interrupt_after, randomise, refused, run_in, same_dataset, tiny,
@@ -233,12 +233,11 @@ def test_foreign_files_that_are_no_ids_of_gpt2_are_refused(tmp_path, cli, conten
         Shards(str(tmp_path), "train", 11)
 
 
-@pytest.mark.parametrize("name, content", [("meta.pkl", b"\x80\x04."), ("train.idx", b"MMIDIDX\0\0")])
-def test_shards_beside_a_vocabulary_or_an_index_are_not_taken_for_gpt2s(tmp_path, cli, name, content):
-    """nanoGPT's characters, Megatron's dataset. A pickle is code: it is not read."""
+def test_shards_beside_a_vocabulary_are_not_taken_for_gpt2s(tmp_path, cli):
+    """nanoGPT's characters. A pickle is code: it is not read."""
     np.arange(60, dtype="<u2").tofile(tmp_path / "train.bin")
-    (tmp_path / name).write_bytes(content)
-    refused(cli(prepare, f"verify {tmp_path}"), name, "--tokenizer=chars")
+    (tmp_path / "meta.pkl").write_bytes(b"\x80\x04.")
+    refused(cli(prepare, f"verify {tmp_path}"), "meta.pkl", "--tokenizer=chars")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,11 +286,11 @@ def test_gpt2_has_one_fingerprint_through_tiktoken_and_transformers(gpt2_files, 
     theirs = Tokenizer(f"hf:{tmp_path}/gpt2")
     ours = Tokenizer("gpt2")
     assert (theirs.vocab_size, theirs.bos) == (ours.vocab_size, ours.bos)
-    assert theirs.fingerprint() == ours.fingerprint() == GPT2_FINGERPRINT
+    assert theirs.fingerprint() == ours.fingerprint()
 
 
-def test_the_fingerprint_of_gpt2_is_known_without_its_files(gpt2_files):
-    assert Tokenizer("gpt2").fingerprint() == GPT2_FINGERPRINT
+def test_the_fingerprint_of_gpt2_stays_what_datasets_hold(gpt2_files):
+    assert Tokenizer("gpt2").fingerprint() == "d8d083704e53b296"
 
 
 def test_the_vocabulary_of_chars_is_the_characters_of_the_text(text_file, tmp_path, cli):
@@ -426,7 +425,6 @@ def test_a_row_goes_to_another_tokenizer_with_an_eos_for_an_eos(tokenizers):
     for a in map(Tokenizer, [name for name in tokenizers if "WordLevel" not in name]):
         one, two = [ids.tolist() for ids in a.encode(["The union", "are"])]
         row = [a.bos, *one, a.bos, a.bos, *two, max(a.ends)]
-        assert a.split(np.array(row)) == [one, two] and a.split([a.bos]) == []
         for b in map(Tokenizer, tokenizers):
             want_one, want_two = [ids.tolist() for ids in b.encode([a.decode(one), a.decode(two)])]
             want = [b.bos, *want_one, b.bos, b.bos, *want_two, b.bos]
@@ -991,12 +989,13 @@ UNFIT = {                                                  # name: (content, wha
     # tables
     "headless.csv": (table(",", *AG_NEWS), ["--field", "'text'", "3, Title"]),
     "header.csv": (table(",", ["label", "body"], ["1", "a"], ["2", "b"]), ["--field", "'text'", "label, body"]),
-    "lines.csv": (table(",", ["a\nb", "c"], ["1", "a"], ["2", "b"]), ["a b, c: choose"]),
+    "lines.csv": (table(",", ["a\nb", "c"], ["1", "a"], ["2", "b"]), [r"a\nb, c"]),
     "short.csv": (table(",", ["label", "text"], ["1", "a"], ["2"]), ["--field", "'text'"]),
     "quote.csv": (b'text\n"open\na\nb\n', ["unexpected end of data"]),
     "stray.csv": (b'text\n"a" b,c\n', ["expected after"]),
     "header.tsv": (b"label\tbody\n1\ta\n2\tb\n", ["--field", "'text'", "label, body"]),
     "commas.tsv": (b"label,text\n1,a\n2,b\n", ["--field", "'text'"]),
+    "latin.csv": (b"text\ncaf\xe9\nb\n", ["UTF-8", "where it is plain text"]),
     "header.csv.gz": (gzip.compress(b"a,b\n1,2\n"), ["a, b"]),
     # JSON
     "deep.jsonl": (b"[" * 100_000, ["line 1", "RecursionError"]),
@@ -1013,9 +1012,7 @@ UNFIT = {                                                  # name: (content, wha
     "a.zip": (b"PK\3\4" + bytes(60), ["zip", "unpack"]), "zip.txt": (b"PK\3\4" + bytes(60), ["zip", "unpack"]),
     "empty.zip": (b"PK\5\6" + bytes(18), ["zip"]), "a.zst": (b"\x28\xb5\x2f\xfd" + bytes(60), ["zst", "unpack"]),
     "zst.jsonl": (b"\x28\xb5\x2f\xfd" + bytes(60), ["zst", "unpack"]),
-    "a.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(60), ["7z"]),
-    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(60), ["7z"]), "rar.txt": (b"Rar!\x1a\7\0" + bytes(60), ["rar"]),
-    "arrow": (b"ARROW1\0\0" + bytes(60), ["arrow", "parquet"]), "named.zip": (b"plain text", ["zip"]),
+    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(60), ["7z"]), "named.zip": (b"plain text", ["zip"]),
     "in.tar": (packed("a.txt", b"PK\3\4" + bytes(60)), ["zip"]),
     "in.gz": (gzip.compress(b"PK\3\4" + bytes(60)), ["zip"]),
     "utf16.txt": ("\ufeffabc".encode("utf-16-le"), ["UTF-16", "convert"]),

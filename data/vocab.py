@@ -16,7 +16,6 @@ MOST_IDS = 1 << 16                                         # an id is stored as 
 PROBE = ("Hello, world! It's 2024; don't  stop\t(now)\n\n  x_1 = 3.14159 * 100000 naïve café Straße ¿Qué? "
          "Привет мир, Καλημέρα, שלום, مرحبا, नमस्ते, 你好世界, こんにちは, 안녕하세요 "
          "\U0001f468\u200d\U0001f469\u200d\U0001f467 \r\nEND ")
-GPT2_FINGERPRINT = "d8d083704e53b296"                      # to know GPT-2's tokenizer without its files
 
 
 class Tokenizer:
@@ -49,11 +48,6 @@ class Tokenizer:
         if self.name != "ids":                             # [MASK] stands for no text; as a number it is shown
             ids = [i for i in ids if i < self.vocab_size]
         return self.codec.decode(ids)
-
-    def split(self, ids):
-        """The documents of a row: its ids cut at BOS or EOS, each a list. Empty ones are left out."""
-        runs = itertools.groupby(map(int, ids), self.ends.__contains__)
-        return [list(run) for is_end, run in runs if not is_end]
 
     def fingerprint(self):
         """16 hex digits that say what this tokenizer does: a hash of its tokens by id and of a fixed text, encoded.
@@ -128,15 +122,8 @@ def byte_letters():
     numbered from 256 on.
     """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    letters = []
-    n_others = 0
-    for byte in range(256):
-        if byte in printable:
-            letters.append(chr(byte))
-        else:
-            letters.append(chr(256 + n_others))
-            n_others += 1
-    return letters
+    others = itertools.count(256)
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 class Bytes:
@@ -204,10 +191,8 @@ class HuggingFace:
     def __init__(self, where):
         name = f"hf:{where}"
         transformers = optional("transformers", f"tokenizer {name}")
-        folder = where
-        file = None
-        if where.endswith(".gguf"):                        # transformers wants the folder and the file in it
-            folder, file = os.path.split(where)
+        # of a .gguf file, transformers wants the folder and the file in it
+        folder, file = os.path.split(where) if where.endswith(".gguf") else (where, None)
         folder = folder or "."
         try:
             self.bpe = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
@@ -235,11 +220,8 @@ class HuggingFace:
     def encode(self, texts):
         # verbose: it warns of rows longer than its model's, which is not what reads them
         rows = self.bpe(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        for n, row in enumerate(rows):
-            # control tokens may be among the words that its model knows (Unigram's are)
-            if not self.spelled.keys().isdisjoint(row):
-                rows[n] = [j for i in row for j in self.spelled.get(i, [i])]
-        return rows
+        # control tokens may be among the words that its model knows (Unigram's are)
+        return [[j for i in row for j in self.spelled.get(i, [i])] for row in rows]
 
     def decode(self, ids):
         return self.bpe.decode(ids, skip_special_tokens=True)
@@ -298,7 +280,5 @@ def add_fingerprint(meta):
     try:
         fingerprint = Tokenizer(meta["tokenizer"], meta["vocab_size"]).fingerprint()
     except BadInput:                                       # a model may come without its tokenizer
-        return meta
-    if fingerprint is None:
-        return meta
-    return meta | {"fingerprint": fingerprint}
+        fingerprint = None
+    return meta | {"fingerprint": fingerprint} if fingerprint else meta

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,9 +117,24 @@ def wait_until(sign, p):
     return True
 
 
+def children(pid):
+    """The processes that a process has started: torchrun's workers have sessions of their own."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):                            # it has ended
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
 def kill(p):
+    workers = children(p.pid)
     with suppress(ProcessLookupError):                     # it has ended
         os.killpg(p.pid, signal.SIGKILL)
+    for worker in workers:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
     p.wait()
 
 

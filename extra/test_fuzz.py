@@ -881,7 +881,7 @@ def progress_json(rng):
         yield Case(name, partial(with_notes, change), command, EITHER, check=check_part)
     # alone: nothing of it is anybody else's
     yield Case("continued", nothing, command, ACCEPTED)
-    for flags in ("--val_fraction=0.1", "--seed=1", "--separator=x"):
+    for flags in ("--val_fraction=0.1", "--seed=1", "--tokenizer=chars"):
         yield Case(f"other settings {flags}", nothing, (prepare, f"{PART} {flags}"), REFUSED, "data/part.partial")
     yield Case("another input", partial(append, "x.jsonl", jsonl(["more"]).encode()), command, REFUSED,
                "data/part.partial")

@@ -28,7 +28,7 @@ import teacher
 import train
 from bd3lm import BD3LM
 from data import prepare
-from data.cli import BadInput
+from data.cli import BadInput, say_once
 from data.maze import maze_paths, maze_valid
 from data.vocab import Tokenizer
 from extra import bench, figures, lm_eval_model, published, scores
@@ -386,6 +386,7 @@ def test_what_neither_weights_nor_settings_say_is_asked_for(tmp_path, cli, name,
 @needs_shared
 def test_an_mdlm_needs_no_more_than_its_name_and_rows_of_1024_are_said(tmp_path, capsys):
     path = weights_file(tmp_path / "x.safetensors", "mdlm", dict(model_type="mdlm"))
+    say_once.cache_clear()                                 # another test may have heard it
     model = sample.load_model(str(path))
     assert (model.args["model"], model.length) == ("mdlm", 1024)
     err = capsys.readouterr().err

@@ -469,7 +469,7 @@ def sampling_flags(parser):
         help="remdm: the highest probability with which a step masks a revealed token again")
     add("--verifier", help="apd: AR checkpoint or gpt2[-medium|-large|-xl] of the same vocabulary")
     add("--apd_ratio", type=number(float, 0, 1), default=0.5, help="apd: weight of student logits")
-    add("--max_lookahead", type=number(int, 1), default=10, help="apd: tokens drafted at once")
+    add("--max_lookahead", type=number(int, 1, 2**20), default=10, help="apd: tokens drafted at once")
     add("--tau", type=number(float, above=0),
         help="noise temperature (AR: the sampling temperature); default 1, and 0.85 for a student "
         "with noise on text, as the authors released it")

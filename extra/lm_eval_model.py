@@ -205,7 +205,7 @@ def flags():
     parser.add_argument("--tasks", default=TASKS, help=f"comma list of lm-eval tasks; default: {TASKS}")
     parser.add_argument("--include_path", help="folder with tasks of your own, as lm-eval's YAML files")
     parser.add_argument("--n", type=number(int, 1), help="only the first n questions of each task")
-    parser.add_argument("--batch_size", type=number(int, 1), default=32, help="completions at once")
+    parser.add_argument("--batch_size", type=number(int, 1, 2**20), default=32, help="completions at once")
     parser.add_argument("--teacher",
                         help="of students with noise; default: the one that they were trained with")
     parser.add_argument("--score", choices=["bound", "given_noise"], default="bound",

@@ -190,9 +190,9 @@ def load_published(path, weights):
     """Other people's weights -> (the model's name in MODELS, the model, its tokenizer's name). Raises OSError,
     ValueError.
     """
-    from extra.published import describe, find_weight, read_weights, tokenizer_of
+    from extra.published import describe, read_weights, tokenizer_of
     state, settings = read_weights(path, weights)
-    if find_weight(state, "wte.weight") is not None:
+    if "wte.weight" in state:
         kind = "ar"
         model = GPT2.from_state(state, settings)
         n_embd = model.config.n_embd

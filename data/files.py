@@ -183,8 +183,8 @@ def read_json(path):
     with open(path, encoding="utf-8") as f:
         try:
             return json.load(f)
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path} is no JSON: {e}") from None
 
 
 def whole(low=0, high=2**63 - 1):

@@ -11,15 +11,14 @@ import http.client
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from concurrent import futures
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -128,14 +127,14 @@ def ask(endpoint, prompt):
         return parse_scores(completion["choices"][0]["message"]["content"])
     except urllib.error.HTTPError as e:
         if e.code < 400 or e.code in (401, 403, 404):      # all samples would fail, not this one
-            raise BadInput(f"the judge refuses with HTTP {e.code}: "
-                           "check OPENAI_BASE_URL, OPENAI_API_KEY and --model") from None
+            raise BadInput(f"the judge refuses with HTTP {e.code}: check OPENAI_BASE_URL, OPENAI_API_KEY and "
+                           "--model") from None
         raise Unusable(f"HTTP {e.code}") from None
     except (TimeoutError, futures.TimeoutError):           # (two until Python 3.11)
         raise Unusable(f"no answer within {endpoint.timeout:g} s") from None
     except urllib.error.URLError as e:                     # wraps what went wrong below it
         raise Unusable(f"the connection failed ({type(e.reason).__name__})") from None
-    except (OSError, http.client.HTTPException) as e:
+    except (OSError, OverflowError, http.client.HTTPException) as e:       # the second: no such port
         raise Unusable(f"the connection failed ({type(e).__name__})") from None
     except (ValueError, LookupError, TypeError, RecursionError):
         raise Unusable("it is no chat completion") from None
@@ -166,8 +165,7 @@ def read_jsonl(path):
                 if line.endswith("\n"):
                     lines.append(json.loads(line))
     except FileNotFoundError:
-        raise BadInput(f"there is no file {path}: "
-                       "make it with evaluate.py genppl, or sample.py --out") from None
+        raise BadInput(f"there is no file {path}: make it with evaluate.py genppl, or sample.py --out") from None
     except (OSError, ValueError, RecursionError):
         lines = [None]                                     # refused below, in the same words
     if not all(isinstance(line, dict) for line in lines):
@@ -207,9 +205,7 @@ def read_answers(path):
         answers[line["key"]] = line
     with open(path, "rb") as f:
         content = f.read()
-    beginning = b'{"key": '
-    begins_so = content[:len(beginning)] == beginning[:len(content)]       # one cut-off line may be all there is
-    if not begins_so:
+    if not content.startswith(b'{"key": '[:len(content)]):                 # one cut-off line may be all there is
         raise BadInput(f"--out={path} is no file of answers: choose another")
     os.truncate(path, content.rfind(b"\n") + 1)
     return answers
@@ -223,12 +219,12 @@ def ask_all(endpoint, missing, answers, path, parallel):
     `answers`, {key: answer}, as it comes. Returns what was wrong, a sentence for each question without an answer.
     """
     failures = []
-    with open(path, "a") as out, ThreadPoolExecutor(parallel) as pool:
+    with open(path, "a") as out, futures.ThreadPoolExecutor(parallel) as pool:
         questions = {}                                     # future -> key
         for key, text in missing.items():
             questions[pool.submit(judge, endpoint, make_prompt(text))] = key
         try:
-            finished = as_completed(questions)
+            finished = futures.as_completed(questions)
             for future in tqdm(finished, total=len(questions), unit="sample", desc=endpoint.model):
                 key = questions[future]
                 scores, why = future.result()
@@ -247,11 +243,8 @@ def ask_all(endpoint, missing, answers, path, parallel):
 
 def mean_ratings(path, texts, answers, model):
     """A row of the table: the mean of each rating over a file's samples, with its standard error."""
-    found = []
-    for text in texts:
-        key = question_key(model, text)
-        if key in answers:
-            found.append(answers[key])
+    keys = [question_key(model, text) for text in texts]
+    found = [answers[key] for key in keys if key in answers]
     name = os.path.basename(path).removesuffix(".jsonl")
     row = dict(model=name, judge=model, n=len(found))
     if not found:
@@ -271,15 +264,12 @@ def flags():
     parser = Parser(description="A language model as judge of samples.")
     parser.add_argument("--samples", nargs="+", required=True, help=".jsonl files of samples")
     parser.add_argument("--model", required=True, help="the judge, as its endpoint names it")
-    parser.add_argument("--out", default=os.path.join("out", "judged.jsonl"),
-                        help="answers are appended to this file")
-    parser.add_argument("--n", type=number(int, 1), default=100,
-                        help="the first n samples of each file")
+    parser.add_argument("--out", default=os.path.join("out", "judged.jsonl"), help="answers are appended to this file")
+    parser.add_argument("--n", type=number(int, 1), default=100, help="the first n samples of each file")
     parser.add_argument("--parallel", type=number(int, 1), default=4, help="requests at once")
     parser.add_argument("--timeout", type=number(float, above=0, high=3600), default=60.0,
                         help="seconds to wait for an answer")
-    parser.add_argument("--dry_run", action="store_true",
-                        help="print the first prompt and ask nobody")
+    parser.add_argument("--dry_run", action="store_true", help="print the first prompt and ask nobody")
     parser.add_argument("--json", help="also write the rows to this file")
     return parser
 
@@ -287,14 +277,7 @@ def flags():
 def endpoint_from_environment(args):
     url = os.environ.get("OPENAI_BASE_URL", "")
     api_key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not args.model.strip():
-        raise BadInput("--model= names no judge: give the name that its endpoint has for it")
-    try:
-        parts = urllib.parse.urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:                                     # as of a bracket or a port
-        is_address = False
-    if not is_address or not url.isascii() or not url.isprintable():
+    if not re.fullmatch(r"https?://([a-zA-Z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[1-9][0-9]*)?(/[!-~]*)?", url):
         raise BadInput("OPENAI_BASE_URL must be the address of an OpenAI-compatible endpoint, "
                        "as in https://api.openai.com/v1")
     if not (api_key.isascii() and api_key.isprintable()):  # http.client's error would print it

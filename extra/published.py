@@ -1,11 +1,10 @@
-"""Weights that other projects published: safetensors, torch files, Lightning checkpoints, the authors' networks.
+"""Weights that other projects published: files of their formats, settings, tokenizers, the authors' networks.
 
-In this order: one function per file format; the settings, which decide what weights compute and are not in them;
-`read_weights`, which reads both; whose tokenizer it is; and `fold_published`, which turns the authors' networks into
-ours. Nothing here knows a class of ours: `mdlm.load_published` and its like pass the result to their own.
+Nothing here knows a class of ours: `mdlm.load_published` and its like pass what `fold_published` returns to their own.
 """
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import os
@@ -19,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from data.cli import BadInput, say_once
+from data.cli import say_once
 from data.files import check_fields, fits, is_file_name, read_json, whole
 from extra.judge import NoRedirect
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# safetensors
+# formats of files. A pickle can run any code while it is read, and these come from strangers
 
 DTYPES = {
     "F64": torch.float64,
@@ -48,8 +47,6 @@ def read_safetensors(path):
     try:
         data = np.memmap(path, np.uint8, mode="c")         # copy-on-write: torch wants writable memory
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        if start > len(data):
-            raise ValueError("it ends within its header")
         header = json.loads(data[8:start].tobytes(), object_pairs_hook=unique_names)
         header.pop("__metadata__", None)                   # strings of the writer's, no tensor
         end = 0                                            # of the tensors so far, counted from that of the header
@@ -57,7 +54,7 @@ def read_safetensors(path):
             a, b = entry["data_offsets"]
             dtype = DTYPES[entry["dtype"]]
             size = math.prod(entry["shape"]) * dtype.itemsize
-            # (the format leaves no room between two tensors)
+            # the format leaves no room between two tensors
             if not all(map(whole(), entry["shape"])) or (a, b) != (end, end + size):
                 raise ValueError(f"{name} does not lie where its shape says")
             tensors[name] = torch.from_numpy(data[start + a:start + b]).view(dtype).view(entry["shape"])
@@ -65,8 +62,7 @@ def read_safetensors(path):
         if start + end != len(data):
             raise ValueError(f"it has {len(data)} bytes, its header describes {start + end}")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-        why = f"{type(e).__name__}: {e}"
-        raise ValueError(f"{path} is no complete safetensors file ({why})") from None
+        raise ValueError(f"{path} is no complete safetensors file ({type(e).__name__}: {e})") from None
     return tensors
 
 
@@ -76,9 +72,6 @@ def unique_names(pairs):
         raise ValueError("a name stands twice in its header")
     return dict(pairs)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# torch files. A pickle can run any code while it is read, and these come from strangers
 
 class Inert:
     """Stand-in for every class that is pickled in a foreign file: keeps the attributes, runs no code."""
@@ -92,6 +85,9 @@ class Inert:
 
     def __setitem__(self, key, value):                     # how pickle fills what was a kind of dict
         pass
+
+    def __getitem__(self, key):                            # as of OmegaConf's nodes
+        return self.state["_content"][key]
 
 
 def load_inert(path):
@@ -109,25 +105,19 @@ def load_inert(path):
 
 
 def read_torch(path):
-    """A torch file, or a Lightning .ckpt -> (its state dict, all that it holds). Raises ValueError if it is neither."""
-    is_lightning = path.endswith(".ckpt")
-    kind = "torch file"
-    if is_lightning:
-        kind = "Lightning checkpoint"
+    """A torch file -> (its state dict, what a Lightning .ckpt holds besides). Raises ValueError if it is neither."""
     try:
-        contents = load_inert(path)
-        state = contents
-        if is_lightning or isinstance(contents, dict) and "state_dict" in contents:
-            state = contents["state_dict"]
-        if not isinstance(state, dict):
-            raise ValueError("it holds no weights by name")
-        for name, w in state.items():
-            if not isinstance(name, str) or not isinstance(w, torch.Tensor):
-                raise ValueError(f"{name!r:.60} is no weight")
-        return state, contents
+        state = load_inert(path)
     except Exception as e:                                 # foreign files fail in a dozen ways
         why = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a readable {kind}: {why}") from None
+        raise ValueError(f"{path} is not a readable torch file: {why}") from None
+    rest = {}
+    if isinstance(state, dict) and "state_dict" in state:
+        rest = state
+        state = rest["state_dict"]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no weights by name")
+    return state, rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,13 +145,9 @@ SETTINGS = {
     **dict.fromkeys(("n_blocks", "n_layer"), whole(1, 1000)),
     "bos_token_id": whole(),
 }
-OTHER_NAMES = {                                            # where some of them have it
-    "model_type": ("algo.name",),
-    "tokenizer": ("tokenizer_name_or_path", "data.tokenizer_name_or_path"),
-    "inject": ("gumbel_inject_mode", "model.gumbel_inject_mode"),
-    "causal": ("algo.causal_attention", "model.causal_attention"),
-    "hidden_dim": ("model.hidden_size",),
-    "model_length": ("model.length",),
+OTHER_NAMES = {                                            # in some of these files
+    "model_type": "algo.name", "tokenizer": "tokenizer_name_or_path", "inject": "gumbel_inject_mode",
+    "causal": "causal_attention", "hidden_dim": "hidden_size", "model_length": "length",
 }
 
 
@@ -169,59 +155,15 @@ def settings_of(path, config):
     """The settings in a configuration, a tree, of the file at `path`, by the names of SETTINGS. Raises ValueError."""
     settings = {}
     for name, check in SETTINGS.items():
-        for place in (name, f"algo.{name}", f"model.{name}", *OTHER_NAMES.get(name, ())):
-            value = omegaconf_value(config, place)
+        for branch, leaf in itertools.product(("", "algo.", "model.", "data."), (name, OTHER_NAMES.get(name, name))):
+            value = omegaconf_value(config, branch + leaf)
             if value is None:
                 continue
             if not fits(check, value):
-                raise ValueError(f"{path} has {place} = {value!r:.60}, which no model here has: they are MDLM, BD3-LM "
-                                 "and AR, without time conditioning and of GPT-2's tokenizer, and GPT-2")
+                raise ValueError(f"{path} has {branch}{leaf} = {value!r:.60}, which no model here has: they are MDLM, "
+                                 "BD3-LM and AR, without time conditioning and of GPT-2's tokenizer, and GPT-2")
             settings.setdefault(name, value)
     return settings
-
-
-def read_object(path, fields=None):
-    """The object in a JSON file, with these fields, as for `check_fields`. Raises OSError, ValueError."""
-    try:
-        found = read_json(path)
-    except ValueError as e:
-        raise ValueError(f"{path} is no JSON: {e}") from None
-    try:
-        check_fields(path, found, fields or {}, "put the published one there")
-    except BadInput as e:
-        raise ValueError(str(e)) from None
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the authors' Lightning checkpoints: EMA weights without names, settings in a pickled OmegaConf tree
-
-def read_lightning(path, weights=None):
-    """The authors' .ckpt -> (state dict, settings); `weights` as in `read_weights`."""
-    state, contents = read_torch(path)
-    network = {}
-    for name, w in state.items():
-        # the frozen teacher, and a number of the training's, are saved beside the network
-        if name.startswith("teacher_model.") or "sampling_eps" in name:
-            continue
-        network[name.replace("_orig_mod.", "")] = w        # what torch.compile puts into a name
-    if not isinstance(contents.get("ema"), dict | None):
-        raise ValueError(f"{path}: its ema holds no weights: use --weights=raw")
-    shadow = omegaconf_value(contents, "ema.shadow_params")
-    if weights == "ema" or weights is None and shadow:
-        network |= named_ema(path, network, shadow)
-    return network, settings_of(path, omegaconf_value(contents, "hyper_parameters.config"))
-
-
-def named_ema(path, network, shadow):
-    """The EMA weights by name: the list `shadow` has the order of the network's parameters, without its buffers."""
-    names = [name for name in network if not name.endswith(("inv_freq", "block_diff_mask"))]
-    if not shadow or not isinstance(shadow, list):
-        raise ValueError(f"{path} holds no EMA weights: use --weights=raw")
-    # the order is all that tells them apart: every shape must fit
-    if [getattr(w, "shape", None) for w in shadow] != [network[name].shape for name in names]:
-        raise ValueError(f"{path}: its {len(shadow)} EMA tensors do not match the {len(names)} of its network")
-    return dict(zip(names, shadow))
 
 
 def omegaconf_value(config, path):
@@ -229,10 +171,12 @@ def omegaconf_value(config, path):
     if there is no such path, or it is a reference, as in block_size: ${model.length}, that leads nowhere.
     """
     for _ in range(9):                                     # a reference may lead to another, or in a circle
+        value = config
         try:
-            value = omegaconf_content(config)
             for key in path.split("."):
-                value = omegaconf_content(value[key])
+                value = value[key]
+            if isinstance(value, Inert):                   # a leaf, or a tree
+                value = value.state.get("_val", value)
         except (LookupError, TypeError, AttributeError):   # no such key, or no such tree
             return None
         if not (isinstance(value, str) and value.startswith("${")):
@@ -241,70 +185,75 @@ def omegaconf_value(config, path):
     return None
 
 
-def omegaconf_content(node):
-    """What an OmegaConf node holds: its children by name, or, of a leaf, the value. Plain values are themselves."""
-    if not isinstance(node, Inert):
-        return node
-    state = node.state or {}
-    return state.get("_content", state.get("_val"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # any of these
 
+REMEDY = "put the published one there"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+# saved beside the weights: masks, and numbers of the training's
 NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", "block_diff_mask", "sampling_eps_min", "sampling_eps_max")
 
 
 def read_weights(path, weights=None):
-    """Published weights -> (state dict, settings). Raises OSError, or ValueError with what is wrong.
+    """Published weights -> (state dict, without "backbone." or "transformer.", settings). Raises OSError, or ValueError
+    or BadInput with what is wrong.
 
-    path: a .safetensors or torch file; a folder that holds one under the name that Hugging Face gives it; or a
-    Lightning .ckpt of the authors' code. What the file itself does not say, a config.json beside it does.
-    weights: of a .ckpt, "raw" or "ema"; None takes EMA where the file has them.
+    path: a .safetensors or torch file, as the authors' .ckpt, or a folder with one of WEIGHTS. What the file itself does
+    not say, a config.json beside it does. weights: "raw" or "ema"; None takes EMA where the file has them.
     """
     path = str(path)
     if os.path.isdir(path):
-        path = weights_in_folder(path)
-    folder = os.path.dirname(path)
+        files = [os.path.join(path, name) for name in WEIGHTS]
+        path = next(filter(os.path.exists, files), files[0])
     settings = {}
-    config = os.path.join(folder, "config.json")
+    config = os.path.join(os.path.dirname(path), "config.json")
     if os.path.exists(config):
-        named = {name: value for name, value in read_object(config).items() if value is not None}
+        found = read_json(config)
+        check_fields(config, found, {}, REMEDY)
+        named = {name: value for name, value in found.items() if value is not None}
         settings = named | settings_of(config, named)
-    if path.endswith(".ckpt"):
-        state, own = read_lightning(path, weights)
-        settings |= own
-    elif path.endswith(".index.json"):                     # names the file of each weight
-        files = read_object(path, {"weight_map": dict})["weight_map"]
-        if not all(map(is_file_name, files.values())):
-            raise ValueError(f"{path} names files that are not beside it")
-        state = {}
-        for file in set(files.values()):
-            part = read_file(os.path.join(folder, file))
-            state |= {name: w for name, w in part.items() if files.get(name) == file}
-        if state.keys() != files.keys():
-            raise ValueError(f"{path} names weights that its files do not hold")
-    else:
-        state = read_file(path)
-    for name, w in state.items():
-        if not w.is_floating_point() and not name.endswith(NO_WEIGHTS):
-            raise ValueError(f"{path}: {name} is {w.dtype}, and weights are real numbers")
+    found, rest = read_file(path)
+    settings |= settings_of(path, omegaconf_value(rest, "hyper_parameters.config"))
+    state = {}
+    for name, w in found.items():
+        name = str(name).replace("_orig_mod.", "")         # what torch.compile puts into a name
+        if name.startswith("teacher_model.") or name.endswith(NO_WEIGHTS):
+            continue
+        if not isinstance(w, torch.Tensor) or not w.is_floating_point():
+            raise ValueError(f"{path}: {name:.60} is no weight: these are real numbers")
+        state[name.removeprefix("backbone.").removeprefix("transformer.")] = w
+    if rest and weights == "ema" or weights is None and rest.get("ema"):
+        state |= named_ema(path, state, omegaconf_value(rest, "ema.shadow_params"))
     return state, settings
 
 
 def read_file(path):
+    """A file of weights, or an index, which names the file of each -> as `read_torch`."""
     if path.endswith(".safetensors"):
-        return read_safetensors(path)
-    return read_torch(path)[0]
+        return read_safetensors(path), {}
+    if not path.endswith(".index.json"):
+        return read_torch(path)
+    index = read_json(path)
+    check_fields(path, index, {"weight_map": dict}, REMEDY)
+    files = index["weight_map"]
+    state = {}
+    for file in set(filter(is_file_name, files.values())):
+        part, _ = read_file(os.path.join(os.path.dirname(path), file))
+        state |= {name: w for name, w in part.items() if files.get(name) == file}
+    if state.keys() != files.keys():
+        raise ValueError(f"{path} names weights that no file beside it holds")
+    return state, {}
 
 
-def weights_in_folder(folder):
-    for name in WEIGHTS:
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            return path
-    raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+def named_ema(path, state, shadow):
+    """The EMA weights by name: the list `shadow` has the order of the network's parameters, without its buffers."""
+    names = [name for name in state if not name.endswith("inv_freq")]
+    if not shadow or not isinstance(shadow, list):
+        raise ValueError(f"{path} holds no EMA weights: use --weights=raw")
+    # the order is all that tells them apart: every shape must fit
+    if [getattr(w, "shape", None) for w in shadow] != [state[name].shape for name in names]:
+        raise ValueError(f"{path}: its {len(shadow)} EMA tensors do not match the {len(names)} of its network")
+    return dict(zip(names, shadow))
 
 
 def server_sha256(url):
@@ -323,19 +272,7 @@ def server_sha256(url):
 # ---------------------------------------------------------------------------------------------------------------------
 # what weights do not say
 
-def find_weight(state, ending):
-    """The tensor whose name ends so, or None."""
-    for name, w in state.items():
-        if name.endswith(ending):
-            return w
-    return None
-
-
-NETWORK = re.compile(r"""(backbone\.)?(
-    vocab_embed\.embedding | gumbel_noise_embed\.linear\.weight | rotary_emb\.inv_freq | block_diff_mask |
-    sigma_map\.mlp\.[02]\.(weight|bias) | output_layer\.(norm_final\.weight|(linear|adaLN_modulation)\.(weight|bias)) |
-    blocks\.\d+\.((norm[12]|attn_qkv|attn_out)\.weight|(mlp\.[02]|adaLN_modulation)\.(weight|bias)) )
-    | sampling_eps_(min|max)""", re.VERBOSE)
+ADALN = "output_layer.adaLN_modulation.weight"             # what reads the noise level, which AR networks do not have
 
 
 def describe(state, settings):
@@ -344,18 +281,15 @@ def describe(state, settings):
     Raises ValueError where settings contradict the weights or each other, and where neither say what decides the
     computation: then with the line that a config.json beside the file has to hold.
     """
-    embedding = find_weight(state, "vocab_embed.embedding")
+    embedding = state.get("vocab_embed.embedding")
     if embedding is None or embedding.ndim != 2 or len(embedding) < 3:
         raise ValueError("not a published MDLM, BD3-LM, AR or GPT-2 checkpoint: it lacks their embedding")
-    for name in state:                                     # one that is left out would change the others' meaning
-        if not NETWORK.fullmatch(name):
-            raise ValueError(f"unknown weight {name}")
     rows, D = embedding.shape
-    blocks = {name.split("blocks.")[1].split(".")[0] for name in state if "blocks." in name}
-    is_ar = find_weight(state, "sigma_map.mlp.0.weight") is None           # no input for the noise level
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    is_ar = ADALN not in state
     found = dict(vocab_size=rows, hidden_dim=D, n_blocks=len(blocks), causal=is_ar)
     found["parameterization"] = "ar" if is_ar else "subs"
-    frequencies = find_weight(state, "rotary_emb.inv_freq")
+    frequencies = state.get("rotary_emb.inv_freq")
     if frequencies is not None and frequencies.numel():
         found["n_heads"] = D // (2 * frequencies.numel())
     check_sizes(settings, found)
@@ -369,8 +303,7 @@ def describe(state, settings):
         block_size = length
     if not n_heads or not block_size:
         line = {name: settings[name] for name in ("model_type", "model_length") if name in settings}
-        line["block_size"] = block_size or math.gcd(4, length)
-        line["n_heads"] = n_heads or math.gcd(D // 2, 12)
+        line |= dict(block_size=block_size or math.gcd(4, length), n_heads=n_heads or math.gcd(D // 2, 12))
         raise ValueError("nothing says what its block_size (MDLM: its length) or its n_heads is: write what is true "
                          f"of it to config.json beside it, as in {json.dumps(line)}")
     kind = "bd3lm"
@@ -391,7 +324,7 @@ def describe(state, settings):
     if kind == "bd3lm":
         known["block_size"] = block_size
     for noise in ("uniform", "gaussian"):                  # the latter wins in gumbel-distill's diffusion.py
-        if settings.get(f"use_{noise}") and find_weight(state, "gumbel_noise_embed.linear.weight") is not None:
+        if settings.get(f"use_{noise}") and "gumbel_noise_embed.linear.weight" in state:
             known["noise"] = noise
     return kind, known
 
@@ -403,36 +336,37 @@ def check_sizes(settings, found):
             raise ValueError(f"its settings have {name} = {settings[name]!r}, its weights {value!r}")
 
 
-# of GPT-2's tokens by id, as `tokenizer_of` takes it
 GPT2_TOKENS_SHA256 = "08f8f6dd8cd5c8a2cbde73c001e63acca2f66f142d2a289a37921fb0f737e770"
 
 
 def tokenizer_of(path, settings, model):
     """The name of the tokenizer of published weights: by their settings, or by what lies beside them."""
-    is_gpt2_size = (model.vocab_size, model.bos) == (50257, 50256)
-    if is_gpt2_size and "tokenizer" in settings:
-        return "gpt2"
     folder = path
     if not os.path.isdir(path):
         folder = os.path.dirname(path) or "."
     files = [os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json")]
     files = [file for file in files if os.path.exists(file)]
-    if not files and is_gpt2_size:
-        say_once(f"{path} comes without a tokenizer: its 50257 ids are taken for GPT-2's")
+    is_gpt2_size = (model.vocab_size, model.bos) == (50257, 50256)
+    if is_gpt2_size and ("tokenizer" in settings or files and has_gpt2_tokens(files[0])):
         return "gpt2"
-    if not files:
+    if files:
+        return f"hf:{folder}"
+    if not is_gpt2_size:
         return "ids"                                       # nothing names one
+    say_once(f"{path} comes without a tokenizer: its 50257 ids are taken for GPT-2's")
+    return "gpt2"
+
+
+def has_gpt2_tokens(file):
+    """Whether this vocab.json or tokenizer.json has GPT-2's tokens by id. A damaged one, `vocab.HuggingFace` refuses."""
     try:
-        tokens = content = read_object(files[0])
-        if files[0].endswith("tokenizer.json"):
-            added = content.get("added_tokens") or ()
-            tokens = dict(content["model"]["vocab"]) | {token["content"]: token["id"] for token in added}
-        by_id = sorted((i, token) for token, i in tokens.items() if i < model.vocab_size)
-    except (ValueError, LookupError, TypeError) as e:
-        raise ValueError(f"{files[0]} holds no tokens by id ({e})") from None
-    if is_gpt2_size and hashlib.sha256(json.dumps(by_id).encode()).hexdigest() == GPT2_TOKENS_SHA256:
-        return "gpt2"
-    return f"hf:{folder}"
+        tokens = read_json(file)
+        if file.endswith("tokenizer.json"):
+            tokens = tokens["model"]["vocab"]
+        by_id = sorted((i, token) for token, i in tokens.items() if i < 50257)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return hashlib.sha256(json.dumps(by_id).encode()).hexdigest() == GPT2_TOKENS_SHA256
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,40 +386,49 @@ def fold_published(src, n_heads=None):
     settings = {}
     if not isinstance(src, dict):
         src, settings = read_weights(src)
-    theirs = {name.removeprefix("backbone."): w.float() for name, w in src.items()}
+    theirs = {name.removeprefix("backbone."): w.float() for name, w in src.items() if not name.endswith(NO_WEIGHTS)}
+    noise_weight = theirs.pop("gumbel_noise_embed.linear.weight", None)
     try:
         state, sizes = fold_network(theirs, n_heads or settings.get("n_heads"))
     except KeyError as e:
         raise ValueError(f"not a published MDLM, BD3-LM or AR checkpoint: it lacks {e}") from None
-    return state, sizes, theirs.get("gumbel_noise_embed.linear.weight"), settings
+    # what is left out would change the meaning of the others
+    for name in theirs.keys() - {"vocab_embed.embedding", "rotary_emb.inv_freq"}:
+        raise ValueError(f"unknown weight {name}")
+    return state, sizes, noise_weight, settings
 
 
 def fold_network(theirs, n_heads):
+    """Takes out of `theirs` what it folds."""
     embedding = theirs["vocab_embed.embedding"]
     rows, D = embedding.shape                              # rows: V + 1, the last that of [MASK]
     if not n_heads:
-        head_dim = 2 * len(theirs["rotary_emb.inv_freq"])
-        n_heads = D // head_dim
+        n_heads = D // (2 * len(theirs["rotary_emb.inv_freq"]))
     c = adaln_input(theirs)
     ours = {"embed.weight": embedding}
     n_layer = 0
     while f"blocks.{n_layer}.norm1.weight" in theirs:
         ours |= fold_block(theirs, f"blocks.{n_layer}.", c)
         n_layer += 1
-    if {name.split(".")[1] for name in theirs if name.startswith("blocks.")} != set(map(str, range(n_layer))):
-        raise ValueError(f"its blocks are not numbered from 0 on: {n_layer} of them are")
-    ours |= fold_output_layer(theirs, c, vocab_size=rows - 1)
+    shift, scale = modulation(theirs, "output_layer.adaLN_modulation", c, 2)
+    V = rows - 1                                           # the output layer goes without [MASK], whose logit is -inf
+    ours |= {
+        "norm.weight": theirs.pop("output_layer.norm_final.weight") * (1 + scale),
+        "norm.bias": shift,
+        "head.weight": theirs.pop("output_layer.linear.weight")[:V],
+        "head.bias": theirs.pop("output_layer.linear.bias")[:V],
+    }
     state = {"transformer." + name: w for name, w in ours.items()}
-    return state, dict(vocab_size=rows - 1, n_layer=n_layer, n_embd=D, n_head=n_heads, dropout=0.0)
+    return state, dict(vocab_size=V, n_layer=n_layer, n_embd=D, n_head=n_heads, dropout=0.0)
 
 
 def adaln_input(theirs):
     """What all adaLN layers read: c = silu(W2 silu(W1 e + b1) + b2) [C]. None for AR networks, which have no adaLN."""
-    if "sigma_map.mlp.0.weight" not in theirs:
+    if ADALN not in theirs:
         return None
     c = torch.cat([torch.ones(128), torch.zeros(128)])     # e, the sinusoidal embedding of 0: cosines, then sines
     for layer in ("sigma_map.mlp.0", "sigma_map.mlp.2"):
-        c = F.silu(F.linear(c, theirs[layer + ".weight"], theirs[layer + ".bias"]))
+        c = F.silu(F.linear(c, theirs.pop(layer + ".weight"), theirs.pop(layer + ".bias")))
     return c
 
 
@@ -493,9 +436,9 @@ def modulation(theirs, layer, c, n_vectors):
     """The vectors [D] that an adaLN layer computes from c, in the order shift, scale, gate, shift, scale, gate."""
     if c is None:                                          # no adaLN: vectors that change nothing
         D = theirs["vocab_embed.embedding"].shape[1]
-        identity = [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
-        return [torch.full((D,), value) for value in identity[:n_vectors]]
-    vectors = F.linear(c, theirs[layer + ".weight"], theirs[layer + ".bias"])
+        identity = 2 * [torch.zeros(D), torch.zeros(D), torch.ones(D)]
+        return identity[:n_vectors]
+    vectors = F.linear(c, theirs.pop(layer + ".weight"), theirs.pop(layer + ".bias"))
     return vectors.chunk(n_vectors)
 
 
@@ -504,27 +447,14 @@ def fold_block(theirs, block, c):
     layer = block + "adaLN_modulation"
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation(theirs, layer, c, 6)
     return {
-        # attention
-        block + "norm1.weight": theirs[block + "norm1.weight"] * (1 + scale1),
+        block + "norm1.weight": theirs.pop(block + "norm1.weight") * (1 + scale1),
         block + "norm1.bias": shift1,
-        block + "qkv.weight": theirs[block + "attn_qkv.weight"],
-        block + "attn_out.weight": gate1[:, None] * theirs[block + "attn_out.weight"],
-        # MLP
-        block + "norm2.weight": theirs[block + "norm2.weight"] * (1 + scale2),
+        block + "qkv.weight": theirs.pop(block + "attn_qkv.weight"),
+        block + "attn_out.weight": gate1[:, None] * theirs.pop(block + "attn_out.weight"),
+        block + "norm2.weight": theirs.pop(block + "norm2.weight") * (1 + scale2),
         block + "norm2.bias": shift2,
-        block + "fc.weight": theirs[block + "mlp.0.weight"],
-        block + "fc.bias": theirs[block + "mlp.0.bias"],
-        block + "proj.weight": gate2[:, None] * theirs[block + "mlp.2.weight"],
-        block + "proj.bias": gate2 * theirs[block + "mlp.2.bias"],
-    }
-
-
-def fold_output_layer(theirs, c, vocab_size):
-    """The last LayerNorm and the output layer, without its row for [MASK], whose logit is -inf."""
-    shift, scale = modulation(theirs, "output_layer.adaLN_modulation", c, 2)
-    return {
-        "norm.weight": theirs["output_layer.norm_final.weight"] * (1 + scale),
-        "norm.bias": shift,
-        "head.weight": theirs["output_layer.linear.weight"][:vocab_size],
-        "head.bias": theirs["output_layer.linear.bias"][:vocab_size],
+        block + "fc.weight": theirs.pop(block + "mlp.0.weight"),
+        block + "fc.bias": theirs.pop(block + "mlp.0.bias"),
+        block + "proj.weight": gate2[:, None] * theirs.pop(block + "mlp.2.weight"),
+        block + "proj.bias": gate2 * theirs.pop(block + "mlp.2.bias"),
     }

@@ -198,8 +198,8 @@ def read_weights(path, weights=None):
     """Published weights -> (state dict, without "backbone." or "transformer.", settings). Raises OSError, or ValueError
     or BadInput with what is wrong.
 
-    path: a .safetensors or torch file, as the authors' .ckpt, or a folder with one of WEIGHTS. What the file itself does
-    not say, a config.json beside it does. weights: "raw" or "ema"; None takes EMA where the file has them.
+    path: a .safetensors or torch file, as the authors' .ckpt, or a folder with one of WEIGHTS. What the file does not
+    say, a config.json beside it does. weights: "raw" or "ema"; None takes EMA where the file has them.
     """
     path = str(path)
     if os.path.isdir(path):
@@ -358,7 +358,7 @@ def tokenizer_of(path, settings, model):
 
 
 def has_gpt2_tokens(file):
-    """Whether this vocab.json or tokenizer.json has GPT-2's tokens by id. A damaged one, `vocab.HuggingFace` refuses."""
+    """Whether this vocab.json or tokenizer.json has GPT-2's tokens by id; False for a damaged one, refused later."""
     try:
         tokens = read_json(file)
         if file.endswith("tokenizer.json"):

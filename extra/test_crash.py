@@ -117,25 +117,26 @@ def wait_until(sign, p):
     return True
 
 
-def children(pid):
-    """The processes that a process has started: torchrun's workers have sessions of their own."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):                            # it has ended
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            if parent == pid:
-                found.append(int(stat.parent.name))
-    return found
-
-
 def kill(p):
-    workers = children(p.pid)
     with suppress(ProcessLookupError):                     # it has ended
         os.killpg(p.pid, signal.SIGKILL)
-    for worker in workers:
-        with suppress(ProcessLookupError):
-            os.kill(worker, signal.SIGKILL)
     p.wait()
+
+
+def kill_all(p, folder):
+    """Kill a process and all that run in this folder: torchrun's workers have groups of their own."""
+    kill(p)
+    others = [True]
+    while others:                                          # one may just have been started
+        others = []
+        for cwd in Path("/proc").glob("[0-9]*/cwd"):
+            with suppress(OSError):                        # it has ended, or is not ours
+                if os.path.samefile(cwd, folder) and int(cwd.parent.name) != os.getpid():
+                    others.append(int(cwd.parent.name))
+        for pid in others:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def stamp(path):
@@ -167,7 +168,7 @@ def kill_repeatedly(folder, line, find, kills, longest, rng, first=2.0):
         else:
             time.sleep(rng.uniform(0, longest))
         hits += p.poll() is None
-        kill(p)
+        kill_all(p, folder)
     assert hits > kills / 2, f"only {hits} of {kills} processes were there to be killed: {said(p)}"
 
 

@@ -198,13 +198,15 @@ def read_weights(path, weights=None):
     """Published weights -> (state dict, without "backbone." or "transformer.", settings). Raises OSError, or ValueError
     or BadInput with what is wrong.
 
-    path: a .safetensors or torch file, as the authors' .ckpt, or a folder with one of WEIGHTS. What the file does not
-    say, a config.json beside it does. weights: "raw" or "ema"; None takes EMA where the file has them.
+    path: a .safetensors or torch file, as the authors' .ckpt, or a folder with one of WEIGHTS. What it does not say, a
+    config.json beside it does. weights: "raw" or "ema"; None takes EMA where the file has them.
     """
     path = str(path)
     if os.path.isdir(path):
-        files = [os.path.join(path, name) for name in WEIGHTS]
-        path = next(filter(os.path.exists, files), files[0])
+        names = [name for name in WEIGHTS if os.path.exists(os.path.join(path, name))]
+        if not names:
+            raise ValueError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+        path = os.path.join(path, names[0])
     settings = {}
     config = os.path.join(os.path.dirname(path), "config.json")
     if os.path.exists(config):
@@ -281,21 +283,21 @@ def describe(state, settings):
     Raises ValueError where settings contradict the weights or each other, and where neither say what decides the
     computation: then with the line that a config.json beside the file has to hold.
     """
-    embedding = state.get("vocab_embed.embedding")
-    if embedding is None or embedding.ndim != 2 or len(embedding) < 3:
+    embedding = state.get("vocab_embed.embedding", torch.zeros(0))
+    if embedding.ndim != 2 or len(embedding) < 3:
         raise ValueError("not a published MDLM, BD3-LM, AR or GPT-2 checkpoint: it lacks their embedding")
     rows, D = embedding.shape
     blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
     is_ar = ADALN not in state
     found = dict(vocab_size=rows, hidden_dim=D, n_blocks=len(blocks), causal=is_ar)
     found["parameterization"] = "ar" if is_ar else "subs"
-    frequencies = state.get("rotary_emb.inv_freq")
-    if frequencies is not None and frequencies.numel():
+    frequencies = state.get("rotary_emb.inv_freq", torch.zeros(0))
+    if frequencies.numel():
         found["n_heads"] = D // (2 * frequencies.numel())
     check_sizes(settings, found)
 
     # what the weights may not tell
-    n_heads = found.get("n_heads") or settings.get("n_heads")
+    n_heads = (settings | found).get("n_heads")
     length = settings.get("model_length", 1024)
     block_size = settings.get("block_size")
     said = settings.get("model_type", "").removesuffix("_gumbel")
@@ -344,8 +346,8 @@ def tokenizer_of(path, settings, model):
     folder = path
     if not os.path.isdir(path):
         folder = os.path.dirname(path) or "."
-    files = [os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json")]
-    files = [file for file in files if os.path.exists(file)]
+    names = (os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json"))
+    files = list(filter(os.path.exists, names))
     is_gpt2_size = (model.vocab_size, model.bos) == (50257, 50256)
     if is_gpt2_size and ("tokenizer" in settings or files and has_gpt2_tokens(files[0])):
         return "gpt2"
@@ -358,7 +360,7 @@ def tokenizer_of(path, settings, model):
 
 
 def has_gpt2_tokens(file):
-    """Whether this vocab.json or tokenizer.json has GPT-2's tokens by id; False for a damaged one, refused later."""
+    """Whether this vocab.json or tokenizer.json has GPT-2's tokens by id. `vocab` refuses a damaged one."""
     try:
         tokens = read_json(file)
         if file.endswith("tokenizer.json"):
@@ -399,7 +401,7 @@ def fold_published(src, n_heads=None):
 
 
 def fold_network(theirs, n_heads):
-    """Takes out of `theirs` what it folds."""
+    """Our state dict and its sizes; what is folded is taken out of `theirs`."""
     embedding = theirs["vocab_embed.embedding"]
     rows, D = embedding.shape                              # rows: V + 1, the last that of [MASK]
     if not n_heads:

@@ -261,6 +261,7 @@ def cli(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", [module.__name__.split(".")[-1] + ".py", *flags.split()])
         capsys.readouterr()
         say_once.cache_clear()
+        sample.load_backbone.cache_clear()
         try:
             run_main(module.main)
             code = 0

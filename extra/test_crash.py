@@ -38,6 +38,15 @@ slow = pytest.mark.slow
 # ---------------------------------------------------------------------------------------------------------------------
 # processes
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that are started: another number of threads rounds differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def folders(text_runs, tmp_path):
     """Two working folders with the same data and models: one is left alone, in the other things happen."""

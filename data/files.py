@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 import types
+import zipfile
 from contextlib import contextmanager, suppress
 
 from data.cli import BadInput
@@ -185,6 +186,14 @@ def read_json(path):
             return json.load(f)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{path} is no JSON: {e}") from None
+
+
+def check_archive(path):
+    """ValueError where a part of a zip archive has not its checksum; torch writes these, and does not read them."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} in it is damaged: its checksum is wrong")
 
 
 def whole(low=0, high=2**63 - 1):

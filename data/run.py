@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data.cli import BadInput, environment_number, git_commit, optional
-from data.files import check_fields, maybe, naming, replacing, share, whole, writing
+from data.files import check_archive, check_fields, maybe, naming, replacing, share, whole, writing
 from data.shards import changed_meta, check_meta
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for the log's MFU
@@ -301,10 +301,8 @@ def load_checkpoint(path):
     if os.path.exists(previous) and not os.path.samefile(path, previous):
         remedy = f"{previous} is the one before it, rename that to ckpt.pt"
     try:
-        if zipfile.is_zipfile(path):                       # torch writes checksums, and does not read them
-            damaged = zipfile.ZipFile(path).testzip()
-            if damaged:
-                raise ValueError(f"the checksum of {damaged} is wrong")
+        if zipfile.is_zipfile(path):
+            check_archive(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                                 # foreign files fail in a dozen ways
         why = (str(e) or type(e).__name__).splitlines()[0]

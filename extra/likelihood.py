@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.batches import loss_inputs
 from data.cli import BadInput
 from data.shards import Shards
-from extra.scores import ratio_with_error
+from extra.scores import ratio_with_error, sum_per_row
 from mdlm import stratified_t
 from sample import check_length, check_vocabulary, load_teacher, torch_seed
 
@@ -92,7 +92,7 @@ def nats_of_group(model, teacher, tokens, t, seed, batch_size):
     for x, z_part, t_part in zip(tokens.split(batch_size), z.split(batch_size), t.split(batch_size)):
         kw = loss_inputs(model, tokens.device, t_part, teacher, 0) | dict(generator=generator)
         losses, masked, _ = model.losses(x, z=z_part, **kw)
-        nats += row_nats(torch.zeros(masked.shape, device=x.device).masked_scatter(masked, losses.float()))
+        nats += sum_per_row(losses.double(), masked).tolist()
     return nats
 
 

@@ -27,6 +27,7 @@ from data.files import check_output
 from data.report import report
 from data.run import device_and_dtype
 from data.vocab import Tokenizer
+from extra.scores import sum_per_row
 from sample import load_model, load_teacher, loading_flags, torch_seed
 
 TASKS = "arc_easy,arc_challenge,boolq,hellaswag,piqa,openbookqa,winogrande"      # Figure 4
@@ -93,12 +94,6 @@ def part_from(logits, first, a, b):
 def log_p(logits, x):
     """logits [N, V], tokens x [N] -> their log-probabilities [N], float64, to be summed."""
     return logits.log_softmax(-1).gather(-1, x[:, None]).squeeze(1).double()
-
-
-def sum_per_row(values, scored):
-    """Values [N] of the scored tokens -> their sums over each row [B]. scored [B, L]."""
-    spread = torch.zeros(scored.shape, dtype=values.dtype, device=values.device)
-    return spread.masked_scatter(scored, values).sum(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

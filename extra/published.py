@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from data.cli import say_once
-from data.files import check_fields, fits, is_file_name, read_json, whole
+from data.files import check_archive, check_fields, fits, is_file_name, read_json, whole
 from extra.judge import NoRedirect
 
 
@@ -95,10 +95,7 @@ def load_inert(path):
     zipped = zipfile.is_zipfile(path)
     classes = []
     if zipped:                                             # files of torch < 1.6 are no archives: tensors only
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()                    # torch does not look at the checksums that it writes
-        if damaged:
-            raise ValueError(f"{damaged} in it is damaged")
+        check_archive(path)
         classes = get_unsafe_globals_in_checkpoint(path)
     with safe_globals([(Inert, name) for name in classes]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

@@ -24,6 +24,12 @@ def ratio_with_error(a, b):
     return float(ratio), float(error)
 
 
+def sum_per_row(values, scored):
+    """Values [N] of the scored tokens -> their sums over each row [B]. scored [B, L]."""
+    spread = torch.zeros(scored.shape, dtype=values.dtype, device=values.device)
+    return spread.masked_scatter(scored, values).sum(1)
+
+
 def by_length(samples, batch, pad):
     """Samples in batches of similar lengths, so that little is padded: yields (indices [b], LongTensor [b, T])."""
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
 import mdlm
-from gumbel import sample_gumbel
+from gumbel import DEVICE, sample_gumbel
 from mdlm import MDLM, SAMPLERS, T_MIN, Denoiser, MDLMConfig
 from teacher import KVCache
 
@@ -90,7 +90,7 @@ class BD3LM(MDLM):
             raise ValueError(f"BD3-LM takes noised and clean rows, of a multiple of {self.block_size} tokens")
         h = torch.cat([self.embed(z, g), self.transformer.embed(clean)], 1)  # (B, 2L, D)
         # flex_attention has no backward on a CPU, wants heads of 16, and skips tiles of 128
-        sparse = z.is_cuda and h.shape[2] >= 16 * self.transformer.n_head and L >= 128
+        sparse = DEVICE.is_gpu(z) and h.shape[2] >= 16 * self.transformer.n_head and L >= 128
         mask = training_mask(L, self.block_size, z.device, sparse)
         position_ids = torch.arange(L, device=z.device).repeat(2)  # the same for a token's two copies
         h = self.transformer(h, position_ids=position_ids, mask=mask)

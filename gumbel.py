@@ -21,19 +21,34 @@ still makes it write that text, but is no longer iid Gumbel: an unlikely token's
 `python gumbel.py` runs the method on two tokens that must agree: the end of this file.
 
 Shapes: N positions, V vocabulary, D width. The noise of a position is one V-vector. What training and sampling call
-holds no more than `CHUNK` noise values at a time.
+holds no more than `DEVICE.chunk` noise values at a time.
 """
+import dataclasses
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# noise values held at once: 83 rows of a GPT-2 vocabulary on a CPU (64 MB with all temporaries), 667 where a GPU is
-CHUNK = 1 << 22
-if torch.cuda.is_available():
-    CHUNK = 1 << 25
+
+@dataclass
+class Device:
+    """What is decided by where the code runs, all of it here (`python -m extra.bench plan` asks for a GPU, on a CPU)."""
+    chunk: int                                # noise values held at once
+    keep: int                                 # of a batch's noise, at most this many values wait for the backward pass
+    planned: bool = False                     # as if all tensors were on a GPU
+
+    def is_gpu(self, x):
+        """Whether this tensor takes a GPU's kernels."""
+        return x.is_cuda or self.planned
+
+
+CPU = Device(chunk=1 << 22, keep=0)                           # 83 rows of GPT-2's vocabulary, 64 MB with temporaries
+GPU = Device(chunk=1 << 25, keep=1 << 31)                     # 667 rows; 4 GB in bf16, where drawing again costs more
+DEVICE = dataclasses.replace(GPU if torch.cuda.is_available() else CPU)
+
 TINY = 1e-37           # arrival times are clamped here: below it float32's reciprocal overflows
 
 
@@ -109,7 +124,7 @@ def posterior_gumbel(logits, tokens, generator=None):
     if len(w) and not (0 <= w.min() and w.max() < V):
         raise ValueError(f"token id out of range: {w.min().item()}..{w.max().item()}, the logits have {V} entries")
     noise = torch.empty_like(rows, dtype=torch.float32)
-    chunk = max(1, CHUNK // V)
+    chunk = max(1, DEVICE.chunk // V)
     for a in range(0, len(w), chunk):
         noise[a:a + chunk] = _posterior_of_chunk(rows[a:a + chunk], w[a:a + chunk], generator)
     return noise.reshape(logits.shape)
@@ -194,7 +209,7 @@ class _ChunkedProjection(torch.autograd.Function):
         ctx.shape = weight.shape
         ctx.features = features
         ctx.n = n
-        ctx.chunk = max(1, CHUNK // weight.shape[1])
+        ctx.chunk = max(1, DEVICE.chunk // weight.shape[1])
         w = weight.to(ctx.dtype).t()  # (V, D)
         out = weight.new_empty(n, weight.shape[0])
         for a in range(0, n, ctx.chunk):

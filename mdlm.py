@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from gumbel import CHUNK, GumbelEmbedding, check_draws, draw_tokens
+from gumbel import DEVICE, GumbelEmbedding, check_draws, draw_tokens
 
 T_MIN = 1e-3  # t lives in [T_MIN, 1]: bounds the weight 1/t of a rarely masked row
 SAMPLERS = ("ancestral", "fixed", "first_hitting")  # what `reveal_steps` knows
@@ -338,7 +338,7 @@ def row_losses(logits, h, x, vocab_size, teacher=None):
     With `teacher`, whose logits of rows a to b are teacher(a, b): also KL(teacher || p) -> ([N], [N]). In chunks, which
     the backward pass computes again, so that [N, V] is never held.
     """
-    chunk = max(1, 4 * CHUNK // vocab_size)
+    chunk = max(1, 4 * DEVICE.chunk // vocab_size)
     if len(h) <= chunk:
         return _chunk_losses(logits, teacher, 0, h, x)
     parts = []
@@ -500,7 +500,7 @@ def unmask(x, path, mask_id, denoiser, top_p=1.0, greedy=False, generator=None):
 
 def draw_in_chunks(h, denoiser, mask_id, top_p, greedy, generator):
     """Tokens [N] for hidden states h [N, D]; [N, V], V = mask_id, is never held."""
-    chunks = h.split(max(1, CHUNK // mask_id))
+    chunks = h.split(max(1, DEVICE.chunk // mask_id))
     return torch.cat([draw_tokens(denoiser.logits(c), top_p, greedy, generator=generator) for c in chunks])
 
 

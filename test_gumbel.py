@@ -575,7 +575,7 @@ def test_posterior_argmax_repair():
     noise = posterior_gumbel(logits, w, gen(1))
     # Algorithm 1 without the repair, from the same draws (they are made in chunks)
     g = gen(1)
-    e = torch.cat([sample_exponential((len(part), 2), g) for part in logits.split(gumbel.CHUNK // 2)])
+    e = torch.cat([sample_exponential((len(part), 2), g) for part in logits.split(gumbel.DEVICE.chunk // 2)])
     plain_loser = -(e[:, 0] + logits[:, 0].exp() * e[:, 1]).log()
     plain_winner = -e[:, 1].log() + 1e4
     lost = gumbel_max(logits, torch.stack([plain_loser, plain_winner], 1)) != 1
@@ -724,7 +724,7 @@ def test_embedding_from_posterior_equals_the_plain_formula(monkeypatch):
     """softmax(posterior_gumbel(...)) W^T, value and gradient, from the same draws in many chunks; two calls of one
     generator draw different noise."""
     V, D, n = 37, 16, 50
-    monkeypatch.setattr(gumbel, "CHUNK", 7 * V)            # 8 chunks, the last one short
+    monkeypatch.setattr(gumbel.DEVICE, "chunk", 7 * V)            # 8 chunks, the last one short
     logits = 3 * torch.randn(n, V, generator=gen())
     w = torch.randint(V, (n,), generator=gen(1))
     up = torch.randn(n, D, generator=gen(2))
@@ -1027,7 +1027,7 @@ def test_loss_does_not_depend_on_chunks_or_micro_batches(monkeypatch):
         return gradient(model)
     whole = grads(8)
     assert torch.allclose(grads(2), whole, atol=1e-6)
-    monkeypatch.setattr(mdlm, "CHUNK", 7)                  # 4 rows of logits at a time, recomputed in the backward pass
+    monkeypatch.setattr(mdlm.DEVICE, "chunk", 7)                  # 4 rows of logits at a time, recomputed in the backward pass
     assert torch.allclose(grads(8), whole, atol=1e-6)
 
 
@@ -1258,7 +1258,7 @@ def test_nfe_is_the_network_calls_of_each_row(noise, kw):
 def test_batch_equals_single_rows(noise, monkeypatch):
     """... and neither depends on how many rows the output layer takes at once."""
     model = tiny(noise)
-    monkeypatch.setattr(mdlm, "CHUNK", 5 * 7)
+    monkeypatch.setattr(mdlm.DEVICE, "chunk", 5 * 7)
     start = all_masked(16, 6)
     start[::3, 2] = 1
     xi = sample_gumbel((16, 6, 7), gen()) if noise else None
@@ -1836,9 +1836,8 @@ def test_heads_loss_is_the_cross_entropy_at_their_offsets(noise, monkeypatch):
         nats = [-logp[range(4), j, k, x[:, j + 1 + k]] for j in range(12 - 1 - k)]
         want.append(torch.stack(nats).mean())
     grads = []
-    for chunk, loss_args in ((gumbel.CHUNK, dict(generator=gen(5))), (50, dict(noise=xi))):
-        monkeypatch.setattr(gumbel, "CHUNK", chunk)
-        monkeypatch.setattr(mdlm, "CHUNK", chunk)
+    for chunk, loss_args in ((gumbel.DEVICE.chunk, dict(generator=gen(5))), (50, dict(noise=xi))):
+        monkeypatch.setattr(gumbel.DEVICE, "chunk", chunk)
         loss, parts = model.loss(x, **loss_args)
         assert torch.allclose(loss, sum(want) / 3, atol=1e-5)
         assert list(parts) == ["nll_head1", "nll_head2", "nll_head3"]
@@ -2457,7 +2456,7 @@ def test_token_kd_is_its_formula(monkeypatch, predict_bos):
     plain = student.loss(rows, t, z=z)[0]
     grads = []
     for chunk in (1 << 22, 7):
-        monkeypatch.setattr(mdlm, "CHUNK", chunk)
+        monkeypatch.setattr(mdlm.DEVICE, "chunk", chunk)
         loss, parts = student.loss(rows, t, teacher, z=z, kd=0.7)
         assert torch.allclose(loss, plain + 0.7 * kl, atol=1e-5)
         assert kl > 0.1 and parts["kl_masked"] > 0

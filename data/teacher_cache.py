@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.cli import BadInput
 from data.files import naming, read_json, write_json, writing
-from gumbel import CHUNK
+from gumbel import DEVICE
 
 
 class TeacherLogits:
@@ -185,7 +185,7 @@ class TeacherCache:
         h = torch.cat([teacher.hidden(x) for x in tokens[:, :-1].split(8)]).flatten(0, 1)
         x = tokens[:, 1:].reshape(-1, 1)
         parts = []
-        chunk = max(1, CHUNK // teacher.vocab_size)        # positions whose logits are held at once
+        chunk = max(1, DEVICE.chunk // teacher.vocab_size)        # positions whose logits are held at once
         for h_part, x_part in zip(h.split(chunk), x.split(chunk)):
             logp = teacher.logits(h_part).log_softmax(-1)
             top, ids = logp.topk(self.k)

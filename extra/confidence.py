@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from gumbel import CHUNK, draw_tokens
+from gumbel import DEVICE, draw_tokens
 from mdlm import close_gaps
 
 
@@ -36,7 +36,7 @@ def draw_with_logp(h, denoiser, vocab_size, top_p, greedy, generator):
     """Tokens [N] for hidden states h [N, D], and their log-probabilities [N]; in chunks, as `mdlm.draw_in_chunks`."""
     tokens = []
     logps = []
-    for part in h.split(max(1, CHUNK // vocab_size)):
+    for part in h.split(max(1, DEVICE.chunk // vocab_size)):
         logits = denoiser.logits(part)
         new = draw_tokens(logits, top_p, greedy, generator=generator)
         tokens.append(new)

@@ -27,14 +27,14 @@ from data.cli import BadInput, Parser, number, optional, refuse_unread, run_main
 from data.files import check_folder, check_output
 from data.maze import MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
 from data.report import device_name, report
-from data.run import device_and_dtype
+from data.run import allow_changing_shapes, device_and_dtype
 from data.samples import names_file, read_samples, write_samples
 from data.shards import Shards
 from data.vocab import Tokenizer, same_tokenizer, translate
 from mdlm import reveal_steps, revealing_path, unmask
 from medusa import ACCEPT
-from sample import (check_length, check_sampler, check_sampling_flags, check_sampling_read, check_vocabulary, generate,
-                    load_model, load_verifier, loading_flags, medusa_flags, options_read, sampling_flags,
+from sample import (cast_body, check_length, check_sampler, check_sampling_flags, check_sampling_read,
+                    check_vocabulary, generate, load_model, load_verifier, loading_flags, medusa_flags, options_read, sampling_flags,
                     sampling_options, sampling_shown, torch_seed, typical_flags)
 from teacher import extract_sequential
 
@@ -267,7 +267,7 @@ class TextSetting:
                 raise BadInput(f"--data is needed for {first.name}: "
                                "validation text to compare with")
         # a student gives no p(x_i | x_<i)
-        self.judge = load_model(args.judge, device=device)
+        self.judge = cast_body(load_model(args.judge, device=device))
         if not self.judge.can_teach:
             raise BadInput(f"--judge={args.judge} is a {self.judge.args['model']} checkpoint: "
                            "it must be an AR model")
@@ -608,6 +608,7 @@ def main(argv=None):
     began = time.time()
     check_flags(args)
     device, dtype, autocast = device_and_dtype(args.dtype)
+    allow_changing_shapes()
     models = [load_model(path, args.weights, device) for path in args.ckpt]
     if len({model.name for model in models}) < len(models):
         for path, model in zip(args.ckpt, models):
@@ -616,6 +617,8 @@ def main(argv=None):
     function, _, _ = COMMANDS[args.what]
     # TextSetting may fill in args.data, infill lowers args.n to the rows there are: --json has both
     with autocast, torch.no_grad():
+        for model in models:
+            cast_body(model)
         rows, note, *table = function(args, models, device)
     report(args, rows, note, *table, began=began, device=device, dtype=dtype)
 

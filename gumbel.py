@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Device:
-    """What is decided by where the code runs, all of it here (`python -m extra.bench plan` asks for a GPU, on a CPU)."""
+    """What is decided by where the code runs; `python -m extra.bench plan` asks, on a CPU, what a GPU would do."""
     chunk: int                                # noise values held at once
     keep: int                                 # of a batch's noise, at most this many values wait for the backward pass
     planned: bool = False                     # as if all tensors were on a GPU
@@ -359,6 +359,19 @@ def draw_from_nucleus_unsorted(p, top_p, generator=None):
         mass_before = (q * before).sum(-1, dtype=torch.float64)
         open_rows = open_rows[mass_before >= top_p]
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# an output layer's product
+
+def to_logits(layer, h, exact):
+    """h [N, D] -> layer(h), float32 [N, V]. `exact`: the product too, even under autocast: a bf16 logit near -60 is off
+    by up to a quarter. In training, where the error averages out, it follows autocast.
+    """
+    if exact:
+        with torch.autocast(h.device.type, enabled=False):
+            return layer(h.float()).float()
+    return layer(h).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

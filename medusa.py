@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gumbel import GumbelEmbedding, check_draws, draw_tokens, nucleus, sample_gumbel
+from gumbel import GumbelEmbedding, check_draws, draw_tokens, nucleus, sample_gumbel, to_logits
 from mdlm import Block, Model, rope_tables, row_losses, zero
 
 ACCEPT = ("typical", "exact", "greedy")
@@ -56,13 +56,14 @@ class Head(nn.Module):
         zero(self.fc)
 
     def forward(self, a):
-        return self.out(a + F.silu(self.fc(a))).float()
+        return to_logits(self.out, a + F.silu(self.fc(a)), exact=not self.training)
 
 
 class Accumulator(nn.Module):
     """The small causal transformer over the noise embeddings of K + 1 positions. Its output starts at zero, so that
     the heads start as those without noise.
     """
+    MOST_NUMBERS = 2**30
 
     def __init__(self, n_embd, n_layer, dropout):
         super().__init__()
@@ -76,6 +77,11 @@ class Accumulator(nn.Module):
 
     def forward(self, e):
         """e [N, K + 1, D] -> c [N, K + 1, D]; place k has seen e_0 .. e_k."""
+        # in parts: FlashAttention's backward pads each of the N rows to 128 places, and counts all numbers in 32 bits
+        rows = max(1, self.MOST_NUMBERS // (128 * e.shape[2]))
+        return torch.cat([self.read(part) for part in e.split(rows)])
+
+    def read(self, e):
         places = torch.arange(e.shape[1], device=e.device)
         rope = rope_tables(places, e.shape[2] // self.n_head)
         for block in self.blocks:
@@ -257,6 +263,9 @@ class Medusa(Model):
         if self.accumulator is not None:
             networks.append(self.accumulator)
         return networks
+
+    def matrices(self):
+        return self.backbone.matrices()
 
     def flops_per_row(self, length):
         """Useful FLOPs of a row of training; the noise, and K + 1 places of the accumulator, at every position."""

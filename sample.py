@@ -31,7 +31,7 @@ from bd3lm import BD3LM
 from data.cli import BadInput, Parser, number, refuse_unread, run_main, say_once
 from data.files import check_fields, check_output, naming, share, whole
 from data.maze import draw_maze
-from data.run import device_and_dtype, is_finite, load_checkpoint, memory_bytes
+from data.run import allow_changing_shapes, device_and_dtype, is_finite, load_checkpoint, memory_bytes
 from data.shards import MOST_IDS
 from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
 from mdlm import MDLM, ORDERS, SAMPLERS
@@ -274,7 +274,16 @@ def load_teacher(args, model, meta, length, device):
     trained_with = (vars(model).get("conditions") or {}).get("teacher")
     if trained_with and trained_with != model_hash(teacher):
         say_once(f"{path} is another teacher than the one that {model.name} was trained with")
-    return teacher
+    return cast_body(teacher)
+
+
+def cast_body(model):
+    """Under autocast in bf16: a frozen model's layers in it once, which spares the cast at each call. After its hash is
+    taken; the numbers are the same. Returns the model.
+    """
+    if torch.is_autocast_enabled(next(model.parameters()).device.type):
+        model.body_to_bfloat16()
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,7 +409,7 @@ def load_verifier(args, models, device):
         return None
     # the maze's table has no --length
     length = vars(args).get("length") or min(model.length for model in models)
-    return load_ar("--verifier", args.verifier, models[0].meta, length, device)
+    return cast_body(load_ar("--verifier", args.verifier, models[0].meta, length, device))
 
 
 def start_tokens(model, tokenizer, prompt, infill, length):
@@ -549,7 +558,9 @@ def check_model(args, model):
 def draw(model, args, length, device, autocast):
     """Draw n samples, print them, and write them to args.out."""
     from extra.scores import entropy
-    verifier = load_verifier(args, [model], device)
+    with autocast:
+        cast_body(model)
+        verifier = load_verifier(args, [model], device)
     tokenizer = Tokenizer(model.meta["tokenizer"], model.vocab_size)
     is_maze = tokenizer.name == "maze"
     start = start_tokens(model, tokenizer, args.prompt, args.infill, length).to(device)
@@ -612,6 +623,7 @@ def main():
     if args.shards and dtype == "auto":         # a teacher's text: bf16 only if it is asked for
         dtype = "float32"
     device, _, autocast = device_and_dtype(dtype)
+    allow_changing_shapes()
     model = load_model(args.ckpt, args.weights, device)
     check_model(args, model)
     length = args.length or min(model.length, 1024)     # an hf: model may read a million

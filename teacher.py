@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import re
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gumbel import check_draws, draw_tokens, posterior_gumbel, sample_gumbel
+from gumbel import check_draws, draw_tokens, posterior_gumbel, sample_gumbel, to_logits
 from mdlm import Model, Transformer, row_losses
 
 
@@ -85,12 +84,8 @@ class CausalLM(Model):
         return next(self.parameters()).device
 
     def logits(self, h, exact=True):
-        """h [N, D] -> [N, V], in float32 even under autocast: a bf16 logit near -60 is off by up to a quarter.
-
-        `exact=False` (in training, where the error averages out) follows autocast.
-        """
-        with torch.autocast(h.device.type, enabled=False) if exact else nullcontext():
-            logits = self.output_layer()(h.float()).float()
+        """h [N, D] -> float32 [N, V]; `exact`: see `to_logits`."""
+        logits = to_logits(self.output_layer(), h, exact)
         if not self.predict_bos:
             logits[..., self.bos] = -math.inf
         return logits
@@ -147,11 +142,6 @@ class CausalLM(Model):
             new = draw_tokens(logits, top_p, greedy, xi, generator)[:, None]
             x = torch.cat([x, new], 1)
         return x, torch.full((B,), length - P, device=tokens.device)
-
-    def body_to_bfloat16(self):
-        """The frozen layers in bf16 (half the memory, no cast at each pass); embeddings and head stay float32."""
-        for layer in self.matrices():
-            layer.to(torch.bfloat16)
 
 
 class KVCache:
@@ -211,9 +201,6 @@ class AR(CausalLM):
 
     def networks(self):
         return [self.transformer]
-
-    def matrices(self):
-        return [m for m in self.transformer.blocks.modules() if isinstance(m, nn.Linear)]
 
     def flops_per_row(self, length):
         """Useful FLOPs of a row of training, forward and backward; see `MDLM.flops_per_row`."""
@@ -323,15 +310,18 @@ def download_gpt2(name):
     cache = os.environ.get("GUMBEL_CACHE") or os.path.expanduser("~/.cache/gumbel")
     folder = os.path.join(cache, name)
     path = os.path.join(folder, "model.safetensors")
-    if not os.path.exists(path):
-        from extra.published import server_sha256
-        os.makedirs(folder, exist_ok=True)
-        url = GPT2_URL.format(name)
-        try:
-            torch.hub.download_url_to_file(url, path, hash_prefix=server_sha256(url))
-        except (OSError, RuntimeError) as e:                  # the latter: it has another hash than the server's
-            raise OSError(f"could not download {name} ({e}): go online once, or give a folder that holds its "
-                          "model.safetensors or pytorch_model.bin") from None
+    if os.path.exists(path):
+        return folder
+    from data.files import writing
+    from extra.published import server_sha256
+    url = GPT2_URL.format(name)
+    try:
+        with writing(folder, wait=True):                      # one process fetches it, the others wait
+            if not os.path.exists(path):
+                torch.hub.download_url_to_file(url, path, hash_prefix=server_sha256(url))
+    except (OSError, RuntimeError) as e:                      # the latter: it has another hash than the server's
+        raise OSError(f"could not download {name} ({e}): go online once, or give a folder that holds its "
+                      "model.safetensors or pytorch_model.bin") from None
     return folder
 
 

@@ -39,6 +39,7 @@ from scipy import stats
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import bd3lm
+import data.run
 import evaluate
 import gumbel
 import mdlm
@@ -1027,7 +1028,7 @@ def test_loss_does_not_depend_on_chunks_or_micro_batches(monkeypatch):
         return gradient(model)
     whole = grads(8)
     assert torch.allclose(grads(2), whole, atol=1e-6)
-    monkeypatch.setattr(mdlm.DEVICE, "chunk", 7)                  # 4 rows of logits at a time, recomputed in the backward pass
+    monkeypatch.setattr(mdlm.DEVICE, "chunk", 7)           # 4 rows of logits at a time, recomputed in the backward pass
     assert torch.allclose(grads(8), whole, atol=1e-6)
 
 
@@ -3209,7 +3210,7 @@ def test_averaged_weights_are_their_recursion_and_hold_no_graph(in_maze_runs, mo
     """After n updates, with decay d = (1 + n) / (10 + n) at first: average = d average + (1 - d) weights."""
     seen = []
     averages = []
-    save = train.save
+    save = data.run.save
     deepcopy = copy.deepcopy
 
     def spy(args, model, averaged, *more, **kw):
@@ -3221,7 +3222,7 @@ def test_averaged_weights_are_their_recursion_and_hold_no_graph(in_maze_runs, mo
         if isinstance(copied, MDLM):
             averages.append(copied)
         return copied
-    monkeypatch.setattr(train, "save", spy)
+    monkeypatch.setattr(data.run, "save", spy)
     monkeypatch.setattr(train.copy, "deepcopy", keep)
     args = train.parse(f"--model=mdlm --data=maze --out=out/ema --steps=5 --save_every=1 {TINY}".split())
     train.train(args, train.World("float32"))

@@ -21,10 +21,8 @@ import math
 import os
 import sys
 from contextlib import closing
-from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -34,10 +32,10 @@ from data.batches import EVAL, LEVELS, NOISE, loss_inputs, micro_batches, part_o
 from data.cli import BadInput, Parser, add_flags, number, optional, refuse_unread, run_main
 from data.files import check_folder
 from data.prepare import make_maze
-from data.run import (Log, StopSignals, World, check_conditions, conditions, flops_per_row, load_checkpoint, restore,
-                      resume, save)
+from data.run import (Log, Run, StopSignals, World, check_conditions, checkpoint_seen, conditions, flops_per_row, keep,
+                      leave, load_checkpoint, restore, resume, tell_bad_steps)
 from data.shards import Shards, read_meta
-from data.teacher_cache import TeacherCache, TeacherLogits
+from data.teacher_cache import teacher_of_rows
 from gumbel import KINDS, needs_teacher
 from mdlm import T_MIN, stratified_t
 from sample import MODELS, build, default_teacher, load_ar, load_model, torch_seed
@@ -124,6 +122,7 @@ FLAGS = {
         ("eval_every", 5000, count, "steps between validations (EMA weights)"),
         ("eval_rows", 2000, count, "validation rows, the same each time"),
         ("save_every", 1000, count, "steps between checkpoints"),
+        ("save_minutes", 10, positive, "at most so long between them"),
         ("report", 1000, whole, "maze: samples per row of the final table; 0: no table"),
         ("wandb", None, str, "also log to this Weights & Biases project (pip install wandb)"),
     ],
@@ -156,8 +155,8 @@ RANDOM = 1
 
 # flags that may differ when a run is continued: they do not affect the result, or (compile, dtype, micro_batch_size)
 # only rounding and which numbers are drawn
-MAY_DIFFER = {"out", "log_every", "eval_every", "eval_rows", "save_every", "wandb", "report", "compile", "dtype",
-              "micro_batch_size"}
+MAY_DIFFER = {"out", "log_every", "eval_every", "eval_rows", "save_every", "save_minutes", "wandb", "report", "compile",
+              "dtype", "micro_batch_size"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # flags
@@ -283,15 +282,14 @@ def teacher_path(args, meta):
 
 
 def find_teacher(args, meta, world):
-    """The AR model that the run needs, on its device."""
+    """The AR model that the run needs, on its device; None where it needs none."""
+    if not asks_teacher(args):
+        return None
     path = teacher_path(args, meta)
     if path is None:
         raise BadInput("--gumbel, --kd and --model=medusa need --teacher: an AR checkpoint of this vocabulary; train "
                        f"one with `python train.py --model=ar --data={args.data}`")
-    with world.in_turn(world.master):                      # one process downloads
-        teacher = load_ar("--teacher", path, meta, args.length, world.device)
-    teacher.sha256 = world.once_a_machine(partial(model_hash, teacher))
-    return teacher
+    return load_ar("--teacher", path, meta, args.length, world.device)
 
 
 def train_missing_teacher(args, world):
@@ -312,18 +310,17 @@ def train_missing_teacher(args, world):
     if args.length:
         flags.append(f"--length={args.length}")
     train(parse(flags), world)
-    world.barrier()                                        # the others wait for its last checkpoint
 
 
-def new_model(args, data, teacher, ckpt, world):
-    """The model of this run, initialised; `ckpt`, of the same run or None, has what cannot be seen from the flags."""
+def new_model(args, data, teacher, source, ckpt, world):
+    """The model of this run, initialised, from the weights of `source` where there is one; `ckpt`, of the same run or
+    None, has what cannot be seen from the flags.
+    """
     torch.manual_seed(args.seed)                           # of the initial weights
-    source = None                                          # a model whose weights this one starts from
     old = {}                                               # their config, or that of this run
     if ckpt:
         old = ckpt["config"]
-    elif args.init_from:
-        source = load_model(args.init_from)
+    elif source is not None:
         old = vars(source.config)
 
     # all that is known of the run; the model's config takes what it has a field for
@@ -354,43 +351,27 @@ def new_model(args, data, teacher, ckpt, world):
     return model.to(world.device)
 
 
-def teacher_of_rows(args, model, teacher, data, world):
-    """What knows the teacher's answers for all training rows: a `TeacherLogits`, or with --teacher_cache a
-    `TeacherCache`. None: there is no teacher, or it is asked batch by batch.
-    """
-    if teacher is None:
-        return None
-    logits = len(data) * data.length * data.meta["vocab_size"]
-    if not args.teacher_cache and "teacher" in model.loss_reads and logits <= 1 << 24:
-        return TeacherLogits(teacher, data)                # a small dataset: one pass for all steps
-    cache = None
-    if args.teacher_cache:
-        # files are made by one process of each machine, whose disk may be its own
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        with world.in_turn(first):
-            cache = TeacherCache(teacher, teacher.sha256, data, args.teacher_cache, first, world.dtype)
-    if world.dtype == "bfloat16":
-        teacher.body_to_bfloat16()                         # not before its hash is taken
-    if cache is not None:
-        with world.autocast:
-            cache.fill(teacher, data, world.rank, world.size)
-        world.barrier()
-    return cache
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
+
+class Stopped(Exception):
+    """An evaluation is over in all processes, since one of them has been told to stop."""
+
 
 @dataclasses.dataclass
 class Validation:
     """The loss on validation rows: always the same rows with the same draws, shared out over the processes, so that
     its values compare from step to step and whatever the number of processes.
+
+    These have unequal numbers of batches. One that is to stop leaves its loop and says so in the next sum, which all of
+    them reach: what was computed is thrown away.
     """
     model: torch.nn.Module                                 # the averaged weights
     teacher: torch.nn.Module | None
     data: Shards
     args: argparse.Namespace
     world: World
+    stop: StopSignals
     ROWS_PER_SEED = 32                                     # no flag, so that values compare
 
     def name(self):
@@ -408,6 +389,8 @@ class Validation:
         levels = stratified_t(n * n_blocks, rng(seed, EVAL, 1), 0.0, *window).view(n, n_blocks)
         for i in range(self.world.rank, math.ceil(n / self.ROWS_PER_SEED), self.world.size):
             part = slice(i * self.ROWS_PER_SEED, (i + 1) * self.ROWS_PER_SEED)
+            if self.stop.received:
+                break
             tokens = torch.from_numpy(self.data.rows(order[part])).to(self.world.device)
             seed_of_part = torch_seed(seed, EVAL, 2, i)
             yield tokens, loss_inputs(self.model, self.world.device, levels[part], self.teacher, seed_of_part)
@@ -422,27 +405,52 @@ class Validation:
                 loss, _ = self.model.loss(tokens, **kw)
             total += loss.item() * len(tokens)
             n += len(tokens)
-        total, n = self.world.sum(total, n)
+        total, n = self.sum(total, n)
         return total / n
 
-    def report(self, log, step):
-        name = self.name()
-        value = self.loss()
-        log.record(step=step, **{name: value})
-        self.world.say(f"{self.args.out} step {step}: {name} {value:.4f}")
+    def sum(self, *values):
+        """Floats, summed over the processes. Raises Stopped."""
+        *sums, stopped = self.world.sum(*values, len(self.stop.received))
+        if stopped:
+            raise Stopped
+        return sums
 
-    def choose_clip(self, log, step):
-        """--clip_search: the window to train in from here on, (low, high), by `bd3lm.search_clip` on 256 rows."""
+    def evaluate(self, run, log):
+        """The loss after this step, and with --clip_search the window of noise levels from here on (before the first
+        step: that only). They stay due where a stop comes between.
+        """
+        run.due = True
+        lines = []
+        clip = run.clip
+        try:
+            if run.step > 0:
+                value = self.loss()
+                lines.append({self.name(): value})
+            if self.args.clip_search and run.step % self.args.eval_every == 0:
+                clip, variances = self.choose_clip()
+                lines.append(dict(clip=clip, clip_search=variances))
+        except Stopped:
+            return
+        run.due = False
+        run.clip = clip
+        for line in lines:
+            log.record(step=run.step, **line)
+        if run.step > 0:
+            self.world.say(f"{self.args.out} step {run.step}: {self.name()} {value:.4f}")
+        log.restart_clock(run.step)
+
+    def choose_clip(self):
+        """The window in which a block's loss varies least, (low, high), by `bd3lm.search_clip` on 256 rows; and what
+        there is to log of it.
+        """
         windows = clip_windows(self.model.block_size)
         self.bar = tqdm(total=len(windows), desc="clip search", leave=False, disable=not self.world.master)
         with self.bar, self.world.autocast:
-            best, variance = search_clip(self.model, self.search_batches, self.world.sum)
+            best, variance = search_clip(self.model, self.search_batches, self.sum)
         low, high = best
         self.world.say(f"clip {low:g},{high:g}: a block's loss has variance {variance[best]:.4f} (unclipped "
                        f"{variance[T_MIN, 1.0]:.4f})")
-        named = {f"{a:g},{b:g}": value for (a, b), value in variance.items()}
-        log.record(step=step, clip=best, clip_search=named)
-        return best
+        return best, {f"{a:g},{b:g}": value for (a, b), value in variance.items()}
 
     def search_batches(self, window):
         self.bar.update()
@@ -468,137 +476,150 @@ def update_average(averaged, model, decay):
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
 
-def train(args, world):
-    """One run: args -> ckpt.pt and log.jsonl in its directory. Everything above serves it. Returns the data's meta."""
-    data, val, micro, ckpt = open_run(args, world)
-    meta = data.meta
-    teacher = None
-    if asks_teacher(args):
-        teacher = find_teacher(args, meta, world)
+def start(args, world):
+    """Open the files of a run, compare what its processes see of them, and bring its weights where they start."""
+    with world.together() as seen:
+        data, val, micro, ckpt = open_run(args, world)
+        seen["checkpoint"] = checkpoint_seen(args.out, ckpt)
+        seen["shards"] = [data.hashes() + val.hashes(), len(data), len(val)]
+        teacher = find_teacher(args, data.meta, world)
+        seen["teacher"] = None
+        if teacher is not None and world.first:            # one process of a machine reads it all
+            seen["teacher"] = model_hash(teacher)
+        source = None                                      # a model whose weights this one starts from
+        if args.init_from and not ckpt:
+            source = load_model(args.init_from)
+    if teacher is not None:
+        teacher.sha256 = seen["teacher"]
     now = conditions(data, val, teacher, micro, world, RANDOM)
     changed = check_conditions(args, ckpt, now, teacher, world)
-    model = new_model(args, data, teacher, ckpt, world)
-    # the average of the weights over the steps (EMA), for validation and samples; a backbone is shared
+    model = new_model(args, data, teacher, source, ckpt, world)
+    # for validation and samples; a backbone is shared
     averaged = copy.deepcopy(model, {id(teacher): teacher}).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=BETAS, eps=EPSILON,
                                   weight_decay=WEIGHT_DECAY, fused=True)
-    step = 0
-    clip = args.clip
-    bad_steps = 0                                          # with a loss or gradient that was not finite
+    written = None
+    progress = 0, args.clip, 0, args.clip_search
     if ckpt:
-        step, clip, bad_steps = restore(args.out, ckpt, model, averaged, optimizer)
-        if step >= args.steps:
-            world.say(f"{args.out}: complete at step {step}")
-            return meta
-        world.say(f"{args.out}: continuing at step {step}")
+        written = ckpt["written"]
+        progress = restore(args.out, ckpt, model, averaged, optimizer)
+    return Run(data, val, micro, teacher, model, averaged, optimizer, now, changed, written, *progress)
+
+
+def batch_gradients(args, run, ddp, answers, batches, stop, log, world):
+    """Forward and backward of the next batch -> (its figures, means over it; whether a signal came; whether
+    --save_minutes are over), with the gradients in place. None where a stop came between: the micro-steps so far count
+    for nothing.
+    """
+    model = run.model
+    accumulate = args.batch_size // world.size // run.micro    # micro-steps of a step
+    kd = 1.0 if args.kd else 0.0                           # Table 4 weighs both terms alike
+    # the whole batch's noise levels, of which every process takes its own
+    low, high = run.clip or (T_MIN, 1.0)
+    levels = stratified_t(args.batch_size * model.n_blocks, rng(args.seed, LEVELS, run.step), args.t_one, low, high)
+    levels = levels.view(args.batch_size, model.n_blocks)
+    means = {}
+    for m in range(accumulate):
+        if m > 0 and sum(world.sum(len(stop.received))):   # one process's signal stops all
+            return None
+        tokens, known = log.next_batch(batches)
+        teacher_of_batch = run.teacher
+        if answers is not None:
+            teacher_of_batch = answers.for_rows(known)
+        t = levels[part_of_batch(m, run.micro, world)]
+        key = (args.seed, NOISE, run.step, world.rank, m)
+        kw = loss_inputs(model, world.device, t, teacher_of_batch, torch_seed(*key), kd=kd, clip=run.clip)
+        torch.manual_seed(torch_seed(*key, 1))             # dropout
+        # the last micro-step sums gradients over the processes; DDP wants to know beforehand
+        ddp.require_backward_grad_sync = m == accumulate - 1
+        with world.autocast:
+            loss, parts = ddp(tokens.to(world.device, non_blocking=True), **kw)
+        (loss / accumulate).backward()
+        for name, value in dict(loss=loss.item(), **parts).items():
+            means[name] = means.get(name, 0.0) + value / accumulate / world.size
+    # the first process's clock counts for all
+    received, late, *sums = world.sum(len(stop.received), world.master and log.save_is_due(), *means.values())
+    return dict(zip(means, sums)), received > 0, late > 0
+
+
+def train(args, world):
+    """One run: args -> ckpt.pt and log.jsonl in its directory. Everything above serves it. Returns the data's meta."""
+    run = start(args, world)
+    meta = run.data.meta
+    if run.step >= args.steps and not run.due:
+        world.say(f"{args.out}: complete at step {run.step}")
+        return meta
+    if run.written:
+        world.say(f"{args.out}: continuing at step {run.step}")
+    model = run.model
     if args.compile:
         for network in model.networks():
             network.compile()
     ddp = model
     if world.size > 1:
-        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model, process_group=world.gradients, gradient_as_bucket_view=True)
 
-    answers = teacher_of_rows(args, model, teacher, data, world)
-    validation = Validation(averaged, teacher, val, args, world)
-    accumulate = args.batch_size // world.size // micro    # micro-steps of a step
-    tokens_per_step = args.batch_size * data.length
-    kd = 1.0 if args.kd else 0.0                           # Table 4 weighs both terms alike
-    flops = flops_per_row(model, teacher if answers is None else None, data.length)
-    batches = read_ahead(micro_batches(data, answers, args, micro, world, step))
+    answers = teacher_of_rows(args, model, run.teacher, run.data, world)
+    tokens_per_step = args.batch_size * run.data.length
+    flops = flops_per_row(model, run.teacher if answers is None else None, run.data.length)
+    batches = read_ahead(micro_batches(run.data, answers, args, run.micro, world, run.step))
     streak = 0                                             # bad steps in a row
-    # (Log takes the run directory for this process: no other run writes there)
-    log = Log(args, world, ckpt, step, tokens_per_step, flops / data.length)
+    failed = False
+    with world.together():                                 # (Log takes the run directory: no other run writes there)
+        log = Log(args, world, run.written, run.step, tokens_per_step, flops / run.data.length)
     with log, StopSignals() as stop, closing(batches):
-        log.describe(args, world, model, data, micro, step, changed)
-        if args.clip_search and step == 0:
-            clip = validation.choose_clip(log, step)
-        while step < args.steps:
-            # the whole batch's noise levels, of which every process takes its own
-            low, high = clip or (T_MIN, 1.0)
-            levels = stratified_t(args.batch_size * model.n_blocks, rng(args.seed, LEVELS, step),
-                                  args.t_one, low, high)
-            levels = levels.view(args.batch_size, model.n_blocks)
-            lr = lr_at(step, args)
-            for group in optimizer.param_groups:
+        validation = Validation(run.averaged, run.teacher, run.val, args, world, stop)
+        log.describe(args, world, run)
+        if run.due:                                        # of the first step, or what a stop interrupted
+            validation.evaluate(run, log)
+            if run.due:
+                leave(args, run, streak, log, stop, world)
+        while run.step < args.steps:
+            lr = lr_at(run.step, args)
+            for group in run.optimizer.param_groups:
                 group["lr"] = lr
 
             # forward and backward; gradients and figures are means over the whole batch
-            means = {}
-            for m in range(accumulate):
-                tokens, known = next(batches)
-                teacher_of_batch = teacher
-                if answers is not None:
-                    teacher_of_batch = answers.for_rows(known)
-                t = levels[part_of_batch(m, micro, world)]
-                key = (args.seed, NOISE, step, world.rank, m)
-                kw = loss_inputs(model, world.device, t, teacher_of_batch, torch_seed(*key), kd=kd, clip=clip)
-                torch.manual_seed(torch_seed(*key, 1))     # dropout
-                # the last micro-step sums gradients over the processes; DDP wants to know beforehand
-                ddp.require_backward_grad_sync = m == accumulate - 1
-                with world.autocast:
-                    loss, parts = ddp(tokens.to(world.device, non_blocking=True), **kw)
-                (loss / accumulate).backward()
-                for name, value in dict(loss=loss.item(), **parts).items():
-                    means[name] = means.get(name, 0.0) + value / accumulate / world.size
+            found = batch_gradients(args, run, ddp, answers, batches, stop, log, world)
+            if found is None:
+                leave(args, run, streak, log, stop, world)
+            means, received, late = found
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
-            # one process's signal stops all
-            stopping, *sums = world.sum(len(stop.received), *means.values())
-            means = dict(zip(means, sums))
 
             # the update, or none where a number is not finite
             if math.isfinite(means["loss"]) and torch.isfinite(norm):
                 streak = 0
-                optimizer.step()
+                run.optimizer.step()
                 # a short average at first: the weights of the beginning are soon forgotten
-                update_average(averaged, model, min(args.ema, (1 + step) / (10 + step)))
+                update_average(run.averaged, model, min(args.ema, (1 + run.step) / (10 + run.step)))
             else:
                 streak += 1
-                bad_steps += 1
-                world.say(f"step {step}: loss {means['loss']} and gradient norm {norm.item()} are not both "
+                run.bad_steps += 1
+                world.say(f"step {run.step}: loss {means['loss']} and gradient norm {norm.item()} are not both "
                           "finite, step skipped")
-            optimizer.zero_grad(set_to_none=True)          # of a skipped step as well
-            step += 1
+            run.optimizer.zero_grad(set_to_none=True)      # of a skipped step as well
+            run.step += 1
 
             # log, validate, save
-            last = step == args.steps
+            last = run.step == args.steps
             failed = streak == 20 or (last and streak > 0)
-            log.show(step, means["loss"])
-            if step % args.log_every == 0 or last or streak:
-                log.record(step=step, **means, lr=lr, grad_norm=norm.item(), skipped=streak > 0, bad_steps=bad_steps,
-                           tokens=step * tokens_per_step, **log.speed(step))
-                log.restart_clock(step)
-            if step % args.eval_every == 0 or last:
-                validation.report(log, step)
-                if args.clip_search and step % args.eval_every == 0:
-                    clip = validation.choose_clip(log, step)
-                log.restart_clock(step)
-            if world.master and (step % args.save_every == 0 or last or stopping or failed):
-                good = step - streak                       # what bad steps have not changed: they are tried again
-                save(args, model, averaged, optimizer, meta=meta, conditions=now, clip=clip, step=good,
-                     tokens_seen=good * tokens_per_step, bad_steps=bad_steps - streak)
+            log.show(run.step, means["loss"])
+            if run.step % args.log_every == 0 or last or streak:
+                log.record(step=run.step, **means, lr=lr, grad_norm=norm.item(), skipped=streak > 0,
+                           bad_steps=run.bad_steps, tokens=run.step * tokens_per_step, **log.speed(run.step))
+                log.restart_clock(run.step)
+            if run.step % args.eval_every == 0 or last:
+                validation.evaluate(run, log)
+            if received or run.due:
+                leave(args, run, streak, log, stop, world)
+            if run.step % args.save_every == 0 or last or failed or late:
+                keep(args, run, streak, log, world)
             if failed:
                 break
-            if stopping:
-                world.say(f"{args.out}: stopped at step {step}, saved; the same command continues")
-                world.barrier()                            # the others wait for the checkpoint
-                stop.exit()
         if stop.received:                                  # too late for the loop: go no further
             stop.exit()
-    tell_bad_steps(args, bad_steps, failed, step - streak, world)
+    tell_bad_steps(args, run.bad_steps, failed, run.step - streak, world)
     return meta
-
-
-def tell_bad_steps(args, bad_steps, failed, step, world):
-    """Say how many steps were skipped; a run that `failed`, all bad from `step` on, ends with exit code 1."""
-    if not failed:
-        if bad_steps:
-            world.say(f"{args.out}: {bad_steps} steps were skipped, their loss or gradient was not finite")
-        return
-    world.say(f"train.py: error: from step {step} on the loss or its gradient is not finite; {args.out} keeps the "
-              "state before that, and the same command tries these steps again: to go on from its weights, use "
-              f"--init_from={args.out} --out=NEW and a lower --lr than {args.lr}")
-    world.barrier()                                        # the others wait for the checkpoint
-    sys.exit(1)
 
 
 def report(args, meta):
@@ -616,17 +637,25 @@ def report(args, meta):
 def main():
     args = parse(sys.argv[1:])
     world = World(args.dtype)
-    name = os.path.basename(args.data)
-    if name in MAZES and args.data == os.path.join("data", name):
-        if world.master and not os.path.exists(args.data):
-            make_maze(name)
-        world.barrier()
-    train_missing_teacher(args, world)
-    meta = train(args, world)
-    if world.size > 1:
-        dist.destroy_process_group()
+    try:
+        meta = run_all(args, world)
+    except (BadInput, SystemExit):                         # in all processes alike
+        world.disconnect()
+        raise
+    world.disconnect()
     if world.master:
         report(args, meta)
+
+
+def run_all(args, world):
+    """The run with what it needs: a maze's data, its teacher."""
+    name = os.path.basename(args.data)
+    if name in MAZES and args.data == os.path.join("data", name):
+        with world.together():
+            if world.first and not os.path.exists(args.data):
+                make_maze(name)
+    train_missing_teacher(args, world)
+    return train(args, world)
 
 
 if __name__ == "__main__":

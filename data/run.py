@@ -1,5 +1,6 @@
 """What a run needs around its loop: a device, its processes, its log, its checkpoint's file, its signals.
 """
+import hashlib
 import json
 import math
 import os
@@ -8,6 +9,8 @@ import sys
 import time
 import zipfile
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,7 +18,7 @@ from tqdm import tqdm
 
 from data.cli import BadInput, environment_number, git_commit, optional
 from data.files import check_archive, check_fields, maybe, naming, replacing, share, whole, writing
-from data.shards import changed_meta, check_meta
+from data.shards import Shards, changed_meta, check_meta
 
 # torch's bf16 peak per device without sparsity, FLOP/s, for the log's MFU
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -33,8 +36,18 @@ def device_and_dtype(dtype):
     return device, dtype, torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def allow_changing_shapes():
+    """Keep attention off cuDNN, for samplers: it plans each shape anew, some 30 ms, where with a KV cache every call
+    has another. Global to the process: not for training, whose shapes stay.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 class World:
-    """The processes of this run: one, or those of torchrun (nccl on CUDA, gloo on CPU)."""
+    """The processes of this run: one, or those of torchrun. They meet when they first have something to compare:
+    what takes long, as fetching a teacher, comes before that.
+    """
+    gradients = None                                       # the group that sums them: nccl on CUDA, gloo on a CPU
 
     def __init__(self, dtype):
         self.device, self.dtype, self.autocast = device_and_dtype(dtype)
@@ -44,61 +57,95 @@ class World:
             raise BadInput(f"the environment has RANK={self.rank} and WORLD_SIZE={self.size}: start with torchrun, or "
                            "unset both")
         self.master = self.rank == 0
+        local_rank = environment_number("LOCAL_RANK", 0)
+        self.first = local_rank == 0                       # of the processes of this machine
         self.cuda = self.device == "cuda"
         if self.cuda:
-            self.device = f"cuda:{environment_number('LOCAL_RANK', 0)}"
+            self.device = f"cuda:{local_rank}"
             torch.cuda.set_device(self.device)
-        if self.size > 1:
-            try:
-                dist.init_process_group("nccl" if self.cuda else "gloo")
-            except (ValueError, RuntimeError) as e:
-                why = str(e).splitlines()[0]
-                raise BadInput(f"WORLD_SIZE={self.size}, MASTER_ADDR and MASTER_PORT of the environment bring no "
-                               f"processes together ({why}): start with torchrun, or unset them") from None
+
+    def connect(self):
+        """Bring the processes together, once. Who waits for a file or a teacher's pass waits for hours; who waits for a
+        gradient, ten minutes, so that a real hang ends.
+        """
+        if self.size == 1 or self.gradients is not None:
+            return
+        try:
+            dist.init_process_group("gloo", timeout=timedelta(hours=12))
+            self.gradients = dist.new_group(backend="nccl" if self.cuda else "gloo", timeout=timedelta(minutes=10))
+        except (ValueError, RuntimeError) as e:
+            why = str(e).splitlines()[0]
+            raise BadInput(f"WORLD_SIZE={self.size}, MASTER_ADDR and MASTER_PORT of the environment bring no "
+                           f"processes together ({why}): start with torchrun, or unset them") from None
+
+    def disconnect(self):
+        """Let the other processes go. (Ended without it, one of gloo may abort.)"""
+        if self.gradients is not None:
+            dist.destroy_process_group()
 
     def sum(self, *values):
         """Floats, summed over the processes."""
         # float64: a sum over processes is to differ from that of one process by rounding only
         x = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.size > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.gradients)
         return x.tolist()
 
-    def barrier(self):
-        if self.size > 1:
-            dist.barrier()
-
-    def once_a_machine(self, function):
-        """What `function` returns, called by the first process of each machine, in every process. BadInput where the
-        machines differ.
-        """
-        if self.size == 1:
-            return function()
-        found = None
-        if environment_number("LOCAL_RANK", 0) == 0:
-            found = function()
-        of_all = [None] * self.size
-        dist.all_gather_object(of_all, found)
-        found, *others = {value for value in of_all if value is not None}
-        if others:
-            raise BadInput("the machines of this run hold different weights under one path: copy one to all")
-        return found
-
     @contextmanager
-    def in_turn(self, first):
-        """The processes that are `first` go through the body before the others do."""
-        if not first:
-            self.barrier()
+    def together(self):
+        """All processes end the body together, and what fails in one fails in all.
+
+        Yields a dict for what has to be the same in all: {what: a value, None where this process does not know it}.
+        After the body it holds what the others know. BadInput where they differ: a run that is spread over machines
+        would train different weights, and nothing would tell.
+        """
+        known = {}
+        error = None
         try:
-            yield
-        finally:
-            if first:
-                self.barrier()
+            yield known
+        except Exception as e:
+            error = e
+        of_all = [(error and (str(error) or type(error).__name__), known)]
+        if self.size > 1:
+            self.connect()
+            of_all *= self.size
+            dist.all_gather_object(of_all, of_all[self.rank])
+        if error is not None:
+            raise error
+        for rank, (failure, _) in enumerate(of_all):
+            if failure is not None:
+                raise BadInput(f"process {rank} of {self.size}: {failure}")
+        for what in known:
+            said = [(others[what], rank) for rank, (_, others) in enumerate(of_all) if others[what] is not None]
+            for value, rank in said:
+                known[what], first = said[0]
+                if value != known[what]:
+                    raise BadInput(f"process {first} of this run sees the {what} {known[what]}, process {rank} "
+                                   f"{value}: copy that of one machine to all, or use a disk that all share")
 
     def say(self, text):
         """A line on stderr, from the first process, that leaves the bars whole."""
         if self.master:
             tqdm.write(text, file=sys.stderr)
+
+
+@dataclass
+class Run:
+    """What a run is made of, and what its steps change."""
+    data: Shards
+    val: Shards
+    micro: int                                             # rows of a micro-batch
+    teacher: torch.nn.Module | None
+    model: torch.nn.Module
+    averaged: torch.nn.Module                              # with the weights' average over the steps (EMA)
+    optimizer: torch.optim.Optimizer
+    conditions: dict                                       # what the result depends on besides the flags
+    changed: dict                                          # those that are others than before
+    written: int | None                                    # `time_written` of the checkpoint that is continued
+    step: int
+    clip: tuple | None                                     # the window of noise levels
+    bad_steps: int                                         # with a loss or gradient that was not finite
+    due: bool                                              # the evaluation after this step is not done yet
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,13 +157,14 @@ class Log:
     It takes the run directory: as long as it is open, no other run writes there.
     """
 
-    def __init__(self, args, world, ckpt, step, tokens_per_step, flops_per_token):
+    def __init__(self, args, world, written, step, tokens_per_step, flops_per_token):
+        """written: `time_written` of the checkpoint that is continued, or None."""
         self.lock = ExitStack()
         self.path = os.devnull
         if world.master:
             self.path = os.path.join(args.out, "log.jsonl")
             self.lock.enter_context(writing(args.out))
-            if ckpt and ckpt["written"] != time_written(args.out):
+            if written and written != time_written(args.out):
                 self.lock.close()
                 raise BadInput(f"another run has written {args.out} meanwhile: repeat the command")
             repair_log(self.path, step)
@@ -124,17 +172,29 @@ class Log:
         self.board = None
         if world.master and args.wandb:
             wandb = optional("wandb", "--wandb")
-            self.board = wandb.init(project=args.wandb, name=os.path.basename(args.out), config=vars(args))
+            id_file = os.path.join(args.out, "wandb_id")       # a run that is continued goes on with its board
+            run_id = None
+            if step and os.path.exists(id_file):
+                with open(id_file) as f:
+                    run_id = f.read()
+            self.board = wandb.init(project=args.wandb, name=os.path.basename(args.out), config=vars(args),
+                                    id=run_id, resume="allow")
+            with replacing(id_file) as f:
+                f.write(self.board.id)
         self.bar = tqdm(total=args.steps, initial=step, desc=args.out, unit="step", disable=not world.master,
                         mininterval=1)
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.peak = peak_flops(world)
+        self.cuda = world.cuda
+        self.save_seconds = 60 * args.save_minutes
+        self.saved = time.time()                               # when the last checkpoint was written
         self.restart_clock(step)
 
     def restart_clock(self, step):
         """Speed is counted from here: from the last line on, without validation."""
         self.began = time.time()
+        self.waited = 0.0                                      # seconds that the loop waited for data
         self.first_step = step
 
     def tokens_per_second(self, step):
@@ -143,10 +203,16 @@ class Log:
     def speed(self, step):
         """What a line says of it; MFU: the share of the devices' peak that useful FLOPs take."""
         rate = self.tokens_per_second(step)
-        speed = {"tokens_per_s": round(rate)}
+        speed = {"tokens_per_s": round(rate), "data_wait_s": round(self.waited, 3), "peak_gb": peak_memory(self.cuda)}
         if self.peak:
             speed["mfu"] = round(rate * self.flops_per_token / self.peak, 4)
         return speed
+
+    def next_batch(self, batches):
+        began = time.time()
+        batch = next(batches)
+        self.waited += time.time() - began
+        return batch
 
     def record(self, **line):
         for name, value in line.items():
@@ -157,19 +223,25 @@ class Log:
         if self.board is not None and "step" in line:
             self.board.log(line, step=line["step"])
 
-    def describe(self, args, world, model, data, micro, step, changed):
-        """What the run is, on stderr and as the first line; of one that is continued, what has `changed`."""
+    def save_is_due(self):
+        """Whether the last checkpoint is older than --save_minutes."""
+        return time.time() - self.saved > self.save_seconds
+
+    def describe(self, args, world, run):
+        """What the run is, on stderr and as the first line; of one that is continued, what has changed."""
+        model = run.model
+        data = run.data
         parameters = sum(p.numel() for p in model.parameters())
         world.say(f"{args.out}: {args.n_layer} layers x {model.config.n_embd}, {parameters / 1e6:.1f}M "
                   f"parameters, {len(data)} rows of {data.length}, {world.size} x {world.device}, {world.dtype}, "
-                  f"micro-batch {micro} of {args.batch_size}")
-        if step == 0:
+                  f"micro-batch {run.micro} of {args.batch_size}")
+        if run.step == 0:
             self.record(args=vars(args), config=vars(model.config), device=world.device, dtype=world.dtype,
-                        processes=world.size, micro_batch_size=micro, parameters=parameters,
+                        processes=world.size, micro_batch_size=run.micro, parameters=parameters,
                         threads=torch.get_num_threads(), torch=torch.__version__, git=git_commit(),
                         rows=len(data), meta=data.meta)
-        elif changed:
-            self.record(step=step, changed=changed)
+        elif run.changed:
+            self.record(step=run.step, changed=run.changed)
 
     def show(self, step, loss):
         """Move the bar by one step."""
@@ -217,6 +289,17 @@ def peak_flops(world):
         if name in device:
             return peak * world.size
     return None
+
+
+def peak_memory(cuda):
+    """The most memory that this run has held so far, GB: the device's, or the process's; None where nothing says."""
+    if cuda:
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    try:
+        import resource
+    except ImportError:                                    # Windows
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
 
 
 def flops_per_row(model, teacher, length):
@@ -272,6 +355,36 @@ def save(args, model, averaged, optimizer, **more):
             os.link(path, previous)
 
 
+def keep(args, run, streak, log, world):
+    """Write the checkpoint: of the last step that changed the weights, since `streak` bad ones are tried again."""
+    good = run.step - streak
+    with world.together():
+        if world.master:
+            save(args, run.model, run.averaged, run.optimizer, meta=run.data.meta, conditions=run.conditions,
+                 clip=run.clip, step=good, tokens_seen=good * args.batch_size * run.data.length,
+                 bad_steps=run.bad_steps - streak, due=run.due)
+    log.saved = time.time()
+
+
+def leave(args, run, streak, log, stop, world):
+    """End the process after a stop; the same command goes on from here."""
+    keep(args, run, streak, log, world)
+    world.say(f"{args.out}: stopped at step {run.step}, saved; the same command continues")
+    stop.exit()
+
+
+def tell_bad_steps(args, bad_steps, failed, step, world):
+    """Say how many steps were skipped; a run that `failed`, all bad from `step` on, ends with exit code 1."""
+    if not failed:
+        if bad_steps:
+            world.say(f"{args.out}: {bad_steps} steps were skipped, their loss or gradient was not finite")
+        return
+    world.say(f"train.py: error: from step {step} on the loss or its gradient is not finite; {args.out} keeps the "
+              "state before that, and the same command tries these steps again: to go on from its weights, use "
+              f"--init_from={args.out} --out=NEW and a lower --lr than {args.lr}")
+    sys.exit(1)
+
+
 def is_state(value):
     """A check: weights by name, all of them floating-point."""
     return isinstance(value, dict) and all(
@@ -286,7 +399,7 @@ def is_window(value):
 # what a checkpoint holds (its config: `sample.build`)
 CHECKPOINT = dict(model=is_state, ema=is_state, optimizer=dict, step=whole(), tokens_seen=whole(), rng=torch.Tensor,
                   args=dict, config=dict, meta=dict, git=str, clip=maybe(is_window),
-                  conditions=maybe(dict), bad_steps=maybe(whole()))
+                  conditions=maybe(dict), bad_steps=maybe(whole()), due=maybe(bool))
 
 
 def load_checkpoint(path):
@@ -308,7 +421,7 @@ def load_checkpoint(path):
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise BadInput(f"{path} is not a readable checkpoint (truncated, or not a torch file), {why}: "
                        f"{remedy}") from None
-    newer = ("clip", "conditions", "bad_steps")            # than some checkpoints
+    newer = ("clip", "conditions", "bad_steps", "due")            # than some checkpoints
     missing = [key for key in CHECKPOINT if key not in newer and (not isinstance(ckpt, dict) or key not in ckpt)]
     if missing:
         raise BadInput(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
@@ -320,7 +433,7 @@ def load_checkpoint(path):
 
 def restore(path, ckpt, model, averaged, optimizer):
     """Go back to where a checkpoint was written -> (its step, its window of noise levels or None, how many steps were
-    bad). Raises BadInput where it does not fit these.
+    bad, whether its evaluation is still due). Raises BadInput where it does not fit these.
     """
     try:
         model.load_state_dict(ckpt["model"])
@@ -341,7 +454,7 @@ def restore(path, ckpt, model, averaged, optimizer):
     except Exception as e:                                 # wrong types and sizes fail in a dozen ways
         why = (str(e) or type(e).__name__).splitlines()[-1].strip()
         raise BadInput(f"{path} cannot be continued, {why}: choose another --out") from None
-    return ckpt["step"], ckpt.get("clip"), ckpt.get("bad_steps", 0)
+    return ckpt["step"], ckpt.get("clip"), ckpt.get("bad_steps", 0), ckpt.get("due", False)
 
 
 def memory_bytes():
@@ -364,6 +477,19 @@ def is_finite(w):
 
 def time_written(out):
     return os.stat(os.path.join(out, "ckpt.pt")).st_mtime_ns
+
+
+def checkpoint_seen(out, ckpt):
+    """A checkpoint in words that tell it from others, for processes to compare: its step, and its parts' checksums."""
+    if ckpt is None:
+        return "of no step"
+    sums = ""
+    path = os.path.join(out, "ckpt.pt")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parts = repr([part.CRC for part in archive.infolist()])
+        sums = f" ({hashlib.sha256(parts.encode()).hexdigest()[:8]})"
+    return f"of step {ckpt['step']}{sums}"
 
 
 def resume(args, meta, may_differ):

@@ -15,8 +15,27 @@ import torch
 from tqdm import tqdm
 
 from data.cli import BadInput
-from data.files import naming, read_json, write_json, writing
+from data.files import naming, read_json, replacing, write_json, writing
 from gumbel import DEVICE
+
+
+def teacher_of_rows(args, model, teacher, data, world):
+    """What knows the teacher's answers for all training rows: a `TeacherLogits`, or with --teacher_cache a
+    `TeacherCache`. None: there is no teacher, or it is asked batch by batch.
+    """
+    if teacher is None:
+        return None
+    logits = len(data) * data.length * data.meta["vocab_size"]
+    if not args.teacher_cache and "teacher" in model.loss_reads and logits <= 1 << 24:
+        return TeacherLogits(teacher, data)                # a small dataset: one pass for all steps
+    if world.dtype == "bfloat16":
+        teacher.body_to_bfloat16()                         # not before its hash is taken
+    if not args.teacher_cache:
+        return None
+    with world.together(), world.autocast:
+        cache = TeacherCache(teacher, teacher.sha256, data, args.teacher_cache, world.dtype)
+        cache.fill(teacher, data, world.rank, world.size)
+    return cache
 
 
 class TeacherLogits:
@@ -97,10 +116,8 @@ class TeacherCache:
     CHUNK_ROWS = 64
     STEPS_PER_NAT = 2048
 
-    def __init__(self, teacher, sha256, data, k, master=True, dtype="float32"):
-        """sha256: the hash of the teacher's weights; dtype: the precision it is run in. `master`: of the processes on
-        this machine, the one that makes the files; it must come first.
-        """
+    def __init__(self, teacher, sha256, data, k, dtype="float32"):
+        """sha256: the hash of the teacher's weights; dtype: the precision it is run in."""
         self.k = min(k, teacher.vocab_size)
         self.folder = os.path.join(data.path, f"teacher-{sha256}-{dtype}-{data.length}-k{self.k}")
         self.meta_file = os.path.join(self.folder, "meta.json")
@@ -113,8 +130,8 @@ class TeacherCache:
         # what the values are of: a folder that says otherwise is refused
         meta = dict(teacher=sha256, dtype=dtype, length=data.length, k=self.k, rows=len(data))
         meta["shards"] = data.hashes()
-        if master and not os.path.exists(self.meta_file):
-            # runs may share a cache: one makes its files, the others wait
+        if not os.path.exists(self.meta_file):
+            # processes and runs share a cache: one makes its files, the others wait
             with writing(self.folder, wait=True), naming(self.folder):
                 if not os.path.exists(self.meta_file):
                     self._create(data, meta, sizes)
@@ -134,7 +151,8 @@ class TeacherCache:
             raise BadInput(f"a cache of the teacher's {self.k} best on {data.path} takes "
                            f"{size / 1e9:.1f} GB, and {free / 1e9:.1f} are free: "
                            "choose a smaller --teacher_cache, or leave it out")
-        np.save(self.frequency_file, data.frequency())
+        with replacing(self.frequency_file, "wb") as f:
+            np.save(f, data.frequency())
         for path, length in sizes.items():
             with open(path, "ab") as f:                    # "ab" never empties: another run may be at it
                 f.truncate(length)

@@ -1243,7 +1243,7 @@ def test_an_interrupted_pass_is_continued_by_other_processes_to_the_same_bytes(c
             cache.fill(teacher, data)
     assert cache.done.sum() == 2
 
-    TeacherCache(teacher, cached.sha256, data, 4, master=False).fill(teacher, data, rank=1, size=2)
+    TeacherCache(teacher, cached.sha256, data, 4).fill(teacher, data, rank=1, size=2)
     assert cache.done.all()
     want = TeacherCache(teacher, cached.sha256, cached.data, 4).values_file
     assert Path(cache.values_file).read_bytes() == Path(want).read_bytes()

@@ -25,10 +25,10 @@ from tqdm import tqdm
 from data.cli import BadInput, Parser, number, optional, refuse_unread, run_main
 from data.files import check_output
 from data.report import report
-from data.run import device_and_dtype
+from data.run import allow_changing_shapes, device_and_dtype
 from data.vocab import Tokenizer
 from extra.scores import sum_per_row
-from sample import load_model, load_teacher, loading_flags, torch_seed
+from sample import cast_body, load_model, load_teacher, loading_flags, torch_seed
 
 TASKS = "arc_easy,arc_challenge,boolq,hellaswag,piqa,openbookqa,winogrande"      # Figure 4
 
@@ -260,6 +260,7 @@ def main(argv=None):
     if args.json:
         check_output("--json", args.json)
     device, dtype, autocast = device_and_dtype(args.dtype)
+    allow_changing_shapes()
     models = [load_model(path, args.weights, device) for path in args.ckpt]
     for model in models:
         if model.drafts:
@@ -267,7 +268,8 @@ def main(argv=None):
     reads_noise = any(model.noise_embed is not None for model in models)
     refuse_unread(["teacher", "score", "draws"], ["teacher", "score", "draws"] if reads_noise else (),
                   "without a student that reads noise")
-    teachers = [load_teacher(args, model, model.meta, model.length, device) for model in models]
+    with autocast:
+        teachers = [load_teacher(args, model, model.meta, model.length, device) for model in map(cast_body, models)]
     tasks, manager = find_tasks(args)
     rows = []
     for model, teacher in zip(models, teachers):

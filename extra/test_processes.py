@@ -1,0 +1,199 @@
+"""Runs of several processes: what they see is compared, a stop is agreed upon, gradients and weights are equal."""
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sample
+from extra.test_crash import SECONDS, folders, one_thread, same_runs  # noqa: F401
+from test_gumbel import HERE, NOISY, TEXT, jsonl
+from test_gumbel import cli, text_runs  # noqa: F401, the fixtures
+
+slow = pytest.mark.slow
+BLOCKS = (f"--model=bd3lm {NOISY} {TEXT} --clip_search --dropout=0.1 --micro_batch_size=4 --steps=8 --out=out/new")
+
+# train.py, in which a process gets a SIGTERM in a certain call
+WITH_A_STOP = """
+import os, signal, sys
+import torch
+import train
+from bd3lm import BD3LM
+from data.cli import run_main
+
+place, number, rank = sys.argv.pop(1).split(":")
+calls = {"micro-step": 0, "validation": 0, "clip search": 0}
+searching = []
+losses, search = BD3LM.losses, train.search_clip
+
+def counted(self, *args, **kw):
+    here = "micro-step" if self.training else "clip search" if searching else "validation"
+    calls[here] += 1
+    if (here, calls[here]) == (place, int(number)) and os.environ.get("RANK", "0") == rank:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return losses(self, *args, **kw)
+
+def searched(*args):
+    searching.append(1)
+    try:
+        return search(*args)
+    finally:
+        searching.clear()
+
+BD3LM.losses, train.search_clip = counted, searched
+run_main(train.main)
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_all(code, flags, folders):
+    """Run train.py (`code`: a program in its place) as processes 0, 1 .. of a run, each in a folder: as if these were
+    on machines of their own -> [(exit code, stderr)].
+    """
+    port = free_port()
+    running = []
+    for rank, folder in enumerate(folders):
+        env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=HERE)
+        if len(folders) > 1:
+            env |= dict(RANK=str(rank), WORLD_SIZE=str(len(folders)), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                        LOCAL_RANK="0")
+        line = [sys.executable, "-c", code or "import train; train.run_main(train.main)", *flags]
+        running.append(subprocess.Popen(line, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                        text=True))
+    ends = []
+    for p in running:
+        _, err = p.communicate(timeout=SECONDS)
+        ends.append((p.returncode, err))
+    return ends
+
+
+def timeless(path):
+    """The lines of a log but for what depends on the clock and on memory."""
+    clock = {"tokens_per_s", "data_wait_s", "peak_gb"}
+    lines = jsonl(path)[1:]                                # the first holds the flags
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+# which call of it, in which process: within step 3, after step 4, before step 1, after step 4
+PLACES = ["micro-step:5:{last}", "validation:1:{last}", "clip search:25:0", "clip search:70:{last}"]
+
+
+@slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_loses_nothing_wherever_it_comes(folders, processes):  # noqa: F811
+    """A signal to one process, within a step's accumulation, a validation, a clip search (the first one, before any
+    step, and a later one): all end as a SIGTERM does, and the same command makes the run that was left alone.
+    """
+    alone, other = folders
+    flags = BLOCKS.split()
+    assert [code for code, _ in run_all(None, flags, [alone] * processes)] == [0] * processes
+    for place in PLACES:
+        place = place.format(last=processes - 1)
+        ends = run_all(WITH_A_STOP, [place, *flags], [other] * processes)
+        assert [code for code, _ in ends] == [143] * processes, (place, ends)
+        assert "stopped at step" in ends[0][1], place
+        assert [code for code, _ in run_all(None, flags, [other] * processes)] == [0] * processes
+        assert same_runs(alone / "out/new", other / "out/new"), place
+        assert timeless(alone / "out/new/log.jsonl") == timeless(other / "out/new/log.jsonl"), place
+        clips = [sample.load_checkpoint(str(folder / "out/new"))["clip"] for folder in folders]
+        assert clips[0] == clips[1], place
+        shutil.rmtree(other / "out/new")
+
+
+def other_run(folder):
+    """The run of the first machine alone."""
+    ends = run_all(None, [*f"--model=mdlm {NOISY} {TEXT} --steps=2 --out=out/new".split()], [folder])
+    assert ends[0][0] == 0, ends
+
+
+def other_shards(folder):
+    path = folder / "data/mine/train.bin"
+    content = bytearray(path.read_bytes())
+    content[-4:] = content[-8:-4]
+    path.write_bytes(content)
+    meta = json.loads((folder / "data/mine/meta.json").read_text())
+    for f in meta["files"]:
+        if f["name"] == "train.bin":
+            f["sha256"] = "0" * 64
+    (folder / "data/mine/meta.json").write_text(json.dumps(meta))
+
+
+def other_teacher(folder):
+    path = folder / "out/ar/ckpt.pt"
+    ckpt = torch.load(path, weights_only=True)
+    ckpt["ema"]["transformer.norm.bias"] += 1
+    torch.save(ckpt, path)
+
+
+def no_teacher(folder):
+    shutil.rmtree(folder / "out/ar")
+
+
+@pytest.mark.parametrize("change,words", [
+    (other_run, ["checkpoint of step 2", "of no step"]), pytest.param(other_shards, ["shards"], marks=slow),
+    pytest.param(other_teacher, ["teacher"], marks=slow), pytest.param(no_teacher, ["process 1 of 2", "out/ar"],
+                                                                       marks=slow)])
+def test_machines_that_see_different_files_train_nothing(folders, change, words):  # noqa: F811
+    """Two processes, a folder each."""
+    one, two = folders
+    change(one if change is other_run else two)
+    ends = run_all(None, f"--model=mdlm {NOISY} {TEXT} --steps=4 --out=out/new".split(), [one, two])
+    for code, err in ends:
+        assert code == 2 and "Traceback" not in err, err
+    for word in words:
+        assert word in ends[0][1]
+    if change is other_run:
+        assert sample.load_checkpoint(str(one / "out/new"))["step"] == 2
+    else:
+        assert not (one / "out/new/ckpt.pt").exists()
+    assert not (two / "out/new/ckpt.pt").exists()
+
+
+# train.py, in which each process writes what it holds after each backward pass and each step
+WITH_A_RECORD = """
+import hashlib, os, sys
+import torch
+import train
+from data.cli import run_main
+
+step = torch.optim.AdamW.step
+
+def digest(tensors):
+    h = hashlib.sha256()
+    for x in tensors:
+        h.update(x.detach().numpy().tobytes())
+    return h.hexdigest()
+
+def recorded(self, *args, **kw):
+    parameters = [p for group in self.param_groups for p in group["params"]]
+    gradients = digest(p.grad for p in parameters)
+    step(self, *args, **kw)
+    with open(f"record{os.environ['RANK']}", "a") as f:
+        f.write(f"{gradients} {digest(parameters)}\\n")
+
+torch.optim.AdamW.step = recorded
+if os.environ.get("BACKEND"):
+    compile_module = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, *a, **kw: compile_module(self, *a, backend=os.environ["BACKEND"], **kw)
+run_main(train.main)
+"""
+
+
+@pytest.mark.parametrize("flags", [f"--model=mdlm {NOISY} --micro_batch_size=4",
+                                   f"--model=bd3lm {NOISY} --clip_search --micro_batch_size=8"])
+def test_gradients_and_weights_are_equal_in_all_processes_at_every_step(folders, flags):  # noqa: F811
+    folder, _ = folders
+    ends = run_all(WITH_A_RECORD, f"{flags} {TEXT} --steps=5 --out=out/new".split(), [folder] * 2)
+    assert [code for code, _ in ends] == [0, 0], ends
+    records = [(folder / f"record{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert len(records[0]) == 5 and records[0] == records[1]
+    assert len(set(records[0])) == 5                       # the weights did move

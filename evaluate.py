@@ -34,8 +34,8 @@ from data.vocab import Tokenizer, same_tokenizer, translate
 from mdlm import reveal_steps, revealing_path, unmask
 from medusa import ACCEPT
 from sample import (cast_body, check_length, check_sampler, check_sampling_flags, check_sampling_read,
-                    check_vocabulary, generate, load_model, load_verifier, loading_flags, medusa_flags, options_read, sampling_flags,
-                    sampling_options, sampling_shown, torch_seed, typical_flags)
+                    check_vocabulary, generate, load_model, load_verifier, loading_flags, medusa_flags, options_read,
+                    sampling_flags, sampling_options, sampling_shown, torch_seed, typical_flags)
 from teacher import extract_sequential
 
 

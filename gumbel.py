@@ -25,6 +25,7 @@ holds no more than `DEVICE.chunk` noise values at a time.
 """
 import dataclasses
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,8 +62,14 @@ def sample_exponential(shape, generator=None, device=None):
     U is drawn in float64. float32 `rand` lies on a grid of 2^-24 with exact zeros (no Gumbel above 16.6), and CUDA's
     float32 `exponential_` has the same grid near 0. From u the small values are -log1p(-u) ~ u, on a grid of 2^-53.
     """
-    u = torch.rand(shape, dtype=torch.float64, generator=generator, device=device)
-    return u.neg_().log1p_().float().neg_().clamp_(min=TINY)
+    return to_exponential(torch.rand(shape, dtype=torch.float64, generator=generator, device=device))
+
+
+def to_exponential(u):
+    """Uniforms, float64, which are overwritten -> Exp(1), float32."""
+    # what is compiled would have to write its input back
+    u = -u if torch.compiler.is_compiling() else u.neg_()
+    return u.log1p_().float().neg_().clamp_(min=TINY)
 
 
 def sample_gumbel(shape, generator=None, device=None):
@@ -183,6 +190,13 @@ def noise_features(T, kind="gumbel", tau=1.0):
     return inverse.div_(inverse.sum(-1, keepdim=True))
 
 
+def posterior_features(u, logits, tokens, kind, dtype):
+    """Uniforms u [N, V], the teacher's logits [N, V], tokens [N] -> what W reads, [N, V]: the draw of training's noise
+    in one function, to be compiled in one piece. Random numbers are an argument: their generator stays outside.
+    """
+    return noise_features(posterior_times(logits, tokens, to_exponential(u)), kind).to(dtype)
+
+
 def default_generator(device):
     """The generator that torch draws from where none is given: its state can be saved, and the draws made again."""
     if device.type == "cpu":
@@ -192,44 +206,57 @@ def default_generator(device):
 
 
 class _ChunkedProjection(torch.autograd.Function):
-    """features [n, V] @ weight^T -> [n, D] without holding the features: `features(a, b, generator)` draws rows a to b.
+    """features [n, V] @ weight^T -> [n, D] without holding the features: `features(a, b, generator, dtype)` draws rows a
+    to b.
 
     The backward pass draws every chunk again, from the state that the generator had. (torch's checkpoint would restore
-    the global generators only.)
+    the global generators only.) On a GPU, where drawing costs more than memory, up to `DEVICE.keep` of them are kept.
     """
 
     @staticmethod
     def forward(ctx, weight, n, features, generator):
         device = weight.device
+        D, V = weight.shape
         ctx.dtype = weight.dtype
         if torch.is_autocast_enabled(device.type):
             ctx.dtype = torch.get_autocast_dtype(device.type)
         ctx.state = generator.get_state()
-        ctx.device = device
-        ctx.shape = weight.shape
+        ctx.weight = weight.detach()
         ctx.features = features
         ctx.n = n
-        ctx.chunk = max(1, DEVICE.chunk // weight.shape[1])
-        w = weight.to(ctx.dtype).t()  # (V, D)
-        out = weight.new_empty(n, weight.shape[0])
+        ctx.padding = padding(V, weight, ctx.dtype)
+        ctx.chunk = max(1, DEVICE.chunk // V)
+        kept = None
+        if weight.requires_grad and 0 < n * V <= DEVICE.keep:
+            kept = weight.new_empty(n, V + ctx.padding, dtype=ctx.dtype)
+        w = padded(weight.to(ctx.dtype), ctx.padding).t()  # (V + padding, D)
+        out = weight.new_empty(n, D)
         for a in range(0, n, ctx.chunk):
             b = min(a + ctx.chunk, n)
-            out[a:b] = features(a, b, generator).to(ctx.dtype) @ w
+            f = features(a, b, generator, ctx.dtype)
+            f = padded(f, ctx.padding, None if kept is None else kept[a:b])
+            out[a:b] = f @ w
+        ctx.save_for_backward(kept)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        generator = torch.Generator(ctx.device)
-        generator.set_state(ctx.state)
-        grad = torch.zeros(ctx.shape, device=ctx.device)
         grad_out = grad_out.to(ctx.dtype)
+        grad = ctx.weight.new_zeros(ctx.weight.shape)
+        V = grad.shape[1]
+        (kept,) = ctx.saved_tensors
+        if kept is not None:
+            grad += (grad_out.t() @ kept)[:, :V]
+            return grad, None, None, None
+        generator = torch.Generator(grad.device)
+        generator.set_state(ctx.state)
         for a in range(0, ctx.n, ctx.chunk):
             b = min(a + ctx.chunk, ctx.n)
-            f = ctx.features(a, b, generator).to(ctx.dtype)
+            f = padded(ctx.features(a, b, generator, ctx.dtype), ctx.padding)
             if ctx.dtype == torch.float32:
                 grad.addmm_(grad_out[a:b].t(), f)          # in place: no second [D, V]
             else:
-                grad += grad_out[a:b].t() @ f
+                grad += (grad_out[a:b].t() @ f)[:, :V]
         return grad, None, None, None
 
 
@@ -247,6 +274,7 @@ class GumbelEmbedding(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"unknown noise {kind!r}: one of {', '.join(KINDS)}")
         self.kind = kind
+        self.draw = posterior_features
         self.weight = nn.Parameter(torch.empty(n_embd, vocab_size))
         # softmax of the noise is diffuse: scale W so that an entry of g starts with the std of a token embedding's,
         # using E ||softmax(noise)||^2 measured on a few draws
@@ -279,15 +307,20 @@ class GumbelEmbedding(nn.Module):
             return self.from_prior(len(tokens), generator=generator)
         return self._project(len(tokens), partial(self._posterior_features, logits, tokens), generator)
 
-    def _prior_features(self, tau, a, b, generator):
+    def _prior_features(self, tau, a, b, generator, dtype):
         e = sample_exponential((b - a, self.weight.shape[1]), generator, self.weight.device)
-        return noise_features(e, self.kind, tau)
+        return noise_features(e, self.kind, tau).to(dtype)
 
     @torch.no_grad()
-    def _posterior_features(self, logits, tokens, a, b, generator):
-        e = sample_exponential((b - a, self.weight.shape[1]), generator, self.weight.device)
-        T = posterior_times(logits(a, b), tokens[a:b], e)
-        return noise_features(T, self.kind)
+    def _posterior_features(self, logits, tokens, a, b, generator, dtype):
+        device = self.weight.device
+        u = torch.rand(b - a, self.weight.shape[1], dtype=torch.float64, generator=generator, device=device)
+        with torch.autocast(device.type, enabled=False):  # the same in the backward pass, which knows of no autocast
+            return self.draw(u, logits(a, b), tokens[a:b], self.kind, dtype)
+
+    def compile(self, **kw):
+        """torch.compile the draw from the posterior. The number of its rows may differ from call to call."""
+        self.draw = torch.compile(posterior_features, **kw)
 
     def _project(self, n, features, generator):
         generator = generator or default_generator(self.weight.device)
@@ -362,16 +395,57 @@ def draw_from_nucleus_unsorted(p, top_p, generator=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# an output layer's product
+# products with the vocabulary
 
 def to_logits(layer, h, exact):
     """h [N, D] -> layer(h), float32 [N, V]. `exact`: the product too, even under autocast: a bf16 logit near -60 is off
     by up to a quarter. In training, where the error averages out, it follows autocast.
     """
+    device = h.device.type
     if exact:
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return layer(h.float()).float()
-    return layer(h).float()
+    V = len(layer.weight)
+    n = 0
+    if torch.is_autocast_enabled(device):
+        n = padding(V, h, torch.get_autocast_dtype(device))
+    if n == 0:
+        return layer(h).float()
+    bias = layer.bias
+    if bias is not None:
+        bias = F.pad(bias, (0, n))
+    weight = F.pad(layer.weight.to(torch.bfloat16), (0, 0, 0, n))
+    return F.linear(h, weight, bias)[..., :V].float()
+
+
+def padding(V, x, dtype):
+    """By how many zeros the bf16 copy of a weight is longer than V, where a GPU multiplies x with it: its kernels want
+    rows of 16 bytes, and are three times slower without (V = 50257). The weights that are stored have V.
+    """
+    if dtype != torch.bfloat16 or not DEVICE.is_gpu(x):
+        return 0
+    return -V % 64
+
+
+def padded(x, n, out=None):
+    """x [N, V] with n zeros behind each row, in `out` [N, V + n] where that is given."""
+    if out is None:
+        return F.pad(x, (0, n)) if n else x                   # (F.pad copies, even by 0)
+    out[:, :x.shape[1]] = x
+    out[:, x.shape[1]:] = 0
+    return out
+
+
+@contextmanager
+def tf32(wanted):
+    """Float32 products on a GPU with inputs of 10 mantissa bits, at six times the speed: a logit of 50 is off by 0.02."""
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -94,14 +94,12 @@ class Model(nn.Module):
         """The temperature of sampling on text."""
         return 1.0
 
-    def matrices(self):
-        """The layers of the network's body."""
-        return [layer for layer in self.transformer.blocks.modules() if isinstance(layer, nn.Linear)]
+    def networks(self):
+        return [module for module in (self.transformer, self.noise_embed) if module is not None]
 
-    def body_to_bfloat16(self):
-        """These in bf16, for a frozen model: half the memory, no cast at each pass. The others stay in float32."""
-        for layer in self.matrices():
-            layer.to(torch.bfloat16)
+    def matrices(self):
+        """The layers of the body: those that autocast casts at each pass."""
+        return [layer for layer in self.transformer.blocks.modules() if isinstance(layer, nn.Linear)]
 
 
 @dataclass
@@ -322,9 +320,6 @@ class MDLM(Model):
             return 1.0
         return 0.85
 
-    def networks(self):
-        return [self.transformer]
-
     def flops_per_row(self, length, passes=1):
         """Useful FLOPs of a row of training, forward and backward: 6 per weight and token, 12 L D per layer for
         attention. Output layer and noise projection at the masked positions only: half of them, on average.
@@ -502,15 +497,10 @@ def unmask(x, path, mask_id, denoiser, top_p=1.0, greedy=False, generator=None):
         rows = now.any(1).nonzero().squeeze(1)  # a row that has nothing left is not computed
         z = x.masked_fill(masked, mask_id)[rows]  # ReMDM masks revealed tokens again
         h = denoiser.hidden(z, rows, now[rows])  # (N, D): only what is revealed needs the output layer
-        x[now] = draw_in_chunks(h, denoiser, mask_id, top_p, greedy, generator)
+        chunks = h.split(max(1, DEVICE.chunk // mask_id))  # [N, V], V = mask_id, is never held
+        x[now] = torch.cat([draw_tokens(denoiser.logits(c), top_p, greedy, generator=generator) for c in chunks])
         nfe[rows] += 1
     return x, nfe
-
-
-def draw_in_chunks(h, denoiser, mask_id, top_p, greedy, generator):
-    """Tokens [N] for hidden states h [N, D]; [N, V], V = mask_id, is never held."""
-    chunks = h.split(max(1, DEVICE.chunk // mask_id))
-    return torch.cat([draw_tokens(denoiser.logits(c), top_p, greedy, generator=generator) for c in chunks])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

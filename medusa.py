@@ -202,8 +202,7 @@ class Medusa(Model):
         if noise is not None:
             return self.noise_embed(noise[:, 1:])
         rows = h.flatten(0, 1)
-        e = self.noise_embed.from_posterior(lambda a, b: self.backbone.logits(rows[a:b]), tokens[:, 1:].flatten(),
-                                            generator)
+        e = self.noise_embed.from_posterior(self.backbone.logits_of_rows(rows), tokens[:, 1:].flatten(), generator)
         return e.view(h.shape)
 
     # decoding
@@ -258,10 +257,10 @@ class Medusa(Model):
     # what commands ask
 
     def networks(self):
-        """The backbone's, and what reads the noise."""
+        """The backbone's, and what draws and reads the noise."""
         networks = self.backbone.networks()
         if self.accumulator is not None:
-            networks.append(self.accumulator)
+            networks += [self.noise_embed, self.accumulator]
         return networks
 
     def matrices(self):

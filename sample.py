@@ -31,7 +31,7 @@ from bd3lm import BD3LM
 from data.cli import BadInput, Parser, number, refuse_unread, run_main, say_once
 from data.files import check_fields, check_output, naming, share, whole
 from data.maze import draw_maze
-from data.run import allow_changing_shapes, device_and_dtype, is_finite, load_checkpoint, memory_bytes
+from data.run import allow_changing_shapes, body_to_bfloat16, device_and_dtype, is_finite, load_checkpoint, memory_bytes
 from data.shards import MOST_IDS
 from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
 from mdlm import MDLM, ORDERS, SAMPLERS
@@ -282,7 +282,7 @@ def cast_body(model):
     taken; the numbers are the same. Returns the model.
     """
     if torch.is_autocast_enabled(next(model.parameters()).device.type):
-        model.body_to_bfloat16()
+        body_to_bfloat16(model)
     return model
 
 

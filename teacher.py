@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gumbel import check_draws, draw_tokens, posterior_gumbel, sample_gumbel, to_logits
+from gumbel import DEVICE, check_draws, draw_tokens, posterior_gumbel, sample_gumbel, tf32, to_logits
 from mdlm import Model, Transformer, row_losses
 
 
@@ -115,7 +115,17 @@ class CausalLM(Model):
         with torch.no_grad():
             h = self.hidden(tokens[:, :-1])
             h = h[masked[:, 1:]]  # (N, D): the position before each masked one
-        return lambda a, b: self.logits(h[a:b])
+        return self.logits_of_rows(h)
+
+    def logits_of_rows(self, h):
+        """h [N, D] -> a function (a, b) -> float32 logits of rows a to b. In training in bf16, a GPU's are TF32's."""
+        training = torch.is_grad_enabled() and torch.is_autocast_enabled(h.device.type)
+        return partial(self._logits_of_rows, h, training and DEVICE.is_gpu(h))
+
+    @torch.no_grad()
+    def _logits_of_rows(self, h, fast, a, b):
+        with tf32(fast):
+            return self.logits(h[a:b])
 
     @torch.no_grad()
     def generate(self, tokens, length=None, tau=1.0, top_p=1.0, greedy=False, noise=None, generator=None):
@@ -198,9 +208,6 @@ class AR(CausalLM):
 
     def new_cache(self, batch, length):
         return KVCache(self.transformer, batch, length)
-
-    def networks(self):
-        return [self.transformer]
 
     def flops_per_row(self, length):
         """Useful FLOPs of a row of training, forward and backward; see `MDLM.flops_per_row`."""

@@ -2281,7 +2281,7 @@ def test_teacher_body_in_bfloat16_keeps_a_float32_head(tmp_path):
     masked[:, 0] = False
     want = model.log_probs(x)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model.body_to_bfloat16()
+        data.run.body_to_bfloat16(model)
         h = model.hidden(x)
         assert model.posterior_logits(x, masked)(0, 5).dtype == torch.float32
         got = model.logits(h)

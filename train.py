@@ -553,7 +553,8 @@ def train(args, world):
         world.say(f"{args.out}: continuing at step {run.step}")
     model = run.model
     if args.compile:
-        for network in model.networks():
+        others = [] if run.teacher is None or model.drafts else run.teacher.networks()
+        for network in [*model.networks(), *others]:
             network.compile()
     ddp = model
     if world.size > 1:
@@ -636,26 +637,16 @@ def report(args, meta):
 
 def main():
     args = parse(sys.argv[1:])
-    world = World(args.dtype)
-    try:
-        meta = run_all(args, world)
-    except (BadInput, SystemExit):                         # in all processes alike
-        world.disconnect()
-        raise
-    world.disconnect()
+    name = os.path.basename(args.data)
+    with World(args.dtype) as world:
+        if name in MAZES and args.data == os.path.join("data", name):
+            with world.together():
+                if world.first and not os.path.exists(args.data):
+                    make_maze(name)
+        train_missing_teacher(args, world)
+        meta = train(args, world)
     if world.master:
         report(args, meta)
-
-
-def run_all(args, world):
-    """The run with what it needs: a maze's data, its teacher."""
-    name = os.path.basename(args.data)
-    if name in MAZES and args.data == os.path.join("data", name):
-        with world.together():
-            if world.first and not os.path.exists(args.data):
-                make_maze(name)
-    train_missing_teacher(args, world)
-    return train(args, world)
 
 
 if __name__ == "__main__":

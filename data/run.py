@@ -43,6 +43,12 @@ def allow_changing_shapes():
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def body_to_bfloat16(model):
+    """The layers of a frozen model's body in bf16: half the memory, no cast at each pass. After its hash is taken."""
+    for layer in model.matrices():
+        layer.to(torch.bfloat16)
+
+
 class World:
     """The processes of this run: one, or those of torchrun. They meet when they first have something to compare:
     what takes long, as fetching a teacher, comes before that.
@@ -78,9 +84,12 @@ class World:
             raise BadInput(f"WORLD_SIZE={self.size}, MASTER_ADDR and MASTER_PORT of the environment bring no "
                            f"processes together ({why}): start with torchrun, or unset them") from None
 
-    def disconnect(self):
-        """Let the other processes go. (Ended without it, one of gloo may abort.)"""
-        if self.gradients is not None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        # in all processes alike; without it gloo may abort. Other errors are one process's own: it waits for nobody
+        if self.gradients is not None and kind in (None, BadInput, SystemExit):
             dist.destroy_process_group()
 
     def sum(self, *values):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data.cli import BadInput
 from data.files import naming, read_json, replacing, write_json, writing
+from data.run import body_to_bfloat16
 from gumbel import DEVICE
 
 
@@ -29,7 +30,7 @@ def teacher_of_rows(args, model, teacher, data, world):
     if not args.teacher_cache and "teacher" in model.loss_reads and logits <= 1 << 24:
         return TeacherLogits(teacher, data)                # a small dataset: one pass for all steps
     if world.dtype == "bfloat16":
-        teacher.body_to_bfloat16()                         # not before its hash is taken
+        body_to_bfloat16(teacher)                          # not before its hash is taken
     if not args.teacher_cache:
         return None
     with world.together(), world.autocast:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from bd3lm import BD3LM
 from data.cli import Parser, number, run_main
 from data.report import print_table
-from data.run import allow_changing_shapes, device_and_dtype
+from data.run import allow_changing_shapes, body_to_bfloat16, device_and_dtype
 from data.teacher_cache import truncated_logits
 from gumbel import GumbelEmbedding, sample_exponential
 from mdlm import MDLM
@@ -438,7 +438,7 @@ class TrainingStep:
         self.teacher = GPT2(V, 1024, bos, *GPT2_SIZES[args.teacher], dropout=0.0)
         self.teacher.to(device).eval().requires_grad_(False)
         if args.dtype == "bfloat16":
-            self.teacher.body_to_bfloat16()                # as train.py does
+            body_to_bfloat16(self.teacher)                 # as train.py does
         self.cache = RandomCache(V)
         self.plain = MDLM(V, L, bos, **net).to(device)
         self.noisy = MDLM(V, L, bos, noise="gumbel", **net).to(device)

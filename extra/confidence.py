@@ -33,7 +33,7 @@ def unmask_by_confidence(x, step, mask_id, denoiser, top_p=1.0, greedy=False, ge
 
 
 def draw_with_logp(h, denoiser, vocab_size, top_p, greedy, generator):
-    """Tokens [N] for hidden states h [N, D], and their log-probabilities [N]; in chunks, as `mdlm.draw_in_chunks`."""
+    """Tokens [N] for hidden states h [N, D], and their log-probabilities [N]; in chunks, as in `mdlm.unmask`."""
     tokens = []
     logps = []
     for part in h.split(max(1, DEVICE.chunk // vocab_size)):

@@ -206,7 +206,7 @@ def default_generator(device):
 
 
 class _ChunkedProjection(torch.autograd.Function):
-    """features [n, V] @ weight^T -> [n, D] without holding the features: `features(a, b, generator, dtype)` draws rows a
+    """features [n, V] @ weight^T -> [n, D] without holding the features: features(a, b, generator, dtype) draws rows a
     to b.
 
     The backward pass draws every chunk again, from the state that the generator had. (torch's checkpoint would restore
@@ -438,7 +438,7 @@ def padded(x, n, out=None):
 
 @contextmanager
 def tf32(wanted):
-    """Float32 products on a GPU with inputs of 10 mantissa bits, at six times the speed: a logit of 50 is off by 0.02."""
+    """Where `wanted`: a GPU's float32 products with inputs of 10 mantissa bits, six times as fast."""
     before = torch.get_float32_matmul_precision()
     if wanted:
         torch.set_float32_matmul_precision("high")

@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -43,6 +44,7 @@ import data.run
 import evaluate
 import gumbel
 import mdlm
+import medusa
 import sample
 import train
 from bd3lm import BD3LM, clipped_mask, training_mask
@@ -742,6 +744,174 @@ def test_embedding_from_posterior_equals_the_plain_formula(monkeypatch):
     assert torch.allclose(grad, emb.weight.grad, atol=1e-5)
     assert not torch.allclose(out, again)
     assert emb.from_posterior(lambda a, b: logits[a:b], w[:0], g).shape == (0, D)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What the code decides by device is as on a GPU; what it computes with stays a CPU."""
+    monkeypatch.setattr(gumbel.DEVICE, "planned", True)
+
+
+def embedding_gradients(emb, logits, w, twice=False, autocast=False, chunk=7):
+    """(g, the gradient of W) of noise drawn in so many rows at once; `twice`: of two backward passes over one graph."""
+    gumbel.DEVICE.chunk = chunk * logits.shape[1]
+    emb.weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        g = emb.from_posterior(lambda a, b: logits[a:b], w, gen(3))
+    loss = (g * torch.randn(g.shape, generator=gen(2))).sum()
+    loss.backward(retain_graph=twice)
+    if twice:
+        loss.backward()
+    return g.detach(), emb.weight.grad
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_features_that_are_kept_and_padded_give_the_same_gradient(monkeypatch, autocast, padded):
+    """As on a GPU, where a product's rows are of 16 bytes: also after a second backward pass over a retained graph."""
+    V, n = 37, 50
+    monkeypatch.setattr(gumbel.DEVICE, "chunk", 1)         # (put back afterwards)
+    monkeypatch.setattr(gumbel.DEVICE, "planned", padded)
+    emb = GumbelEmbedding(V, 16)
+    logits = 3 * torch.randn(n, V, generator=gen())
+    w = torch.randint(V, (n,), generator=gen(1))
+    want, want_grad = embedding_gradients(emb, logits, w)
+    draws = []
+    plain = emb.draw
+    emb.draw = lambda *args: draws.append(1) or plain(*args)
+    for keep, twice, drawn in ((0, False, 16), (n * V - 1, False, 16), (n * V, False, 8), (n * V, True, 8)):
+        monkeypatch.setattr(gumbel.DEVICE, "keep", keep)
+        draws.clear()
+        got, grad = embedding_gradients(emb, logits, w, twice, autocast)
+        assert len(draws) == drawn                         # 8 chunks, again in the backward pass unless they are kept
+        tolerance = 2e-2 if autocast else 1e-5
+        assert (got - want).abs().max() < tolerance * want.abs().max()
+        assert (grad - (1 + twice) * want_grad).abs().max() < tolerance * grad.abs().max()
+
+
+def test_vocabulary_products_are_padded_on_a_gpu_in_training_only(as_on_a_gpu, monkeypatch):
+    """To 64 rows of a weight, in bf16: loss and gradients are those without; the weights and float32 stay as they are."""
+    shapes = []
+    linear = F.linear
+
+    def spy(x, weight, bias=None):
+        shapes.append(tuple(weight.shape))
+        return linear(x, weight, bias)
+    monkeypatch.setattr(F, "linear", spy)
+    model, x, t, z, noise = loss_problem()
+    model.train()
+    found = []
+    for planned, autocast in ((False, True), (True, True), (True, False)):
+        monkeypatch.setattr(gumbel.DEVICE, "planned", planned)
+        model.zero_grad()
+        shapes.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model.loss(x, t, z=z, noise=noise)[0].backward()
+        assert ((64, 32) in shapes) == (planned and autocast)
+        found.append(gradient(model))
+    assert (found[0] - found[1]).abs().max() < 1e-2 * found[0].abs().max()
+    assert (found[0] - found[2]).abs().max() < 5e-2 * found[0].abs().max()
+    model.eval()
+    shapes.clear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.log_probs(z, noise)
+    assert (64, 32) not in shapes and (7, 32) in shapes
+
+
+def test_a_heads_product_is_exact_outside_training():
+    """Under bf16 autocast too: a student's, the heads', an AR model's."""
+    heads = tiny_heads()
+    ar = tiny_ar()
+    models = [(tiny(), MDLM.logits, lambda m: m.transformer.head),
+              (ar, lambda m, h: m.losses(rows_of(2)), lambda m: m.output_layer()),
+              (heads, lambda m, h: m.logits(1, h), lambda m: m.heads[0].out)]
+    h = torch.randn(5, 32, generator=gen())
+    for model, run, layer in models:
+        seen = []
+        layer(model).register_forward_pre_hook(
+            lambda m, args: seen.append((args[0].dtype, torch.is_autocast_enabled("cpu"))))
+        for training in (False, True):
+            model.train(training)
+            with torch.autocast("cpu", torch.bfloat16):
+                run(model, h)
+            assert (seen[-1] == (torch.float32, False)) != training, type(model)
+    exact = h @ models[0][0].transformer.head.weight.T + models[0][0].transformer.head.bias
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(models[0][0].eval().logits(h), exact)
+
+
+def test_the_teachers_head_is_tf32_in_training_in_bf16_only(as_on_a_gpu, monkeypatch):
+    """Also where the backward pass draws again; not in validation, in float32, in its own log_probs; always restored."""
+    seen = []
+    teacher = tiny_ar()
+    head = teacher.transformer.head
+    monkeypatch.setattr(head, "forward", lambda h: seen.append(torch.get_float32_matmul_precision())
+                        or F.linear(h, head.weight, head.bias))
+    model = tiny("gumbel")
+    x = rows_of(8)
+    t = torch.full((8,), 0.5)
+    for grad, autocast, want in ((True, True, "high"), (True, False, "highest"), (False, True, "highest")):
+        seen.clear()
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, _ = model.loss(x, t, teacher=teacher, generator=gen())
+        if grad:
+            loss.backward()
+        assert seen == [want] * (1 + grad)                 # once more in the backward pass
+        assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(ZeroDivisionError), gumbel.tf32(True):
+        1 / 0
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_what_tf32_moves_is_bounded():
+    """Its stand-in: inputs cut to 10 mantissa bits, at the size of GPT-2's hidden states (norm 250, logits -30 to -140).
+    log p_w moves by less than 0.05 at most and 0.01 on average, softmax(noise) by 1 % of its mass.
+    """
+    D, V, n = 1280, 4000, 64
+    h = torch.randn(n, D, generator=gen()) * 250 / D ** 0.5
+    weight = 0.11 * torch.randn(V, D, generator=gen(1))
+    weight -= 85 * h.mean(0) / h.mean(0).square().sum()    # most logits are far below 0, as GPT-2's
+
+    def cut(x):
+        return (x.view(torch.int32) & ~((1 << 13) - 1)).view(torch.float32)
+    exact = h.double() @ weight.double().T
+    fast = cut(h).double() @ cut(weight).double().T
+    assert exact.std() > 5 and exact.mean() < -50
+    w = torch.distributions.Categorical(logits=exact.float()).sample()[:, None]
+    moved = (exact.log_softmax(-1) - fast.log_softmax(-1)).gather(1, w).abs()
+    assert 0 < moved.max() < 0.05 and moved.mean() < 0.01, moved
+    e = sample_exponential((n, V), gen(2))
+    features = [gumbel.noise_features(gumbel.posterior_times(logits.float(), w[:, 0], e.clone()))
+                for logits in (exact, fast)]
+    mass = 0.5 * (features[0] - features[1]).abs().sum(1)
+    assert 0 < mass.max() < 0.01, mass
+
+
+@slow
+def test_the_draw_compiles_once_for_all_numbers_of_rows(monkeypatch):
+    """In one graph, with inductor; from the backward pass, which has a thread of its own on a GPU, the same; nothing is
+    compiled any more after the second number of rows."""
+    V = 37
+    torch._dynamo.reset()
+    monkeypatch.setattr(gumbel.DEVICE, "chunk", 1)
+    monkeypatch.setattr(gumbel.DEVICE, "keep", 0)
+    emb = GumbelEmbedding(V, 16)
+    logits = 3 * torch.randn(60, V, generator=gen())
+    w = torch.randint(V, (60,), generator=gen(1))
+    want = {n: embedding_gradients(emb, logits[:n], w[:n], chunk=100) for n in (50, 43, 60, 17)}
+    emb.compile(fullgraph=True)
+    counted = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    for n, (g, grad) in want.items():
+        got = embedding_gradients(emb, logits[:n], w[:n], chunk=100)
+        assert torch.allclose(got[0], g, atol=1e-6) and torch.allclose(got[1], grad, atol=1e-5)
+        graphs.append(counted["unique_graphs"])
+    found = []
+    thread = threading.Thread(target=lambda: found.append(embedding_gradients(emb, logits, w, chunk=100)))
+    thread.start()
+    thread.join()
+    assert torch.allclose(found[0][1], want[60][1], atol=1e-5)
+    assert graphs[1] == graphs[-1] == counted["unique_graphs"] <= 2
 
 
 def test_embedding_from_the_prior_reads_fresh_noise():
@@ -1781,6 +1951,33 @@ def test_heads_start_as_the_backbone(noise):
     assert logp.shape == (3, 12, 4, 7)
     assert torch.allclose(logp, model.backbone.log_probs(x)[:, :, None].expand_as(logp), atol=1e-5)
     assert not any("backbone" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_attention_over_noise_is_split_by_rows_and_the_same(monkeypatch, rows):
+    """FlashAttention's backward pads a row to 128 places and counts in 32 bits: 2^30 numbers a call at most."""
+    model = tiny_heads("gumbel")
+    x = rows_of(3, L=12)
+    batches = []
+    attention = F.scaled_dot_product_attention
+
+    def spy(q, *args, **kw):
+        if q.shape[2] == 4:                                # of the accumulator, not of the backbone
+            batches.append(len(q))
+        return attention(q, *args, **kw)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    found = []
+    for most in (2**30, rows * 128 * 32):
+        monkeypatch.setattr(medusa.Accumulator, "MOST_NUMBERS", most)
+        model.zero_grad()
+        batches.clear()
+        loss, _ = model.loss(x, generator=gen())
+        loss.backward()
+        assert sum(batches) == 33 and max(batches) <= most // (128 * 32)
+        found.append((loss.item(), gradient(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+    assert 64 * 511 * 128 * 768 > 2**31 > 2**30 // (128 * 768) * 128 * 768         # the default job's, unsplit and split
 
 
 def test_heads_are_their_formula():

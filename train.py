@@ -32,8 +32,8 @@ from data.batches import EVAL, LEVELS, NOISE, loss_inputs, micro_batches, part_o
 from data.cli import BadInput, Parser, add_flags, number, optional, refuse_unread, run_main
 from data.files import check_folder
 from data.prepare import make_maze
-from data.run import (Log, Run, StopSignals, World, check_conditions, checkpoint_seen, conditions, flops_per_row, keep,
-                      leave, load_checkpoint, restore, resume, tell_bad_steps)
+from data.run import (Log, Run, StopSignals, Stopped, World, check_conditions, checkpoint_seen, conditions,
+                      flops_per_row, keep, leave, load_checkpoint, restore, resume, rows_that_fit, tell_bad_steps)
 from data.shards import Shards, read_meta
 from data.teacher_cache import teacher_of_rows
 from gumbel import KINDS, needs_teacher
@@ -105,7 +105,7 @@ FLAGS = {
     "optimisation": [
         ("steps", 1_000_000, count, "optimizer steps"),
         ("batch_size", 512, rows, "rows per step, over all processes"),
-        ("micro_batch_size", None, rows, "rows of a forward pass; default: all, on CUDA at most 32"),
+        ("micro_batch_size", None, rows, "rows of a forward pass; default: all, on CUDA those that fit"),
         ("lr", 3e-4, positive, "AdamW's peak learning rate"),
         ("warmup", 2500, whole, "steps of linear warm-up"),
         ("schedule", "constant", ["constant", "cosine"], "after the warm-up; cosine ends at 0"),
@@ -191,8 +191,7 @@ def parse(argv):
         if flag in ("block_size", "heads", "n_embd", "n_head"):
             setattr(args, flag, None)                      # so that no checkpoint records what its model does not use
     if args.n_head and args.n_embd % (2 * args.n_head):    # RoPE turns pairs of channels
-        parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = "
-                     f"{2 * args.n_head}")
+        parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = {2 * args.n_head}")
     if args.block_size and args.length and args.length % args.block_size:
         parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: "
                      "choose a divisor")
@@ -255,19 +254,17 @@ def open_run(args, world):
     """
     share = args.batch_size // world.size
     if args.batch_size % world.size:
-        raise BadInput(f"--batch_size={args.batch_size} must be a multiple of the number of processes, "
-                       f"{world.size}")
-    micro = args.micro_batch_size or share
-    if world.cuda and args.micro_batch_size is None:
-        micro = max(m for m in range(1, 33) if share % m == 0)
-    if share % micro:
-        raise BadInput(f"--micro_batch_size={micro} must divide the {share} rows that each process has of "
-                       "a batch")
+        raise BadInput(f"--batch_size={args.batch_size} must be a multiple of the number of processes, {world.size}")
     if args.wandb and world.master:
         optional("wandb", "--wandb")
     check_folder("--out", args.out)                        # it is made later
     data = Shards(args.data, "train", args.length)
     val = Shards(args.data, "val", args.length)
+    micro = args.micro_batch_size or share
+    if world.cuda and not args.micro_batch_size:
+        micro = rows_that_fit(args, data.length, data.meta["vocab_size"], share)
+    if share % micro:
+        raise BadInput(f"--micro_batch_size={micro} must divide the {share} rows that each process has of a batch")
     return data, val, micro, resume(args, data.meta, MAY_DIFFER)
 
 
@@ -300,11 +297,15 @@ def train_missing_teacher(args, world):
     if meta["tokenizer"] != "maze":                        # another dataset of that name
         return
     path = teacher_path(args, meta)
-    if os.path.exists(os.path.join(path, "ckpt.pt")):
-        ckpt = load_checkpoint(path)
-        if ckpt["step"] >= ckpt["args"]["steps"]:
-            return
-    open_run(args, world)                                  # a wrong flag of the student is refused first
+    with world.together() as seen:
+        seen["teacher's state"] = "not complete"
+        if os.path.exists(os.path.join(path, "ckpt.pt")):
+            ckpt = load_checkpoint(path)
+            if ckpt["step"] >= ckpt["args"]["steps"]:
+                seen["teacher's state"] = "complete"
+        open_run(args, world)                              # a wrong flag of the student is refused first
+    if seen["teacher's state"] == "complete":
+        return
     world.say(f"teacher: {path} is not there, or not finished: training it first")
     flags = ["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}"]
     if args.length:
@@ -353,10 +354,6 @@ def new_model(args, data, teacher, source, ckpt, world):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
-
-class Stopped(Exception):
-    """An evaluation is over in all processes, since one of them has been told to stop."""
-
 
 @dataclasses.dataclass
 class Validation:

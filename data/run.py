@@ -291,6 +291,22 @@ def repair_log(path, step):
             f.writelines(kept)
 
 
+def rows_that_fit(args, length, vocab_size, share):
+    """How many of a process's `share` of a batch a pass on this GPU takes: at most 32 * 1024 tokens, and not more than
+    its memory holds (`python -m extra.bench plan` counts what they take; this is a rule of thumb for it).
+    """
+    total = torch.cuda.get_device_properties(0).total_memory
+    n_embd = args.n_embd or 768                            # heads: of a backbone that is not known yet
+    body = 12 * args.n_layer * n_embd**2
+    weights = 16 * (body + 3 * vocab_size * n_embd)        # bytes: themselves, gradients, two moments
+    others = 5e9                                           # a teacher, the libraries' own
+    per_token = 50 * args.n_layer * n_embd                 # bytes: what waits for the backward pass, half of it bf16
+    if args.block_size:
+        per_token *= 2                                     # noised and clean
+    tokens = min(32 * 1024, (0.9 * total - weights - others) / per_token)
+    return max(rows for rows in range(1, max(1, int(tokens // length)) + 1) if share % rows == 0)
+
+
 def peak_flops(world):
     """The bf16 peak of the run's devices together, FLOP/s; None where it is not known."""
     device = torch.cuda.get_device_name() if world.cuda else ""
@@ -322,6 +338,10 @@ def flops_per_row(model, teacher, length):
     elif model.noise_embed is not None:
         masked = 1.0
     return flops + teacher.extraction_flops(length, masked)
+
+
+class Stopped(Exception):
+    """An evaluation is over in all processes, since one of them has been told to stop."""
 
 
 class StopSignals:

@@ -312,10 +312,15 @@ class GPT2(AR):
         return model.eval().requires_grad_(False)
 
 
+def gpt2_folder(name):
+    """Where a published GPT-2 lies, once it is fetched."""
+    cache = os.environ.get("GUMBEL_CACHE") or os.path.expanduser("~/.cache/gumbel")
+    return os.path.join(cache, name)
+
+
 def download_gpt2(name):
     """The folder of a published GPT-2, fetched if it is not there yet. Raises OSError."""
-    cache = os.environ.get("GUMBEL_CACHE") or os.path.expanduser("~/.cache/gumbel")
-    folder = os.path.join(cache, name)
+    folder = gpt2_folder(name)
     path = os.path.join(folder, "model.safetensors")
     if os.path.exists(path):
         return folder

@@ -193,8 +193,7 @@ def parse(argv):
     if args.n_head and args.n_embd % (2 * args.n_head):    # RoPE turns pairs of channels
         parser.error(f"--n_embd={args.n_embd} must be a multiple of 2 * --n_head = {2 * args.n_head}")
     if args.block_size and args.length and args.length % args.block_size:
-        parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: "
-                     "choose a divisor")
+        parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: choose a divisor")
     # each is another law of the noise levels
     if [args.clip is not None, args.clip_search, args.t_one > 0].count(True) > 1:
         parser.error("--clip, --clip_search and --t_one (a default of --gumbel on the maze) exclude "
@@ -258,6 +257,9 @@ def open_run(args, world):
     if args.wandb and world.master:
         optional("wandb", "--wandb")
     check_folder("--out", args.out)                        # it is made later
+    if not os.path.isdir(args.data):
+        from extra.missing import refuse
+        refuse(args.data, asks_teacher(args) and teacher_path(args, dict(tokenizer="gpt2")))
     data = Shards(args.data, "train", args.length)
     val = Shards(args.data, "val", args.length)
     micro = args.micro_batch_size or share
@@ -339,9 +341,7 @@ def new_model(args, data, teacher, source, ckpt, world):
                            f"{teacher.path} is now: put that one back, or choose another --out and --init_from")
     old_block = old.get("block_size")
     if old_block and args.block_size and old_block != args.block_size:
-        world.say(f"--init_from={args.init_from} has block size {old_block}, this run {args.block_size}: the "
-                  "weights fit any")
-
+        world.say(f"--init_from={args.init_from} has block size {old_block}, this run {args.block_size}: they fit any")
     fields = config_fields(model_kind)
     model = build(args.model, {name: value for name, value in known.items() if name in fields})
     if model_kind.drafts:

@@ -135,6 +135,9 @@ def run_main(main):
     except (MemoryError, RuntimeError) as e:
         if not is_lack_of_memory(e):
             raise
+        if "CUDA" in str(e) and sys.argv[0].endswith("train.py"):
+            end_with("the GPU has not enough memory for this: lower --micro_batch_size; `python -m extra.bench plan` "
+                     "says what fits")
         sizes = [f"--{flag}" for flag in SIZE_FLAGS if flag in Parser.given] or ["--batch_size"]
         end_with(f"there is not enough memory for this: lower {' or '.join(sizes)}")
 

@@ -1249,6 +1249,21 @@ def test_an_interrupted_pass_is_continued_by_other_processes_to_the_same_bytes(c
     assert Path(cache.values_file).read_bytes() == Path(want).read_bytes()
 
 
+def test_a_caches_frequencies_are_whole_or_not_there(cached, tmp_path, monkeypatch):
+    """Another machine may read them while they are written."""
+    data = text_of_bytes(tmp_path)
+
+    def interrupted(f, array):
+        f.write(b"half")
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(np, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            TeacherCache(cached.teacher, cached.sha256, data, 4)
+    assert not list(Path(data.path).rglob("frequency.npy*"))
+    TeacherCache(cached.teacher, cached.sha256, data, 4)
+
+
 def test_another_teacher_and_another_precision_have_caches_of_their_own(cached, tmp_path):
     data = text_of_bytes(tmp_path)
     teacher = cached.teacher

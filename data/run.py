@@ -291,11 +291,11 @@ def repair_log(path, step):
             f.writelines(kept)
 
 
-def rows_that_fit(args, length, vocab_size, share):
-    """How many of a process's `share` of a batch a pass on this GPU takes: at most 32 * 1024 tokens, and not more than
-    its memory holds (`python -m extra.bench plan` counts what they take; this is a rule of thumb for it).
+def rows_that_fit(args, length, vocab_size, share, memory=None):
+    """How many of a process's `share` of a batch a pass on a GPU takes: at most 32 * 1024 tokens, and not more than its
+    `memory` holds, in bytes, this GPU's where none is given. (A rule of thumb; `python -m extra.bench plan` counts.)
     """
-    total = torch.cuda.get_device_properties(0).total_memory
+    memory = memory or torch.cuda.get_device_properties(0).total_memory
     n_embd = args.n_embd or 768                            # heads: of a backbone that is not known yet
     body = 12 * args.n_layer * n_embd**2
     weights = 16 * (body + 3 * vocab_size * n_embd)        # bytes: themselves, gradients, two moments
@@ -303,7 +303,7 @@ def rows_that_fit(args, length, vocab_size, share):
     per_token = 50 * args.n_layer * n_embd                 # bytes: what waits for the backward pass, half of it bf16
     if args.block_size:
         per_token *= 2                                     # noised and clean
-    tokens = min(32 * 1024, (0.9 * total - weights - others) / per_token)
+    tokens = min(32 * 1024, (0.9 * memory - weights - others) / per_token)
     return max(rows for rows in range(1, max(1, int(tokens // length)) + 1) if share % rows == 0)
 
 

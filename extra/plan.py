@@ -52,9 +52,9 @@ RUN_FLAGS = ("model", "gumbel", "kd", "teacher", "teacher_cache", "size", "lengt
 MICRO_BATCHES = (4, 8, 16, 32, 64)
 OVERHEAD = 2e9                                             # context, buffers of libraries, fragmentation
 
-# the shares of a card's peaks that kernels reach on an H100: 600, 400, 300 and 50 TFLOP/s, 2.8 TB/s
-REACHED = dict(bf16=0.607, attention=0.404, tf32=0.606, float32=0.746, bandwidth=0.836)
-UNALIGNED = 1 / 3                                          # of the speed, where bf16 rows are no multiple of 16 bytes
+# the shares of a card's peaks that kernels reach on an H100: products in bf16 600 TFLOP/s (a third of it where rows are
+# no multiple of 16 bytes), attention 400, TF32 300, float32 50; 2.8 TB/s
+REACHED = dict(bf16=0.607, unaligned=0.202, attention=0.404, tf32=0.606, float32=0.746, bandwidth=0.836)
 
 BODY = "teacher, body"
 ANSWER = "teacher, head"
@@ -113,22 +113,24 @@ class Ledger(TorchDispatchMode):
         self.parts = [STUDENT]                             # the one that runs is the last
         self.live = {}                                     # storage -> bytes
         self.current = 0
+        self.group = 0
+        self.unread = {}                                   # storage -> (group, bytes, part) of what a group has written
+        self.start_group()
         self.start()
 
     def start(self):
         """Count from here on."""
         self.costs = defaultdict(Cost)
         self.peak = self.current
-        self.start_group()
 
     # parts
 
     @contextmanager
     def part(self, name):
-        self.end_group()
+        self.start_group()
         self.parts.append(name)
         yield
-        self.end_group()
+        self.start_group()
         self.parts.pop()
 
     def call(self, name, function, *args, **kw):
@@ -153,50 +155,54 @@ class Ledger(TorchDispatchMode):
     def release(self, key):
         self.current -= self.live.pop(key)
         self.entered.pop(key, None)
-        self.inside.pop(key, None)
+        self.unread.pop(key, None)
 
-    # groups of ops that one kernel would fuse
+    # groups of ops that one kernel would fuse: in a compiled part, those between two products
 
     def start_group(self):
+        self.group += 1
         self.entered = {}                                  # storage -> bytes that the group reads from outside
-        self.inside = {}                                   # storage -> bytes that the group has written
-        self.read_by_group = 0
 
-    def end_group(self):
-        """Book a compiled group: what it has read, and of what it has written that which outlives it."""
-        traffic = self.read_by_group + sum(self.inside.values())
-        self.book(0, traffic, traffic / (REACHED["bandwidth"] * self.card.bandwidth))
-        self.start_group()
+    def read_in_group(self, key, n):
+        """What the group itself has written costs nothing; of what it has not, all is read at most once."""
+        if key in self.unread and self.unread[key][0] == self.group:
+            return
+        self.settle(key)
+        before = self.entered.get(key, 0)
+        self.entered[key] = min(before + n, self.live.get(key, n))
+        self.book(self.entered[key] - before)
 
-    def extend_group(self, reads, writes):
-        for key, n in reads:
-            if key not in self.inside:
-                before = self.entered.get(key, 0)
-                self.entered[key] = min(before + n, self.live[key])    # at most once the whole storage
-                self.read_by_group += self.entered[key] - before
-        for key, n in writes:
-            self.inside[key] = min(self.inside.get(key, 0) + n, self.live[key])
+    def write_in_group(self, key, n):
+        """It is booked when something outside the group reads it: a compiler leaves out what nobody reads."""
+        before = 0
+        if key in self.unread and self.unread[key][0] == self.group:
+            before = self.unread[key][1]
+        else:
+            self.settle(key)
+        self.unread[key] = (self.group, min(before + n, self.live[key]), self.parts[-1])
+
+    def settle(self, key):
+        if key in self.unread:
+            _, n, part = self.unread.pop(key)
+            self.book(n, part=part)
 
     # ops
 
-    def book(self, flops, traffic, seconds):
-        cost = self.costs[self.parts[-1]]
+    def book(self, traffic, flops=0, seconds=None, part=None):
+        cost = self.costs[part or self.parts[-1]]
         cost.flops += flops
         cost.traffic += traffic
-        cost.seconds += seconds
+        cost.seconds += seconds or traffic / (REACHED["bandwidth"] * self.card.bandwidth)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._opname
         arguments = func._schema.arguments
-        changes = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+        written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
         given = dict(zip((a.name for a in arguments), args)) | kwargs
-        is_product = getattr(torch.ops.aten, name.rstrip("_"), None) in flop_registry or name in ATTENTION
-        if is_product:
-            self.end_group()
         result = func(*args, **kwargs)
         made = [tensor for tensor in tensors_in(result) if self.hold(tensor)]
-        changed = tensors_in([given[a] for a in changes if a in given])
+        changed = tensors_in([given[a] for a in written if a in given])
         if "empty" in name or not (made or changed):       # memory, or a view: nothing moves
             return result
         read = tensors_in([value for a, value in given.items() if a != "out"])
@@ -208,15 +214,25 @@ class Ledger(TorchDispatchMode):
             reads = [(key, min(n, writes[0][1])) for key, n in reads]
         if name in SCATTERS and reads:
             writes = [(writes[0][0], reads[-1][1])]
+
+        is_product = getattr(torch.ops.aten, name.rstrip("_"), None) in flop_registry or name in ATTENTION
+        if self.parts[-1] in self.compiled and not is_product:
+            for key, n in reads:
+                self.read_in_group(key, n)
+            for key, n in writes:
+                self.write_in_group(key, n)
+            return result
+        self.start_group()
+        for key, _ in reads + writes:
+            self.settle(key)
         traffic = sum(n for _, n in reads + writes)
-        seconds = traffic / (REACHED["bandwidth"] * self.card.bandwidth)
         if is_product:
             flops = self.flops(name, args, kwargs, result)
-            self.book(flops, traffic, max(seconds, flops / self.speed(name, read + made)))
-        elif self.parts[-1] in self.compiled:
-            self.extend_group(reads, writes)
+            speed = self.speed(name, read + made + changed)
+            moving = traffic / (REACHED["bandwidth"] * self.card.bandwidth)
+            self.book(traffic, flops, max(moving, flops / speed))
         else:
-            self.book(0, traffic, seconds)
+            self.book(traffic)
         return result
 
     def flops(self, name, args, kwargs, result):
@@ -238,7 +254,7 @@ class Ledger(TorchDispatchMode):
         if name in ATTENTION:
             return REACHED["attention"] * self.card.bf16
         unaligned = any(max(x.stride()) * x.itemsize % 16 for x in tensors if x.dim() > 1)
-        return REACHED["bf16"] * self.card.bf16 * (UNALIGNED if unaligned else 1)
+        return REACHED["unaligned" if unaligned else "bf16"] * self.card.bf16
 
 
 # ---------------------------------------------------------------------------------------------------------------------

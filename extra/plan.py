@@ -167,6 +167,8 @@ class Ledger(TorchDispatchMode):
             flops = self.flops(name, args, kwargs, result)
             seconds = max(seconds, flops / self.speed(name, read + written))
         self.costs[self.part] += (flops, traffic, seconds)
+        if alone:
+            self.start_group(self.part)
         return result
 
     def flops(self, name, args, kwargs, result):
@@ -305,7 +307,7 @@ class Run:
 
 def flags_of_run(args):
     """The flags as train.py reads them, with its defaults and presets. BadInput where no run has them."""
-    given = {name: value for name, value in vars(args).items() if name in train.DEFAULTS and value}
+    given = {name: value for name, value in vars(args).items() if name in train.DEFAULTS}
     flags = train.parse([f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()])
     if flags.teacher not in {None, *GPT2_SIZES}:
         raise BadInput(f"--teacher={flags.teacher} has no known shape: choose one of {', '.join(GPT2_SIZES)}")
@@ -323,7 +325,7 @@ def plan(args):
     if share * args.processes != flags.batch_size or share % micro:
         raise BadInput(f"--batch_size={flags.batch_size} must be a multiple of --processes={args.processes} times "
                        f"--micro_batch_size={micro}")
-    card = CARDS[args.card]
+    card = CARDS[args.card.upper()]
     seen = {}
     if flags.block_size:                                         # computed from data, and kept by bd3lm
         shape = (flags.length, flags.block_size, torch.device("cpu"))
@@ -369,7 +371,7 @@ def show_time(args, run, costs, micro_steps, micro):
     seconds = micro_steps * micro_step[2] + update[2]
     asked = run.gpt2 if run.cache is None else None
     flops = flags.batch_size * flops_per_row(run.model, asked, flags.length)
-    mfu = flops / seconds / (args.processes * CARDS[args.card].bf16)
+    mfu = flops / seconds / (args.processes * CARDS[args.card.upper()].bf16)
     print(f"\nA step on {args.processes} x {args.card}, each {micro_steps} x {micro} rows: {1e3 * seconds:.0f} ms, "
           f"{flags.batch_size * flags.length / seconds:,.0f} tokens/s, MFU {mfu:.1%}; {flags.steps:,} steps: "
           f"{flags.steps * seconds / 86400:.2f} days\n")

@@ -32,6 +32,7 @@ class Card:
 # by what torch.cuda.get_device_name holds, from the specific to the general. (An A100 may have 40 GB)
 CARDS = {
     "B200": Card(180e9, 2250e12, 1125e12, 75e12, 7.7e12),
+    "H200 NVL": Card(141e9, 835e12, 417e12, 60e12, 4.8e12),
     "H200": Card(141e9, 989e12, 494e12, 67e12, 4.8e12),
     "H100 PCIe": Card(80e9, 756e12, 378e12, 51e12, 2.0e12),
     "H100 NVL": Card(94e9, 835e12, 417e12, 60e12, 3.9e12),

@@ -270,7 +270,7 @@ class Run:
             self.cache.frequency = torch.ones(vocab_size)
         if self.gpt2 is not None and args.dtype == "bfloat16":
             self.gpt2.body_to_bfloat16()
-        # calls are booked as parts of the step
+        # these calls are booked as parts of the step
         draw = "noise, posterior, features, projection: forward"
         for part, owner, name in (("teacher, body", self.gpt2, "hidden"), (ANSWER, self.gpt2, "logits"),
                                   (draw, self.cache, "posterior_logits"),
@@ -321,7 +321,7 @@ def plan(args):
     """`bench plan`: what a micro-step and a step take, and which micro-batches fit the card."""
     flags = flags_of_run(args)
     share = flags.batch_size // args.processes                   # rows of a process
-    micro = flags.micro_batch_size or max((m for m in range(1, 33) if share % m == 0), default=1)
+    micro = flags.micro_batch_size or max((m for m in range(1, min(32, share) + 1) if share % m == 0), default=1)
     if share * args.processes != flags.batch_size or share % micro:
         raise BadInput(f"--batch_size={flags.batch_size} must be a multiple of --processes={args.processes} times "
                        f"--micro_batch_size={micro}")

@@ -20,9 +20,31 @@ from data.cli import BadInput, environment_number, git_commit, optional
 from data.files import check_archive, check_fields, maybe, naming, replacing, share, whole, writing
 from data.shards import Shards, changed_meta, check_meta
 
-# torch's bf16 peak per device without sparsity, FLOP/s, for the log's MFU
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-         "L40": 181e12, "L4": 121e12, "4090": 165e12}
+
+@dataclass
+class Card:
+    """A GPU by NVIDIA's data sheet: bytes, FLOP/s of dense products (no sparsity), bytes per second."""
+    memory: float
+    bf16: float
+    tf32: float
+    float32: float
+    bandwidth: float
+
+
+# by what torch.cuda.get_device_name holds, from the specific to the general. (An A100 may have 40 GB)
+CARDS = {
+    "B200": Card(180e9, 2250e12, 1125e12, 75e12, 7.7e12),
+    "H200 NVL": Card(141e9, 835e12, 417e12, 60e12, 4.8e12),
+    "H200": Card(141e9, 989e12, 494e12, 67e12, 4.8e12),
+    "H100 PCIe": Card(80e9, 756e12, 378e12, 51e12, 2.0e12),
+    "H100 NVL": Card(94e9, 835e12, 417e12, 60e12, 3.9e12),
+    "H100": Card(80e9, 989e12, 495e12, 67e12, 3.35e12),
+    "A100": Card(80e9, 312e12, 156e12, 19.5e12, 2.0e12),
+    "L40S": Card(48e9, 362e12, 183e12, 91.6e12, 0.864e12),
+    "L40": Card(48e9, 181e12, 90.5e12, 90.5e12, 0.864e12),
+    "L4": Card(24e9, 121e12, 60e12, 30.3e12, 0.3e12),
+    "4090": Card(24e9, 165e12, 82.6e12, 82.6e12, 1.008e12),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,9 +332,9 @@ def rows_that_fit(args, length, vocab_size, share, memory=None):
 def peak_flops(world):
     """The bf16 peak of the run's devices together, FLOP/s; None where it is not known."""
     device = torch.cuda.get_device_name() if world.cuda else ""
-    for name, peak in PEAKS.items():
+    for name, card in CARDS.items():
         if name in device:
-            return peak * world.size
+            return card.bf16 * world.size
     return None
 
 

@@ -36,6 +36,8 @@ def teacher_of_rows(args, model, teacher, data, world):
     with world.together(), world.autocast:
         cache = TeacherCache(teacher, teacher.sha256, data, args.teacher_cache, world.dtype)
         cache.fill(teacher, data, world.rank, world.size)
+    if args.compile:
+        cache.expand = torch.compile(truncated_logits)
     return cache
 
 
@@ -116,6 +118,7 @@ class TeacherCache:
     """
     CHUNK_ROWS = 64
     STEPS_PER_NAT = 2048
+    expand = staticmethod(truncated_logits)
 
     def __init__(self, teacher, sha256, data, k, dtype="float32"):
         """sha256: the hash of the teacher's weights; dtype: the precision it is run in."""
@@ -247,4 +250,4 @@ class TeacherCache:
         nats = values[:, self.k:].float() / self.STEPS_PER_NAT
         p, p_w = nats.neg().exp().split([self.k, 1], 1)  # (N, k), (N, 1)
         x = tokens[:, 1:][masked[:, 1:]]  # (N)
-        return lambda a, b: truncated_logits(p[a:b], ids[a:b], p_w[a:b], self.frequency, x[a:b])
+        return lambda a, b: self.expand(p[a:b], ids[a:b], p_w[a:b], self.frequency, x[a:b])

@@ -4,6 +4,7 @@
     python -m extra.bench noise                             # noise and its embedding: full tensors against chunks
     python -m extra.bench step --length=128 --micro_batch_size=8                    # a training step, by part
     python -m extra.bench step --teacher=gpt2-large --length=1024 --compile         # the default job's shape, for a GPU
+    python -m extra.bench plan --gumbel --card=a100         # what the default job will cost there: needs no GPU
 
 Caveats first. Medians of --repeats after a warm-up, the cases of a table in turn: on a shared machine only their
 ratios mean anything. Weights are random; in sampling, the output layer gives logits a standard deviation of 3 (6.5
@@ -13,6 +14,7 @@ step is random ids in memory: without the read from disk, 35 KB a row of 1024 at
 
 Shapes: n samples, B rows of a batch, L length, V vocabulary, D width, N positions.
 """
+import argparse
 import ctypes
 import re
 import time
@@ -26,16 +28,19 @@ import torch
 import torch.nn.functional as F
 
 from bd3lm import BD3LM
-from data.cli import Parser, number, run_main
+from data.cli import Parser, add_flags, number, run_main
 from data.report import print_table
-from data.run import allow_changing_shapes, body_to_bfloat16, device_and_dtype
+from data.run import CARDS, allow_changing_shapes, body_to_bfloat16, device_and_dtype
 from data.teacher_cache import truncated_logits
 from gumbel import GumbelEmbedding, sample_exponential
 from mdlm import MDLM
 from teacher import AR, GPT2, GPT2_SIZES
-from train import SIZES
+from train import FLAGS, SIZES
 
 BLOCK_SIZE = 16                                            # of BD3-LM, in sampling
+# train.py's flags that `plan` reads
+PLANNED = {"model", "gumbel", "kd", "teacher", "teacher_cache", "size", "length", "block_size", "heads",
+           "micro_batch_size", "batch_size", "steps", "dtype", "compile"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,6 +584,14 @@ def flags():
     sub.add_argument("--micro_batch_size", type=count, default=8, help="rows per step")
     sub.add_argument("--block_size", type=count, default=4, help="of BD3-LM")
     sub.add_argument("--compile", action="store_true", help="torch.compile the student's transformer")
+
+    sub = commands.add_parser("plan", argument_default=argparse.SUPPRESS)    # as in train.parse
+    read = [flag for flags in FLAGS.values() for flag in flags if flag[0] in PLANNED]
+    add_flags(sub, {"the run, as in train.py": read})
+    sub.add_argument("--vocab_size", type=number(int, 16), default=50257)
+    sub.add_argument("--masked", type=number(float, above=0, high=1), default=0.5, help="share of the positions")
+    sub.add_argument("--processes", type=count, default=8, help="GPUs")
+    sub.add_argument("--card", choices=[name.lower() for name in CARDS if " " not in name], default="h100")
     return parser
 
 
@@ -596,6 +609,10 @@ def add_command(commands, function):
 def main():
     parser = flags()
     args = parser.parse_args()
+    if args.what == "plan":
+        from extra.plan import plan
+        plan(args)
+        return
     if args.what == "step" and args.length % args.block_size:
         parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: choose a divisor")
     if args.what == "sampling" and args.length % BLOCK_SIZE:

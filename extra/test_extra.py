@@ -20,9 +20,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bd3lm
 import evaluate
+import gumbel
+import mdlm
 import sample
 import teacher
 import train
@@ -30,13 +33,14 @@ from bd3lm import BD3LM
 from data import prepare
 from data.cli import BadInput, say_once
 from data.maze import maze_paths, maze_valid
+from data.run import CARDS, flops_per_row, peak_flops
 from data.vocab import Tokenizer
-from extra import bench, figures, lm_eval_model, published, scores
+from extra import bench, figures, lm_eval_model, plan, published, scores
 from extra import judge as llm_judge
 from extra.plot import nfe_table
 from extra.verified import generate_apd
 from gumbel import GumbelEmbedding, nucleus, sample_gumbel
-from mdlm import load_published
+from mdlm import MDLM, load_published
 from teacher import GPT2, CausalConfig, CausalLM, extract_parallel, extract_sequential
 from teacher import load_published as load_published_ar
 from test_gumbel import (HERE, SHARED, gen, golden, needs_shared, randomise, refused, rows_of, run_in, save_gpt2, tiny,
@@ -1116,6 +1120,118 @@ def test_bench_prints_the_rows_that_it_names(cli, flags, names):
     assert code == 0 and all(name in out for name in names) and "| nan" not in out, (out, err)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# plan.py
+
+def planned(monkeypatch, model="mdlm", V=1000, L=128, rows=4, compiled=False):
+    """A micro-step of a small model on fake tensors -> (the ledger, the run)."""
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    args = train.parse([f"--model={model}", "--size=tiny", f"--length={L}", "--dtype=bfloat16"])
+    ledger = plan.Ledger(plan.speeds_of(CARDS["H100"]), compiled)
+    with plan.fake_gpu(ledger, plan.Answers(0.5, L)):
+        run = plan.Run(args, V, ledger)
+        ledger.restart()
+        run.micro_step(rows)
+    return ledger, run
+
+
+def test_a_plan_counts_the_storage_and_the_flops_of_ops():
+    """A product of [64, 32] and [32, 16], something added to it, a view, in float32."""
+    ledger = plan.Ledger(plan.speeds_of(CARDS["H100"]))
+    with FakeTensorMode(), ledger:
+        a = torch.zeros(64, 32)
+        b = torch.zeros(32, 16)
+        assert ledger.current == 8192 + 2048
+        ledger.restart()
+        c = a @ b
+        d = c.view(-1) + 1
+        assert ledger.current == ledger.peak == 8192 + 2048 + 2 * 4096
+        del c
+        assert ledger.current == 8192 + 2048 + 4096
+        torch.zeros(1)
+        del a, b, d
+    assert ledger.current == 0 and ledger.peak == 8192 + 2048 + 2 * 4096
+    flops, traffic, seconds = ledger.costs[plan.STUDENT]
+    assert flops == 2 * 64 * 32 * 16 and traffic == (8192 + 2048 + 4096) + 2 * 4096 + 4
+    assert seconds == pytest.approx(traffic / (0.836 * 3.35e12))               # so small a product waits for memory
+
+
+def test_in_a_compiled_part_of_a_plan_only_what_enters_and_leaves_a_group_is_moved():
+    ledger = plan.Ledger(plan.speeds_of(CARDS["H100"]), compiled=True)
+    with FakeTensorMode(), ledger:
+        a = torch.zeros(64, 32)
+        b = torch.zeros(32, 16)
+        c = a @ b                                          # its operands are written, and read
+        ledger.restart()
+        d = (c + 1) * 2 + c
+        assert ledger.costs[plan.STUDENT][1] == 4096       # c is read, once
+        unused = d.exp()                                   # noqa: F841, nobody reads it: a compiler leaves it out
+        d.t() @ d
+        assert ledger.costs[plan.STUDENT][1] == 2 * 4096 + 4096 + 1024    # d is written, and read
+        d.abs().sum()
+        assert ledger.costs[plan.STUDENT][1] == 2 * 4096 + 4096 + 1024 + 4096
+
+
+def test_a_tensor_of_logits_raises_a_plans_peak_by_its_size(monkeypatch):
+    losses = MDLM.losses
+
+    def losses_with_logits(self, tokens, *args, **kw):
+        self.logits_of_all = torch.zeros(*tokens.shape, 1000)
+        return losses(self, tokens, *args, **kw)
+
+    before, _ = planned(monkeypatch)
+    monkeypatch.setattr(MDLM, "losses", losses_with_logits)
+    after, _ = planned(monkeypatch)
+    assert after.peak - before.peak == 4 * 128 * 1000 * 4
+
+
+@pytest.mark.parametrize("model", ["mdlm", "ar"])
+def test_the_flops_of_a_plan_are_those_that_the_log_counts(monkeypatch, model):
+    ledger, run = planned(monkeypatch, model)
+    flops = sum(ledger.costs.values())[0]
+    assert flops == pytest.approx(4 * flops_per_row(run.model, None, 128), rel=0.02)
+
+
+def test_a_plan_leaves_nothing_behind_also_after_an_error(cli, monkeypatch):
+    before = [dict(vars(gumbel.DEVICE)), mdlm.row_losses, mdlm.compiled_flex, torch.nn.Module.to]
+
+    def fail(self, rows):
+        assert gumbel.DEVICE.planned and gumbel.DEVICE.chunk == gumbel.GPU.chunk
+        raise ValueError("as a test wants it")
+
+    monkeypatch.setattr(plan.Run, "micro_step", fail)
+    with pytest.raises(ValueError, match="as a test wants it"):
+        cli(bench, "plan --size=tiny --vocab_size=40 --length=16")
+    assert before == [dict(vars(gumbel.DEVICE)), mdlm.row_losses, mdlm.compiled_flex, torch.nn.Module.to]
+    assert type(torch.zeros(2) + 1) is torch.Tensor
+
+
+@pytest.mark.parametrize("flags, parts", [
+    ("--gumbel --teacher=gpt2", ["teacher, body", "teacher, head", "noise, post", "the same in the backward"]),
+    ("--model=bd3lm --block_size=8 --gumbel --teacher=gpt2 --teacher_cache=4 --compile --card=a100", ["noise, post"]),
+    ("--model=medusa --gumbel --heads=2 --dtype=float32", ["teacher, body", "noise, post"]),
+    ("--kd=token --teacher=gpt2 --size=tiny", ["teacher, head"])])
+def test_bench_plan_prints_the_parts_of_a_step_and_what_fits(cli, monkeypatch, flags, parts):
+    monkeypatch.setattr(plan, "MICRO_BATCHES", (2, 8))
+    size = "" if "medusa" in flags else "--size=tiny"
+    shape = f"{size} --length=128 --vocab_size=600 --batch_size=16 --processes=2 --micro_batch_size=4 --steps=1000"
+    code, out, err = cli(bench, f"plan {flags} {shape}")
+    assert code == 0 and "nan" not in out, (out, err)
+    for part in parts + ["student, forward", "head + cross-entropy", "student, head, ", "clipping", "sum of"]:
+        assert re.search(rf"^\| {re.escape(part)}.* \| [\d.]+ \| \d+ \| \d+ \|$", out, re.MULTILINE), (part, out)
+    assert re.search(r"A step on 2 x \w+, each 2 x 4 rows: \d+ ms, [\d,]+ tokens/s, MFU [\d.]+%; 1,000 steps", out)
+    assert re.findall(r"^\| (\d+) \| [\d.]+ \| [\d.]+ \| yes \|$", out, re.MULTILINE) == ["2", "4", "8"]
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("Tesla T4", None)])
+def test_the_peak_of_a_card_is_found_by_its_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    found = peak_flops(argparse.Namespace(cuda=True, size=2))
+    assert found == (peak and 2 * peak)
+
+
 def test_the_authors_way_of_sampling_in_bench_has_the_law_of_ours():
     """Given the noise, of each token together with its neighbour's id mod 3: chi-squared, 4000 samples of each."""
     V = 30
@@ -1518,6 +1634,13 @@ REFUSED = [                                                # (command, flags, wh
     (sample, "--ckpt=short.ckpt --n=1", ["short.ckpt", "1", "40"]),
     (bench, "step --size=tiny --vocab_size=40 --length=15", ["--block_size=4", "--length=15"]),
     (bench, "sampling --size=tiny --vocab_size=40 --length=24", ["--length=24", "16"]),
+    (bench, "plan --card=b300", ["--card", "b300", "h100"]),
+    (bench, "plan --model=bd3lm --block_size=3", ["--block_size=3", "--length=1024"]),
+    (bench, "plan --gumbel --teacher=gpt3", ["--teacher=gpt3", "gpt2-large"]),
+    (bench, "plan --gumbel --length=2048", ["--length=2048", "1024"]),
+    (bench, "plan --heads=2", ["--heads=2", "medusa"]),
+    (bench, "plan --batch_size=12", ["--batch_size=12", "--processes=8"]),
+    (bench, "plan --micro_batch_size=48", ["--micro_batch_size=48"]),
     (llm_judge, "--samples no.jsonl --model=m", ["no.jsonl"]),
     (llm_judge, "--samples text.jsonl --model=m", ["text.jsonl", "JSON"]),
     # nobody's file is cut or appended to

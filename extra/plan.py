@@ -166,7 +166,9 @@ class Ledger(TorchDispatchMode):
             n = size(read[-1] if name in SCATTERS else tensor)
             if alone:
                 traffic += n
-            else:
+            else:                                          # (a part of it may be written a second time)
+                before, _, group = self.unread.get(tensor.untyped_storage(), (0, None, None))
+                n = max(n, before) if group == self.group else n
                 self.unread[tensor.untyped_storage()] = (n, self.part, self.group)
         flops = 0
         seconds = traffic / self.bandwidth

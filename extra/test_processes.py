@@ -83,30 +83,29 @@ def timeless(path):
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]
 
 
-# which call of it, in which process: within step 3, after step 4, before step 1, after step 4
-PLACES = ["micro-step:5:{last}", "validation:1:{last}", "clip search:25:0", "clip search:70:{last}"]
+# one after the other: before step 1, within step 3, after step 4, again after step 4; which call, in which process
+PLACES = ["clip search:25:0", "micro-step:{call}:{last}", "validation:1:0", "clip search:30:{last}"]
 
 
 @slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stop_loses_nothing_wherever_it_comes(folders, processes):  # noqa: F811
-    """A signal to one process, within a step's accumulation, a validation, a clip search (the first one, before any
-    step, and a later one): all end as a SIGTERM does, and the same command makes the run that was left alone.
+    """A signal to one process, within a step's accumulation, a validation, a clip search: all processes end as one
+    does, and the same command goes on: to the run that was left alone.
     """
     alone, other = folders
     flags = BLOCKS.split()
     assert [code for code, _ in run_all(None, flags, [alone] * processes)] == [0] * processes
-    for place in PLACES:
-        place = place.format(last=processes - 1)
+    for place, step in zip(PLACES, (0, 2, 4, 4)):
+        place = place.format(last=processes - 1, call=10 // processes)
         ends = run_all(WITH_A_STOP, [place, *flags], [other] * processes)
         assert [code for code, _ in ends] == [143] * processes, (place, ends)
-        assert "stopped at step" in ends[0][1], place
-        assert [code for code, _ in run_all(None, flags, [other] * processes)] == [0] * processes
-        assert same_runs(alone / "out/new", other / "out/new"), place
-        assert timeless(alone / "out/new/log.jsonl") == timeless(other / "out/new/log.jsonl"), place
-        clips = [sample.load_checkpoint(str(folder / "out/new"))["clip"] for folder in folders]
-        assert clips[0] == clips[1], place
-        shutil.rmtree(other / "out/new")
+        assert f"stopped at step {step}, saved" in ends[0][1], (place, ends)
+    assert [code for code, _ in run_all(None, flags, [other] * processes)] == [0] * processes
+    assert same_runs(alone / "out/new", other / "out/new")
+    assert timeless(alone / "out/new/log.jsonl") == timeless(other / "out/new/log.jsonl")
+    clips = [sample.load_checkpoint(str(folder / "out/new"))["clip"] for folder in folders]
+    assert clips[0] == clips[1]
 
 
 def other_run(folder):

@@ -3236,7 +3236,8 @@ def test_a_bound_says_that_the_teacher_is_another(text_runs, cli, monkeypatch, t
 
 
 @pytest.mark.parametrize("name,value", [
-    ("processes", 2), ("micro_batch_size", 4), ("device", "xpu"), ("dtype", "float16"), ("torch", "2.0"), ("random", 0)])
+    ("processes", 2), ("micro_batch_size", 4), ("device", "xpu"), ("dtype", "float16"), ("torch", "2.0"),
+    ("random", 0)])
 def test_a_run_is_continued_under_other_conditions_with_a_warning(in_maze_runs, cli, tmp_path, name, value):
     """The same law, other draws or other rounding: said once, and noted in the log."""
     shutil.copytree("out/maze-mdlm", tmp_path / "m")

@@ -5,11 +5,15 @@ import shutil
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import sample
+import train
+from data.cli import BadInput
 from extra.test_crash import SECONDS, folders, one_thread, same_runs  # noqa: F401
 from test_gumbel import HERE, NOISY, TEXT, jsonl
 from test_gumbel import cli, text_runs  # noqa: F401, the fixtures
@@ -155,6 +159,52 @@ def test_machines_that_see_different_files_train_nothing(folders, change, words)
     else:
         assert not (one / "out/new/ckpt.pt").exists()
     assert not (two / "out/new/ckpt.pt").exists()
+
+
+def test_processes_meet_after_files_are_fetched_and_wait_as_long_as_that_takes(folders, monkeypatch):  # noqa: F811
+    """For each other hours, so that a slow download or a teacher's pass does no harm; for gradients ten minutes."""
+    events = []
+
+    def gather(found, mine):
+        events.append("compare")
+        found[:] = [mine] * len(found)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: events.append((backend, timeout)))
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: events.append((backend, timeout)) or "gradients")
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    for name in ("load_ar", "load_model", "model_hash"):
+        function = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *args, _f=function, _n=name, **kw: events.append(_n) or _f(*args, **kw))
+    monkeypatch.chdir(folders[0])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = f"--model=mdlm {NOISY} {TEXT} --init_from=out/plain --noise=gumbel --out=out/new"
+    monkeypatch.setattr(train, "new_model", lambda *args: torch.nn.Linear(1, 1))
+    train.start(train.parse(flags.split()), train.World("float32"))
+    assert events == ["load_ar", "model_hash", "load_model", ("gloo", timedelta(hours=12)),
+                      ("gloo", timedelta(minutes=10)), "compare"]
+
+
+@pytest.mark.parametrize("error", [BadInput("no such thing"), OSError("disk"), ZeroDivisionError()])
+def test_what_fails_in_one_process_fails_in_all(monkeypatch, error):
+    """In the one as it is, in the others as a sentence that says where; what they see differently is refused."""
+    world = train.World("float32")
+    world.size = 2
+    monkeypatch.setattr(world, "connect", lambda: None)
+    others = (None, {})
+
+    def gather(found, mine):
+        found[:] = [mine, others]
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(type(error)), world.together():
+        raise error
+    others = (str(error) or "ZeroDivisionError", {})
+    with pytest.raises(BadInput, match=f"process 1 of 2: {str(error) or 'ZeroDivisionError'}"), world.together():
+        pass
+    others = (None, {"teacher": "abc", "shards": 1})
+    with world.together() as seen:
+        seen |= {"teacher": None, "shards": 1}
+    assert seen["teacher"] == "abc"                        # what this process did not know
+    with pytest.raises(BadInput, match="sees the shards 2, process 1 1"), world.together() as seen:
+        seen |= {"teacher": None, "shards": 2}
 
 
 # train.py, in which each process writes what it holds after each backward pass and each step

@@ -164,8 +164,8 @@ MAY_DIFFER = {"out", "log_every", "eval_every", "eval_rows", "save_every", "save
 def parse(argv):
     """The flags of a run, as a Namespace: DEFAULTS, then PRESETS, then --size, then what is given explicitly."""
     # what is not given is left out of the result, so that presets can tell
-    parser = Parser(argument_default=argparse.SUPPRESS, description="Train an AR teacher, or a parallel "
-                    "student with or without Gumbel Distillation.")
+    parser = Parser(argument_default=argparse.SUPPRESS,
+                    description="Train an AR teacher, or a parallel student with or without Gumbel Distillation.")
     add_flags(parser, FLAGS)
     given = vars(parser.parse_args(argv))
     # the noise's kind and --gumbel say one thing: a preset may ask for either
@@ -248,9 +248,7 @@ def asks_teacher(args):
 # where a run starts and continues
 
 def open_run(args, world):
-    """All that can be refused before there is a model -> (rows of training, of validation, the rows of a micro-batch,
-    checkpoint or None). Raises BadInput.
-    """
+    """All that is refused before there is a model -> (data, validation data, rows of a micro-batch, checkpoint)."""
     share = args.batch_size // world.size
     if args.batch_size % world.size:
         raise BadInput(f"--batch_size={args.batch_size} must be a multiple of the number of processes, {world.size}")
@@ -479,6 +477,7 @@ def start(args, world):
         data, val, micro, ckpt = open_run(args, world)
         seen["checkpoint"] = checkpoint_seen(args.out, ckpt)
         seen["shards"] = [data.hashes() + val.hashes(), len(data), len(val)]
+        seen["micro-batch"] = micro
         teacher = find_teacher(args, data.meta, world)
         seen["teacher"] = None
         if teacher is not None and world.first:            # one process of a machine reads it all

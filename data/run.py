@@ -116,10 +116,11 @@ class World:
 
     def sum(self, *values):
         """Floats, summed over the processes."""
+        if self.size == 1:
+            return [float(value) for value in values]
         # float64: a sum over processes is to differ from that of one process by rounding only
         x = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(x, group=self.gradients)
+        dist.all_reduce(x, group=self.gradients)
         return x.tolist()
 
     @contextmanager
@@ -413,7 +414,7 @@ def keep(args, run, streak, log, world):
         if world.master:
             save(args, run.model, run.averaged, run.optimizer, meta=run.data.meta, conditions=run.conditions,
                  clip=run.clip, step=good, tokens_seen=good * args.batch_size * run.data.length,
-                 bad_steps=run.bad_steps - streak, due=run.due)
+                 bad_steps=run.bad_steps - streak, due=run.due and streak == 0)
     log.saved = time.time()
 
 

@@ -555,7 +555,6 @@ def train(args, world):
     ddp = model
     if world.size > 1:
         ddp = DistributedDataParallel(model, process_group=world.gradients, gradient_as_bucket_view=True)
-
     answers = teacher_of_rows(args, model, run.teacher, run.data, world)
     tokens_per_step = args.batch_size * run.data.length
     flops = flops_per_row(model, run.teacher if answers is None else None, run.data.length)
@@ -571,6 +570,8 @@ def train(args, world):
             validation.evaluate(run, log)
             if run.due:
                 leave(args, run, streak, log, stop, world)
+            if run.written:                                # or it would be done, and logged, once more
+                keep(args, run, streak, log, world)
         while run.step < args.steps:
             lr = lr_at(run.step, args)
             for group in run.optimizer.param_groups:

@@ -87,8 +87,10 @@ def timeless(path):
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]
 
 
-# one after the other: before step 1, within step 3, after step 4, again after step 4; which call, in which process
-PLACES = ["clip search:25:0", "micro-step:{call}:{last}", "validation:1:0", "clip search:30:{last}"]
+# one after the other: before step 1, within step 3, after step 4, again after step 4, after the last step; which call,
+# in which process
+PLACES = ["clip search:25:0", "micro-step:{call}:{last}", "validation:1:0", "clip search:30:{last}",
+          "validation:{second}:{last}"]
 
 
 @slow
@@ -100,12 +102,13 @@ def test_a_stop_loses_nothing_wherever_it_comes(folders, processes):  # noqa: F8
     alone, other = folders
     flags = BLOCKS.split()
     assert [code for code, _ in run_all(None, flags, [alone] * processes)] == [0] * processes
-    for place, step in zip(PLACES, (0, 2, 4, 4)):
-        place = place.format(last=processes - 1, call=10 // processes)
+    for place, step in zip(PLACES, (0, 2, 4, 4, 8)):
+        place = place.format(last=processes - 1, call=10 // processes, second=4 - processes)
         ends = run_all(WITH_A_STOP, [place, *flags], [other] * processes)
         assert [code for code, _ in ends] == [143] * processes, (place, ends)
         assert f"stopped at step {step}, saved" in ends[0][1], (place, ends)
-    assert [code for code, _ in run_all(None, flags, [other] * processes)] == [0] * processes
+    for _ in range(2):                                     # the second time there is nothing left to do
+        assert [code for code, _ in run_all(None, flags, [other] * processes)] == [0] * processes
     assert same_runs(alone / "out/new", other / "out/new")
     assert timeless(alone / "out/new/log.jsonl") == timeless(other / "out/new/log.jsonl")
     clips = [sample.load_checkpoint(str(folder / "out/new"))["clip"] for folder in folders]

@@ -264,7 +264,7 @@ class GumbelEmbedding(nn.Module):
     """g = W softmax(tau * noise), W [D, V], no bias: the one module that Gumbel Distillation adds to a student.
 
     Noise can be given (`forward`), drawn from the prior (`from_prior`, at inference), or drawn from the posterior of
-    observed tokens under the teacher's logits (`from_posterior`, in training). The last two never hold [N, V].
+    observed tokens under the teacher's logits (`from_posterior`, in training). The last two never hold [N, V], but for what a GPU keeps (`DEVICE.keep`).
     `kind`: "gumbel"; "gaussian" or "uniform", the same noise with other marginals; "unpaired", Gumbel noise that is
     independent of the text even in training, a control that must behave like no noise.
     """
@@ -439,9 +439,11 @@ def padded(x, n, out=None):
 @contextmanager
 def tf32(wanted):
     """Where `wanted`: a GPU's float32 products with inputs of 10 mantissa bits, six times as fast."""
+    if not wanted:
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if wanted:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:

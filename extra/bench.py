@@ -444,6 +444,8 @@ class TrainingStep:
         self.teacher.to(device).eval().requires_grad_(False)
         if args.dtype == "bfloat16":
             body_to_bfloat16(self.teacher)                 # as train.py does
+        if args.compile:
+            self.teacher.transformer.compile()
         self.cache = RandomCache(V)
         self.plain = MDLM(V, L, bos, **net).to(device)
         self.noisy = MDLM(V, L, bos, noise="gumbel", **net).to(device)
@@ -453,7 +455,8 @@ class TrainingStep:
         for model in (self.plain, self.noisy, self.blocks, self.ar):
             self.optimizers[model] = self.make_optimizer(model)
             if args.compile:
-                model.transformer.compile()
+                for network in model.networks():
+                    network.compile()
         self.generator = torch.Generator(device).manual_seed(0)
         # one batch with its masks, the same for all
         self.tokens = torch.randint(V - 1, (B, L), device=device)
@@ -583,7 +586,7 @@ def flags():
                      help="its shape; the weights are random")
     sub.add_argument("--micro_batch_size", type=count, default=8, help="rows per step")
     sub.add_argument("--block_size", type=count, default=4, help="of BD3-LM")
-    sub.add_argument("--compile", action="store_true", help="torch.compile the student's transformer")
+    sub.add_argument("--compile", action="store_true", help="torch.compile transformers and draws")
 
     sub = commands.add_parser("plan", argument_default=argparse.SUPPRESS)    # as in train.parse
     read = [flag for flags in FLAGS.values() for flag in flags if flag[0] in PLANNED]

@@ -264,7 +264,8 @@ class GumbelEmbedding(nn.Module):
     """g = W softmax(tau * noise), W [D, V], no bias: the one module that Gumbel Distillation adds to a student.
 
     Noise can be given (`forward`), drawn from the prior (`from_prior`, at inference), or drawn from the posterior of
-    observed tokens under the teacher's logits (`from_posterior`, in training). The last two never hold [N, V], but for what a GPU keeps (`DEVICE.keep`).
+    observed tokens under the teacher's logits (`from_posterior`, in training). The last two never hold [N, V], but for
+    what a GPU keeps (`DEVICE.keep`).
     `kind`: "gumbel"; "gaussian" or "uniform", the same noise with other marginals; "unpaired", Gumbel noise that is
     independent of the text even in training, a control that must behave like no noise.
     """

@@ -33,7 +33,7 @@ from bd3lm import BD3LM
 from data import prepare
 from data.cli import BadInput, say_once
 from data.maze import maze_paths, maze_valid
-from data.run import CARDS, flops_per_row, peak_flops
+from data.run import CARDS, flops_per_row, peak_flops, rows_that_fit
 from data.vocab import Tokenizer
 from extra import bench, figures, lm_eval_model, plan, published, scores
 from extra import judge as llm_judge
@@ -1122,6 +1122,18 @@ def test_bench_prints_the_rows_that_it_names(cli, flags, names):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plan.py
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--model=mdlm --gumbel", "--model=bd3lm --gumbel", "--model=mdlm --size=medium"])
+def test_the_micro_batch_that_is_chosen_fits(monkeypatch, flags):
+    """The rule of thumb of a run on a GPU of 24 GB, against what is counted; four times as many rows would not fit."""
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    args = train.parse([*flags.split(), "--dtype=bfloat16"])
+    rows = rows_that_fit(args, 1024, 50257, 64, 24e9)
+    found = plan.predict(args, plan.speeds_of(CARDS["4090"]), [rows, 4 * rows], 64)
+    overhead = found.gradients + plan.OVERHEAD
+    assert found.peaks[rows] + overhead < 24e9 < found.peaks[4 * rows] + overhead
+
 
 def planned(monkeypatch, model="mdlm", V=1000, L=128, rows=4, compiled=False):
     """A micro-step of a small model on fake tensors -> (the ledger, the run)."""

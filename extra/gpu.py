@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -33,21 +33,21 @@ from data.batches import micro_batches
 from data.cli import BadInput
 from data.files import check_output
 from data.report import report
-from data.run import CARDS, body_to_bfloat16, device_and_dtype
+from data.run import CARDS, body_to_bfloat16
 from data.shards import Shards, Writer
 from extra import plan
 from extra.bench import Case, Sampling, filled, measure
 from medusa import Accumulator
 from teacher import GPT2, GPT2_SIZES
 
-# the largest relative differences. bf16: norms of outputs and gradients; steps: losses and gradient norms in bf16
-TOLERANCE = dict(bf16=2e-2, steps=1e-2, processes=1e-3, memory=0.10, tokens=0.25, no_cudnn=0.1, head=0.15)
-DEVIATIONS = 5                                             # standard deviations of a mean or a count
-REPEATED = 0.01                                            # share of the values in a tail that are there twice
-SPREAD = 4                                                 # differences of two continued runs, and EPSILON on top
-EPSILON = 1e-5
-DEVICE, DTYPE, _ = device_and_dtype("auto")
-CUDA = DEVICE == "cuda"
+TOLERANCE = dict(
+    bf16=2e-2, steps=1e-2, processes=1e-3,                 # relative: outputs and gradients, losses in bf16, in float32
+    memory=0.10, tokens=0.25,                              # relative to the plan
+    no_cudnn=1.1, head=1.15, faster=1,                     # seconds, times those of the other way
+    deviations=5, repeated=0.01,                           # of a mean or a count; share of a tail that is there twice
+    spread=4, epsilon=1e-5)                                # differences of two continued runs, and on top of them
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 
 
 @dataclass
@@ -58,7 +58,8 @@ class Shape:
     net: tuple                                             # the teacher's
     V: int
     L: int
-    rows: int                                              # of a batch; 4 times as many in the default job's
+    rows: int                                              # of a batch
+    micro: int                                             # of the default job's micro-batch
     windows: int                                           # of noise that Medusa's accumulator reads
     draws: int                                             # of noise
     nfe: int
@@ -89,8 +90,9 @@ class Shape:
                 "--log_every=1", "--size=tiny", *flags]
 
 
-FULL = Shape("small", "gpt2-large", GPT2_SIZES["gpt2-large"], 50257, 1024, 8, 32 * 1023, 2**31, 64, (50257, 256, 16))
-MINIATURE = Shape("tiny", "gpt2", (2, 128, 2), 301, 64, 2, 50, 2**25, 4, (5000, 64, 8))
+FULL = Shape("small", "gpt2-large", GPT2_SIZES["gpt2-large"], 50257, 1024, 8, 32, 32 * 1023, 2**31, 64,
+             (50257, 256, 16))
+MINIATURE = Shape("tiny", "gpt2", (2, 128, 2), 301, 32, 8, 2, 50, 2**25, 4, (6000, 16, 4))
 
 
 @dataclass
@@ -102,9 +104,17 @@ class Verdict:
 
 
 def at_most(what, found, bound, judged=True):
+    expected = "reported" if bound == math.inf else f"at most {bound:.3g}"
     if not judged:
-        return Verdict(what, f"skipped: needs a GPU, at full size (at most {bound:.3g})", f"{found:.3g}", None)
-    return Verdict(what, f"at most {bound:.3g}", f"{found:.3g}", bool(found <= bound))     # (nan is not)
+        return Verdict(what, f"{expected} (skipped: needs a GPU, and full size)", f"{found:.3g}", None)
+    return Verdict(what, expected, f"{found:.3g}", bool(found <= bound))                   # (nan is not)
+
+
+def times(what, seconds, bound, judged):
+    """{name: seconds}: the first in terms of the last."""
+    first, *_, last = seconds.values()
+    listed = ", ".join(f"{name} {s:.3g}" for name, s in seconds.items())
+    return at_most(f"{what}: seconds {listed}; first / last", first / last, bound, judged)
 
 
 def same(what, found, expected):
@@ -178,6 +188,7 @@ def attention(shape, folder):
 
 
 def flex(shape, folder):
+    shape = replace(shape, L=max(128, shape.L))            # shorter rows take the boolean mask
     model = shape.student(bd3lm.BD3LM, block_size=4)
     found = loss_and_gradient(model, shape.tokens())
     boolean = bd3lm.training_mask(shape.L, 4, shape.tokens().device)
@@ -235,9 +246,9 @@ def noise(shape, folder):
     prior = -gumbel.sample_exponential(logits.shape, generator, DEVICE).log()
     variance = math.pi**2 / 6
     for what, x in dict(prior=prior, posterior=posterior, highest=highest).items():
-        error = DEVIATIONS * math.sqrt(variance / x.numel())
+        error = TOLERANCE["deviations"] * math.sqrt(variance / x.numel())
         yield at_most(f"{what}: mean off by", abs(x.mean(dtype=torch.float64).item() - np.euler_gamma), error)
-        error = DEVIATIONS * variance * math.sqrt(4.4 / x.numel())         # the kurtosis is 5.4
+        error = TOLERANCE["deviations"] * variance * math.sqrt(4.4 / x.numel())         # the kurtosis is 5.4
         yield at_most(f"{what}: variance off by", abs(x.double().var().item() - variance), error)
     tail = []
     for _ in range(shape.draws // 2**24):                  # in parts
@@ -248,9 +259,9 @@ def noise(shape, folder):
         n = (tail > level).sum().item()
         expected = -shape.draws * math.expm1(-math.exp(-level))
         what = f"draws above {level}: {n}, Poisson with mean {expected:.1f}, off by"
-        yield at_most(what, abs(n - expected), DEVIATIONS * math.sqrt(expected))
+        yield at_most(what, abs(n - expected), TOLERANCE["deviations"] * math.sqrt(expected))
     repeated = 1 - len(tail.unique()) / max(1, len(tail))  # most are, from uniforms on a grid of 2^-24
-    yield at_most("share of the draws above 12 that is repeated", repeated, REPEATED)
+    yield at_most("share of the draws above 12 that is repeated", repeated, TOLERANCE["repeated"])
 
 
 def draws(shape):
@@ -265,9 +276,9 @@ def draws(shape):
 
 def resume(shape, folder):
     flags = partial(shape.flags, folder)
-    run_training(flags("ar", "--model=ar", "--steps=1", "--batch_size=4", "--micro_batch_size=4"))
-    more = ["--gumbel", f"--teacher={folder}/ar", "--steps=20", "--save_every=10", "--batch_size=8",
-            "--micro_batch_size=4"]
+    run_training(flags("ar", "--model=ar", "--steps=1", "--batch_size=2", "--micro_batch_size=2"))
+    more = ["--gumbel", f"--teacher={folder}/ar", "--steps=20", "--save_every=10", "--batch_size=4",
+            "--micro_batch_size=2"]
     _, _, alone = run_training(flags("alone", *more))
     losses = []
     for out in ("first", "second"):                        # both from what that run has written at step 10
@@ -278,13 +289,13 @@ def resume(shape, folder):
     yield Verdict("first step of a continued run", "11", str(lines[0]["step"]), lines[0]["step"] == 11)
     data = Shards(args.data, "train", args.length)
     world = SimpleNamespace(size=1, rank=0, cuda=False)
-    whole, continued = [micro_batches(data, None, args, 4, world, step) for step in (0, 10)]
+    whole, continued = [micro_batches(data, None, args, 2, world, step) for step in (0, 10)]
     before = [next(whole) for _ in range(20)]              # two in a step
     different = sum(not torch.equal(next(whole)[0], next(continued)[0]) for _ in before)
     yield at_most("micro-batches with other rows", different, 0)
     yield at_most("noise embeddings and gradients that differ", (draws(shape) != draws(shape)).sum().item(), 0)
     first, second = losses
-    bound = SPREAD * abs(first - second).max() + EPSILON
+    bound = TOLERANCE["spread"] * abs(first - second).max() + TOLERANCE["epsilon"]
     yield at_most("losses of the run alone off by", abs(alone[10:] - first).max(), bound)
 
 
@@ -296,7 +307,8 @@ def ddp(shape, folder):
     flags = ["--model=ar", "--dropout=0", "--steps=5", f"--batch_size={4 * processes}", "--micro_batch_size=2"]
     _, _, one = run_training(shape.flags(folder, "one", *flags))            # (AR: no draws)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    subprocess.run([*command, train.__file__, *shape.flags(folder, "several", *flags)], check=True, timeout=400)
+    subprocess.run([*command, train.__file__, *shape.flags(folder, "several", *flags)], check=True, timeout=400,
+                   stdout=subprocess.DEVNULL)
     several = np.array([line["loss"] for line in log_of(f"{folder}/several")])
     what = f"losses of 5 steps, {processes} processes against one, off by"
     yield at_most(what, abs(several / one - 1).max(), TOLERANCE["bf16" if CUDA else "processes"])
@@ -305,14 +317,14 @@ def ddp(shape, folder):
 def cudnn(shape, folder):
     bench = shape.sampling(shape.V, shape.L, shape.nfe)
     for name, sample in dict(MDLM=bench.sample_here, AR=bench.sample_ar, BD3LM=bench.sample_blocks).items():
-        seconds = []
-        for wanted in (False, True, False):                # the first is a warm-up; cuDNN's plans are to be counted
-            torch.backends.cuda.enable_cudnn_sdp(wanted)
+        seconds = {}
+        for way in ("warm-up", "without", "with"):         # not by `measure`: cuDNN's plans are to be counted
+            torch.backends.cuda.enable_cudnn_sdp(way == "with")
             began = time.perf_counter()
             bench.run(name, sample, 16)                    # (waits for the device)
-            seconds.append(time.perf_counter() - began)
-        what = f"{name}: seconds without cuDNN {seconds[2]:.2f}, with it {seconds[1]:.2f}, more by"
-        yield at_most(what, seconds[2] / seconds[1] - 1, TOLERANCE["no_cudnn"], shape is FULL)
+            seconds[way] = time.perf_counter() - began
+        del seconds["warm-up"]
+        yield times(name, seconds, TOLERANCE["no_cudnn"], shape is FULL)
 
 
 def head_step(layer, h, padding):
@@ -325,8 +337,7 @@ def padding(shape, folder):
     h = torch.randn(16 * shape.L, layer.in_features, device=DEVICE, requires_grad=True)
     ways = dict(padded=gumbel.padding, plain=lambda V, x, dtype: 0)
     seconds = seconds_of({name: partial(head_step, layer, h, way) for name, way in ways.items()})
-    what = "seconds of the padded head, times the other's"
-    yield at_most(what, seconds["padded"] / seconds["plain"], 1, shape is FULL)
+    yield times("the student's head", seconds, TOLERANCE["faster"], shape is FULL)
 
 
 def head_in(kind, to_logits, layer, h, exact):
@@ -347,10 +358,7 @@ def heads(shape, folder):
     ways = {kind: partial(head_in, kind, mdlm.to_logits) for kind in ("float32", "tf32", "bf16")}
     for nfe in (1, shape.nfe):
         seconds = seconds_of({kind: partial(sample_with, model, head, nfe) for kind, head in ways.items()})
-        listed = ", ".join(f"{kind} {s:.3f}" for kind, s in seconds.items())
-        bound = math.inf if nfe == 1 else TOLERANCE["head"]
-        what = f"NFE {nfe}, seconds with heads in {listed}: float32 over bf16"
-        yield at_most(what, seconds["float32"] / seconds["bf16"] - 1, bound, shape is FULL)
+        yield times(f"NFE {nfe}, head in", seconds, math.inf if nfe == 1 else TOLERANCE["head"], shape is FULL)
     layer = model.transformer.head
     h = torch.randn(4 * shape.L, layer.in_features, generator=seeded(0), device=DEVICE)
     expected = layer(h).argmax(-1)
@@ -377,49 +385,48 @@ def measured_speeds(shape):
 
 
 def step(shape, folder):
-    name = torch.cuda.get_device_name() if CUDA else "a CPU"
+    name = torch.cuda.get_device_name() if CUDA else ""
     card = next((card for words, card in CARDS.items() if words in name), None)
+    paper = plan.speeds_of(card) if card else {}
     here = measured_speeds(shape)
-    on_paper = plan.speeds_of(card) if card else {}
     for kind, speed in here.items():
-        yield Verdict(f"speed: {kind}", f"{on_paper.get(kind, math.nan):.3g} (reported)", f"{speed:.3g}", True)
-    rows = 4 * shape.rows
-    for job in ("", "--compile", "--teacher_cache=8", "--teacher_cache=8 --compile"):
-        if "compile" in job and not CUDA:
-            yield Verdict(f"the default job {job}", "skipped: needs a GPU", "", None)
+        yield Verdict(f"speed: {kind}, on paper {paper.get(kind, math.nan):.3g}", "reported", f"{speed:.3g}", True)
+    batch = 2 * shape.micro
+    for more in ("", "--compile", "--teacher_cache=8", "--teacher_cache=8 --compile"):
+        job = f"the default job {more}".strip()
+        if "compile" in more and not CUDA:
+            yield Verdict(job, "skipped: needs a GPU", "", None)
             continue
-        flags = shape.flags(folder, f"step{job}", "--gumbel", f"--teacher={shape.teacher}", f"--size={shape.size}",
-                            "--steps=12", "--log_every=4", "--dtype=bfloat16", f"--batch_size={2 * rows}",
-                            f"--micro_batch_size={rows}", *job.split())
+        flags = shape.flags(folder, f"step{more}", "--gumbel", f"--teacher={shape.teacher}", f"--size={shape.size}",
+                            "--steps=9", "--log_every=3", "--dtype=bfloat16", f"--batch_size={batch}",
+                            f"--micro_batch_size={shape.micro}", *more.split())
+        gc.collect()                                       # the one before has left the device
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         with patch.object(train, "load_ar", shape.new_teacher):
             args, lines, _ = run_training(flags)
-        gc.collect()                                       # the next one starts with an empty device
-        found = lines[-1]                                  # without the warm-up
-        what = f"the default job {job}: {found['peak_gb']} GB, {found['tokens_per_s']:,} tokens/s"
+        rate = lines[-1]["tokens_per_s"]                   # of the last steps, without the warm-up
+        gb = lines[-1]["peak_gb"]
         if card is None or shape is not FULL:
-            yield Verdict(what, "skipped: needs a known card, at full size", "", None)
+            yield Verdict(job, "skipped: needs a known card, and full size", f"{rate} tokens/s, {gb} GB", None)
             continue
-        for speeds, judged in ((on_paper, True), (here, False)):
-            planned = plan.predict(args, speeds, [rows], 2 * rows, shape.V)
-            rate = 2 * rows * shape.L / planned.seconds(rows, 2)
-            peak = planned.peaks[rows] / 1e9
-            bound = TOLERANCE["tokens"]
-            yield at_most(f"{what}; plan {rate:,.0f}, off by", abs(found["tokens_per_s"] / rate - 1), bound, judged)
-        yield at_most(f"{what}; plan {peak:.1f} GB, off by", abs(found["peak_gb"] / peak - 1), TOLERANCE["memory"])
+        for speeds, bound in ((here, math.inf), (paper, TOLERANCE["tokens"])):
+            planned = plan.predict(args, speeds, [shape.micro], batch, shape.V)
+            expected = batch * shape.L / planned.seconds(shape.micro, 2)
+            source = "paper" if speeds is paper else "this card's speeds"
+            what = f"{job}: {rate} tokens/s, {expected:.0f} by {source}, off by"
+            yield at_most(what, abs(rate / expected - 1), bound)
+        expected = planned.peaks[shape.micro] / 1e9
+        yield at_most(f"{job}: {gb} GB, {expected:.2f} by plan, off by", abs(gb / expected - 1), TOLERANCE["memory"])
 
 
 def authors(shape, folder):
     torch.backends.cuda.enable_cudnn_sdp(False)
     bench = shape.sampling(*shape.authors)
     for n in (1, 16):
-        ways = dict(theirs=partial(bench.run, "theirs", bench.sample_as_authors, n),
-                    ours=partial(bench.run, "ours", bench.sample_here, n))
-        seconds = seconds_of(ways)
-        rates = {name: n / s for name, s in seconds.items()}
-        what = f"batch {n}: samples/s of the authors' loop {rates['theirs']:.3g}, ours {rates['ours']:.3g}, ratio"
-        yield at_most(what, rates["theirs"] / rates["ours"], 1)
+        ways = dict(here=bench.sample_here, authors=bench.sample_as_authors)
+        seconds = seconds_of({name: partial(bench.run, name, sample, n) for name, sample in ways.items()})
+        yield times(f"{n} samples", seconds, TOLERANCE["faster"], True)
 
 
 PARTS = dict(attention=attention, flex=flex, compile=compiled, bf16=bf16, noise=noise, resume=resume, ddp=ddp,
@@ -461,18 +468,18 @@ def gpu(args):
     with tempfile.TemporaryDirectory() as folder:
         meta = dict(name="ids", tokenizer="ids", row_length=None, vocab_size=shape.V, bos=shape.V - 1, predict_bos=True)
         writer = Writer(f"{folder}/ids", meta)
-        for split, n in dict(train=2**18, val=2**11).items():
+        for split, n in dict(train=2**16, val=2**11).items():
             writer.write(split, np.random.default_rng(0).integers(0, shape.V - 1, n))
         writer.finish()
         for name in names:
-            print(f"{name} ...", file=sys.stderr, flush=True)
+            print(f"{time.time() - began:.0f} s: {name}", file=sys.stderr, flush=True)
             for verdict in verdicts(name, shape, folder):
                 ok = {True: "ok", False: "not", None: "skipped"}[verdict.ok]
                 rows.append(dict(vars(verdict), part=name, ok=ok))
-    args.n = len(rows)
-    args.seed = 0
+    args.n = len(rows)                                     # what `report` asks of all commands
+    args.seed = None
     columns = dict(part="part", what="what", expected="expected", found="found", ok="ok")
     wrong = [row for row in rows if row["ok"] == "not"]
-    report(args, rows, f"{len(wrong)} of {len(rows)} are not as expected", columns, began=began, device=DEVICE,
-           dtype=DTYPE)
+    note = f"{len(wrong)} of {len(rows)} are not as expected"
+    report(args, rows, note, columns, began=began, device=DEVICE, dtype=None)
     sys.exit(bool(wrong))

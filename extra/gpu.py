@@ -1,8 +1,8 @@
 """The first hour on a GPU in one command, `python -m extra.bench gpu`: was what was computed on paper right?
 
 Random weights and tokens; each part takes less than eight minutes on an H100. A part is a function that yields
-verdicts; one that raises is a verdict, and the others still run. Without CUDA, or with --miniature, sizes are tiny:
-timings are not judged then. What needs a GPU's kernels is skipped on a CPU.
+verdicts; one that raises is a verdict, and the others still run. Exit code 1 if one is "not". Without CUDA, or with
+--miniature, sizes are tiny, and timings are not judged (but for `authors`). What needs a GPU's kernels is skipped.
 """
 import gc
 import json
@@ -46,6 +46,7 @@ TOLERANCE = dict(
     no_cudnn=1.1, head=1.15, faster=1,                     # seconds, times those of the other way
     deviations=5, repeated=0.01,                           # of a mean or a count; share of a tail that is there twice
     spread=4, epsilon=1e-5)                                # differences of two continued runs, and on top of them
+TINY = ["--size=tiny", "--n_layer=2"]                      # of runs whose size does not matter
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -87,12 +88,13 @@ class Shape:
     def flags(self, folder, out, *flags):
         """Of train.py, on random ids."""
         return [f"--data={folder}/ids", f"--out={folder}/{out}", f"--length={self.L}", "--warmup=5", "--eval_rows=1",
-                "--log_every=1", "--size=tiny", *flags]
+                "--log_every=1", *flags]
 
 
-FULL = Shape("small", "gpt2-large", GPT2_SIZES["gpt2-large"], 50257, 1024, 8, 32, 32 * 1023, 2**31, 64,
-             (50257, 256, 16))
-MINIATURE = Shape("tiny", "gpt2", (2, 128, 2), 301, 32, 8, 2, 50, 2**25, 4, (6000, 16, 4))
+FULL = Shape(size="small", teacher="gpt2-large", net=GPT2_SIZES["gpt2-large"], V=50257, L=1024, rows=8, micro=32,
+             windows=32 * 1023, draws=2**31, nfe=64, authors=(50257, 256, 16))
+MINIATURE = Shape(size="tiny", teacher="gpt2", net=(2, 128, 2), V=301, L=32, rows=8, micro=2,
+                  windows=50, draws=2**25, nfe=4, authors=(6000, 16, 4))
 
 
 @dataclass
@@ -145,6 +147,13 @@ def seconds_of(ways, repeats=3):
     """{name: function} -> {name: median seconds}."""
     measured = measure([Case(name, run) for name, run in ways.items()], repeats)
     return {name: seconds for name, (seconds, _) in zip(ways, measured)}
+
+
+def free():
+    """Forget what was compiled, and what nobody refers to."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def log_of(out):
@@ -252,11 +261,11 @@ def noise(shape, folder):
         yield at_most(f"{what}: variance off by", abs(x.double().var().item() - variance), error)
     tail = []
     for _ in range(shape.draws // 2**24):                  # in parts
-        x = -gumbel.sample_exponential((2**24,), generator, DEVICE).log()
-        tail.append(x[x > 12].cpu())
+        e = gumbel.sample_exponential((2**24,), generator, DEVICE)
+        tail.append(e[e < math.exp(-12)].cpu())
     tail = torch.cat(tail)
     for level in (12, 16.6, 18):
-        n = (tail > level).sum().item()
+        n = (tail < math.exp(-level)).sum().item()
         expected = -shape.draws * math.expm1(-math.exp(-level))
         what = f"draws above {level}: {n}, Poisson with mean {expected:.1f}, off by"
         yield at_most(what, abs(n - expected), TOLERANCE["deviations"] * math.sqrt(expected))
@@ -276,8 +285,8 @@ def draws(shape):
 
 def resume(shape, folder):
     flags = partial(shape.flags, folder)
-    run_training(flags("ar", "--model=ar", "--steps=1", "--batch_size=2", "--micro_batch_size=2"))
-    more = ["--gumbel", f"--teacher={folder}/ar", "--steps=20", "--save_every=10", "--batch_size=4",
+    run_training(flags("ar", *TINY, "--model=ar", "--steps=1", "--batch_size=2", "--micro_batch_size=2"))
+    more = [*TINY, "--gumbel", f"--teacher={folder}/ar", "--steps=20", "--save_every=10", "--batch_size=4",
             "--micro_batch_size=2"]
     _, _, alone = run_training(flags("alone", *more))
     losses = []
@@ -304,7 +313,7 @@ def ddp(shape, folder):
     if processes == 1:
         yield Verdict("several processes", "skipped: one GPU only", "", None)
         return
-    flags = ["--model=ar", "--dropout=0", "--steps=5", f"--batch_size={4 * processes}", "--micro_batch_size=2"]
+    flags = [*TINY, "--model=ar", "--dropout=0", "--steps=5", f"--batch_size={4 * processes}", "--micro_batch_size=2"]
     _, _, one = run_training(shape.flags(folder, "one", *flags))            # (AR: no draws)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     subprocess.run([*command, train.__file__, *shape.flags(folder, "several", *flags)], check=True, timeout=400,
@@ -400,7 +409,7 @@ def step(shape, folder):
         flags = shape.flags(folder, f"step{more}", "--gumbel", f"--teacher={shape.teacher}", f"--size={shape.size}",
                             "--steps=9", "--log_every=3", "--dtype=bfloat16", f"--batch_size={batch}",
                             f"--micro_batch_size={shape.micro}", *more.split())
-        gc.collect()                                       # the one before has left the device
+        free()                                             # of the job before
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         with patch.object(train, "load_ar", shape.new_teacher):
@@ -440,7 +449,7 @@ NEED_A_GPU = {"flex", "cudnn", "padding"}
 def verdicts(name, shape, folder):
     """Of a part, whatever happens in it; it leaves nothing on the device."""
     if name in NEED_A_GPU and not CUDA:
-        yield Verdict("", "skipped: needs a GPU", "", None)
+        yield Verdict("all of it", "skipped: needs a GPU", "", None)
         return
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
@@ -449,9 +458,7 @@ def verdicts(name, shape, folder):
         traceback.print_exc()
         yield Verdict("runs to its end", "no error", f"{type(e).__name__}: {e}".splitlines()[0], False)
     torch.backends.cuda.enable_cudnn_sdp(before)
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
+    free()
 
 
 def gpu(args):

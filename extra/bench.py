@@ -5,6 +5,7 @@
     python -m extra.bench step --length=128 --micro_batch_size=8                    # a training step, by part
     python -m extra.bench step --teacher=gpt2-large --length=1024 --compile         # the default job's shape, for a GPU
     python -m extra.bench plan --gumbel --card=a100         # what the default job will cost there: needs no GPU
+    python -m extra.bench gpu --json=gpu.json               # on a new GPU: is it right there, and as fast as planned?
 
 Caveats first. Medians of --repeats after a warm-up, the cases of a table in turn: on a shared machine only their
 ratios mean anything. Weights are random; in sampling, the output layer gives logits a standard deviation of 3 (6.5
@@ -595,6 +596,11 @@ def flags():
     sub.add_argument("--masked", type=number(float, above=0, high=1), default=0.5, help="share of the positions")
     sub.add_argument("--processes", type=count, default=8, help="GPUs")
     sub.add_argument("--card", choices=[name.lower() for name in CARDS if " " not in name], default="h100")
+
+    sub = commands.add_parser("gpu")
+    sub.add_argument("--only", help="parts of it, by name, with commas between")
+    sub.add_argument("--miniature", action="store_true", help="tiny sizes, as without a GPU")
+    sub.add_argument("--json", help="also write the verdicts to this file")
     return parser
 
 
@@ -615,6 +621,10 @@ def main():
     if args.what == "plan":
         from extra.plan import plan
         plan(args)
+        return
+    if args.what == "gpu":
+        from extra.gpu import gpu
+        gpu(args)
         return
     if args.what == "step" and args.length % args.block_size:
         parser.error(f"--block_size={args.block_size} does not divide --length={args.length}: choose a divisor")

@@ -26,6 +26,7 @@ import bd3lm
 import evaluate
 import gumbel
 import mdlm
+import medusa
 import sample
 import teacher
 import train
@@ -35,7 +36,7 @@ from data.cli import BadInput, say_once
 from data.maze import maze_paths, maze_valid
 from data.run import CARDS, flops_per_row, peak_flops, rows_that_fit
 from data.vocab import Tokenizer
-from extra import bench, figures, lm_eval_model, plan, published, scores
+from extra import bench, figures, gpu, lm_eval_model, plan, published, scores
 from extra import judge as llm_judge
 from extra.plot import nfe_table
 from extra.verified import generate_apd
@@ -1278,6 +1279,119 @@ def test_the_noise_on_full_tensors_in_bench_has_the_mean_of_ours():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# gpu.py
+
+def verdicts_of(result, path):
+    """The exit code of `bench gpu`, and the rows of its file, which are those of its table."""
+    code, out, err = result
+    rows = json.loads(path.read_text())["rows"]
+    lines = [line for line in out.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == len(rows), (out, err)
+    for line, row in zip(lines, rows):
+        cells = [row[key] for key in ("part", "what", "expected", "found", "ok")]
+        assert line.startswith("| " + " | ".join(cells) + " |")
+    return code, rows
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a GPU as a command: python -m extra.bench gpu")
+def test_bench_gpu_runs_in_miniature_on_a_cpu(cli, tmp_path):
+    code, rows = verdicts_of(cli(bench, f"gpu --json={tmp_path}/gpu.json"), tmp_path / "gpu.json")
+    assert code == 0, rows
+    assert list(dict.fromkeys(row["part"] for row in rows)) == list(gpu.PARTS)
+    skipped = {row["part"] for row in rows if row["ok"] == "skipped"}
+    assert {"flex", "cudnn", "padding"} <= skipped and not skipped & {"compile", "bf16", "noise", "resume", "ddp"}
+    assert all("skipped" in row["expected"] for row in rows if row["ok"] == "skipped")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="padding is skipped on a CPU")
+def test_a_part_of_bench_gpu_that_raises_is_a_verdict_and_the_others_run(cli, tmp_path, monkeypatch):
+    def fails(shape, folder):
+        yield gpu.at_most("before it", 0, 1)
+        raise RuntimeError("CUDA error: as a test wants it\nwhat else there is to say")
+
+    monkeypatch.setitem(gpu.PARTS, "attention", fails)
+    result = cli(bench, f"gpu --only=attention,padding,noise --json={tmp_path}/gpu.json")
+    code, rows = verdicts_of(result, tmp_path / "gpu.json")
+    assert code == 1 and [row["ok"] for row in rows[:3]] == ["ok", "not", "skipped"], rows
+    assert {row["ok"] for row in rows[3:]} == {"ok"} and len(rows) > 10
+    assert rows[1]["found"] == "RuntimeError: CUDA error: as a test wants it" and "Traceback" in result[2]
+
+
+def doubled(monkeypatch):
+    draw = gumbel.sample_exponential
+    monkeypatch.setattr(gumbel, "sample_exponential", lambda *args: draw(*args).square())
+
+
+def on_a_grid(monkeypatch):
+    def draw(shape, generator=None, device=None):
+        u = torch.rand(shape, generator=generator, device=device)
+        return -torch.log1p(-u).clamp(max=-gumbel.TINY)
+    monkeypatch.setattr(gumbel, "sample_exponential", draw)
+
+
+def posterior_of_another_token(monkeypatch):
+    posterior = gumbel.posterior_gumbel
+    monkeypatch.setattr(gumbel, "posterior_gumbel", lambda logits, x, g: posterior(logits, x.roll(1), g))
+
+
+def attention_off(monkeypatch):
+    read = medusa.Accumulator.read
+    monkeypatch.setattr(medusa.Accumulator, "read",
+                        lambda self, e: read(self, e) * (1.05 if torch.is_autocast_enabled("cpu") else 1))
+
+
+def nothing_compiled(monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: None)
+    monkeypatch.setattr(GumbelEmbedding, "compile", lambda self, **kw: None)
+
+
+def loss_off(monkeypatch):
+    losses = mdlm.row_losses
+    monkeypatch.setattr(mdlm, "row_losses",
+                        lambda *args: losses(*args) * (1.03 if torch.is_autocast_enabled("cpu") else 1))
+
+
+def other_draws(monkeypatch):
+    seeds = iter(range(10**6))
+    monkeypatch.setattr(train, "torch_seed", lambda *key: next(seeds))
+
+
+def head_in_bf16(monkeypatch):
+    to_logits = mdlm.to_logits
+    monkeypatch.setattr(mdlm, "to_logits", lambda layer, h, exact: to_logits(layer, h, False))
+
+
+def slow(monkeypatch):
+    sample = bench.Sampling.sample_here
+    monkeypatch.setattr(bench.Sampling, "sample_here", lambda self, n: [sample(self, n) for _ in range(4)])
+
+
+@pytest.mark.parametrize("part, mistake, words", [
+    ("noise", doubled, "prior: variance"), ("noise", on_a_grid, "repeated"),
+    ("noise", posterior_of_another_token, "other argmaxes"), ("attention", attention_off, "MATH: output"),
+    ("compile", nothing_compiled, "micro-step 1"), ("heads", head_in_bf16, "head in float32"),
+    pytest.param("bf16", loss_off, "losses of ten steps", marks=pytest.mark.slow),
+    pytest.param("resume", other_draws, "embeddings", marks=pytest.mark.slow),
+    pytest.param("authors", slow, "1 samples", marks=pytest.mark.slow)])
+def test_bench_gpu_finds_a_mistake(cli, tmp_path, monkeypatch, part, mistake, words):
+    mistake(monkeypatch)
+    flags = f"gpu --only={part} --miniature --json={tmp_path}/gpu.json"
+    code, rows = verdicts_of(cli(bench, flags), tmp_path / "gpu.json")
+    assert code == 1 and any(words in row["what"] for row in rows if row["ok"] == "not"), rows
+
+
+@pytest.mark.slow
+def test_bench_gpu_holds_a_step_against_the_plan(cli, tmp_path, monkeypatch):
+    """As on a card of full size: this CPU is no H100."""
+    monkeypatch.setattr(gpu, "FULL", gpu.MINIATURE)
+    monkeypatch.setattr(gpu, "CARDS", {"": CARDS["H100"]})
+    code, rows = verdicts_of(cli(bench, f"gpu --only=step --json={tmp_path}/gpu.json"), tmp_path / "gpu.json")
+    assert code == 1 and sum(row["expected"] == "reported" for row in rows) == 6 + 2, rows
+    assert {row["ok"] for row in rows if "by paper" in row["what"]} == {"not"}
+    assert sum("GB, 0." in row["what"] or "GB, 1." in row["what"] for row in rows) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # lm_eval_model.py: the score of a completion
 
 ROWS = rows_of(5, V=7, L=12, seed=1)                       # scored: places 5 to 9
@@ -1653,6 +1767,8 @@ REFUSED = [                                                # (command, flags, wh
     (bench, "plan --heads=2", ["--heads=2", "medusa"]),
     (bench, "plan --batch_size=12", ["--batch_size=12", "--processes=8"]),
     (bench, "plan --micro_batch_size=48", ["--micro_batch_size=48"]),
+    (bench, "gpu --only=noise,sound", ["--only=noise,sound", "'sound'", "attention", "authors"]),
+    (bench, "gpu --json=no/folder.json", ["--json=no/folder.json"]),
     (llm_judge, "--samples no.jsonl --model=m", ["no.jsonl"]),
     (llm_judge, "--samples text.jsonl --model=m", ["text.jsonl", "JSON"]),
     # nobody's file is cut or appended to

@@ -1125,7 +1125,7 @@ def test_bench_prints_the_rows_that_it_names(cli, flags, names):
 # plan.py
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--model=mdlm --gumbel", "--model=bd3lm --gumbel", "--model=mdlm --size=medium"])
+@pytest.mark.parametrize("flags", ["--model=bd3lm --gumbel", "--model=mdlm --size=medium"])
 def test_the_micro_batch_that_is_chosen_fits(monkeypatch, flags):
     """The rule of thumb of a run on a GPU of 24 GB, against what is counted; four times as many rows would not fit."""
     monkeypatch.setattr(sys, "argv", ["bench.py"])
@@ -1221,9 +1221,11 @@ def test_a_plan_leaves_nothing_behind_also_after_an_error(cli, monkeypatch):
 
 @pytest.mark.parametrize("flags, parts", [
     ("--gumbel --teacher=gpt2", ["teacher, body", "teacher, head", "noise, post", "the same in the backward"]),
-    ("--model=bd3lm --block_size=8 --gumbel --teacher=gpt2 --teacher_cache=4 --compile --card=a100", ["noise, post"]),
-    ("--model=medusa --gumbel --heads=2 --dtype=float32", ["teacher, body", "noise, post"]),
-    ("--kd=token --teacher=gpt2 --size=tiny", ["teacher, head"])])
+    pytest.param("--model=bd3lm --block_size=8 --gumbel --teacher=gpt2 --teacher_cache=4 --compile --card=a100",
+                 ["noise, post"], marks=pytest.mark.slow),
+    pytest.param("--model=medusa --gumbel --heads=2 --dtype=float32", ["teacher, body", "noise, post"],
+                 marks=pytest.mark.slow),
+    pytest.param("--kd=token --teacher=gpt2 --size=tiny", ["teacher, head"], marks=pytest.mark.slow)])
 def test_bench_plan_prints_the_parts_of_a_step_and_what_fits(cli, monkeypatch, flags, parts):
     monkeypatch.setattr(plan, "MICRO_BATCHES", (2, 8))
     size = "" if "medusa" in flags else "--size=tiny"
@@ -1293,6 +1295,7 @@ def verdicts_of(result, path):
     return code, rows
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on a GPU as a command: python -m extra.bench gpu")
 def test_bench_gpu_runs_in_miniature_on_a_cpu(cli, tmp_path):
     code, rows = verdicts_of(cli(bench, f"gpu --json={tmp_path}/gpu.json"), tmp_path / "gpu.json")

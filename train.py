@@ -317,7 +317,6 @@ def new_model(args, data, teacher, source, ckpt, world):
     """The model of this run, initialised, from the weights of `source` where there is one; `ckpt`, of the same run or
     None, has what cannot be seen from the flags.
     """
-    torch.manual_seed(args.seed)                           # of the initial weights
     old = {}                                               # their config, or that of this run
     if ckpt:
         old = ckpt["config"]
@@ -482,6 +481,7 @@ def start(args, world):
         seen["teacher"] = None
         if teacher is not None and world.first:            # one process of a machine reads it all
             seen["teacher"] = model_hash(teacher)
+        torch.manual_seed(args.seed)                       # of the initial weights
         source = None                                      # a model whose weights this one starts from
         if args.init_from and not ckpt:
             source = load_model(args.init_from)

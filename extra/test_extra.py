@@ -1369,13 +1369,13 @@ def slow(monkeypatch):
     monkeypatch.setattr(bench.Sampling, "sample_here", lambda self, n: [sample(self, n) for _ in range(4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part, mistake, words", [
     ("noise", doubled, "prior: variance"), ("noise", on_a_grid, "repeated"),
     ("noise", posterior_of_another_token, "other argmaxes"), ("attention", attention_off, "MATH: output"),
     ("compile", nothing_compiled, "micro-step 1"), ("heads", head_in_bf16, "head in float32"),
-    pytest.param("bf16", loss_off, "losses of ten steps", marks=pytest.mark.slow),
-    pytest.param("resume", other_draws, "embeddings", marks=pytest.mark.slow),
-    pytest.param("authors", slow, "1 samples", marks=pytest.mark.slow)])
+    ("bf16", loss_off, "losses of ten steps"), ("resume", other_draws, "embeddings"),
+    ("authors", slow, "1 samples")])
 def test_bench_gpu_finds_a_mistake(cli, tmp_path, monkeypatch, part, mistake, words):
     mistake(monkeypatch)
     flags = f"gpu --only={part} --miniature --json={tmp_path}/gpu.json"

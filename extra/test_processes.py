@@ -150,9 +150,10 @@ def no_teacher(folder):
     shutil.rmtree(folder / "out/ar")
 
 
+@slow
 @pytest.mark.parametrize("change,words", [
-    (other_run, ["checkpoint of step 2", "of no step"]), pytest.param(other_teacher, ["teacher"], marks=slow),
-    pytest.param(no_teacher, ["process 1 of 2", "out/ar"], marks=slow)])
+    (other_run, ["checkpoint of step 2", "of no step"]), (other_teacher, ["teacher"]),
+    (no_teacher, ["process 1 of 2", "out/ar"])])
 def test_machines_that_see_different_files_train_nothing(folders, change, words):  # noqa: F811
     """Two processes, a folder each. (Other shards: see below.)"""
     one, two = folders
@@ -245,6 +246,7 @@ run_main(train.main)
 """
 
 
+@slow
 @pytest.mark.parametrize("flags", [f"--model=mdlm {NOISY} --micro_batch_size=4",
                                    f"--model=bd3lm {NOISY} --clip_search --micro_batch_size=8"])
 def test_gradients_and_weights_are_equal_in_all_processes_at_every_step(folders, flags):  # noqa: F811

@@ -298,13 +298,12 @@ def train_missing_teacher(args, world):
         return
     path = teacher_path(args, meta)
     with world.together() as seen:
-        seen["teacher's state"] = "not complete"
-        if os.path.exists(os.path.join(path, "ckpt.pt")):
-            ckpt = load_checkpoint(path)
-            if ckpt["step"] >= ckpt["args"]["steps"]:
-                seen["teacher's state"] = "complete"
-        open_run(args, world)                              # a wrong flag of the student is refused first
-    if seen["teacher's state"] == "complete":
+        ckpt = load_checkpoint(path) if os.path.exists(os.path.join(path, "ckpt.pt")) else None
+        complete = ckpt is not None and ckpt["step"] >= ckpt["args"]["steps"]
+        seen["teacher's state"] = "complete" if complete else "not complete"
+        if not complete:
+            open_run(args, world)                          # a wrong flag of the student is refused first
+    if complete:
         return
     world.say(f"teacher: {path} is not there, or not finished: training it first")
     flags = ["--model=ar", f"--data={args.data}", f"--out={path}", f"--dtype={args.dtype}"]

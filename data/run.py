@@ -330,13 +330,19 @@ def rows_that_fit(args, length, vocab_size, share, memory=None):
     return max(rows for rows in range(1, max(1, int(tokens // length)) + 1) if share % rows == 0)
 
 
-def peak_flops(world):
-    """The bf16 peak of the run's devices together, FLOP/s; None where it is not known."""
-    device = torch.cuda.get_device_name() if world.cuda else ""
+def card_here(cuda):
+    """The `Card` of this process's device; None where it is not known, or no GPU (`cuda`: whether it is one)."""
+    device = torch.cuda.get_device_name() if cuda else ""
     for name, card in CARDS.items():
         if name in device:
-            return card.bf16 * world.size
+            return card
     return None
+
+
+def peak_flops(world):
+    """The bf16 peak of the run's devices together, FLOP/s; None where it is not known."""
+    card = card_here(world.cuda)
+    return card.bf16 * world.size if card else None
 
 
 def peak_memory(cuda):

@@ -33,7 +33,7 @@ from data.batches import micro_batches
 from data.cli import BadInput
 from data.files import check_output
 from data.report import report
-from data.run import CARDS, body_to_bfloat16
+from data.run import allow_changing_shapes, body_to_bfloat16, card_here
 from data.shards import Shards, Writer
 from extra import plan
 from extra.bench import Case, Sampling, filled, measure
@@ -363,7 +363,7 @@ def sample_with(model, head, nfe):
 
 @torch.no_grad()
 def heads(shape, folder):
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    allow_changing_shapes()
     model = shape.student(noise="gumbel").eval()
     ways = {kind: partial(head_in, kind, mdlm.to_logits) for kind in ("float32", "tf32", "bf16")}
     for nfe in (1, shape.nfe):
@@ -395,8 +395,7 @@ def measured_speeds(shape):
 
 
 def step(shape, folder):
-    name = torch.cuda.get_device_name() if CUDA else ""
-    card = next((card for words, card in CARDS.items() if words in name), None)
+    card = card_here(CUDA)
     paper = plan.speeds_of(card) if card else {}
     here = measured_speeds(shape)
     for kind, speed in here.items():
@@ -431,7 +430,7 @@ def step(shape, folder):
 
 
 def authors(shape, folder):
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    allow_changing_shapes()
     bench = shape.sampling(*shape.authors)
     for n in (1, 16):
         ways = dict(here=bench.sample_here, authors=bench.sample_as_authors)

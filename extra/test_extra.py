@@ -1387,7 +1387,7 @@ def test_bench_gpu_finds_a_mistake(cli, tmp_path, monkeypatch, part, mistake, wo
 def test_bench_gpu_holds_a_step_against_the_plan(cli, tmp_path, monkeypatch):
     """As on a card of full size: this CPU is no H100."""
     monkeypatch.setattr(gpu, "FULL", gpu.MINIATURE)
-    monkeypatch.setattr(gpu, "CARDS", {"": CARDS["H100"]})
+    monkeypatch.setattr(gpu, "card_here", lambda cuda: CARDS["H100"])
     code, rows = verdicts_of(cli(bench, f"gpu --only=step --json={tmp_path}/gpu.json"), tmp_path / "gpu.json")
     assert code == 1 and sum(row["expected"] == "reported" for row in rows) == 6 + 2, rows
     assert {row["ok"] for row in rows if "by paper" in row["what"]} == {"not"}

@@ -146,6 +146,14 @@ PRESETS = [
     ({"data": "maze", "model": "bd3lm"}, dict(length=12)),  # 11 is prime: rows get one more PAD
     ({"data": "maze", "model": "mdlm", "gumbel": True}, dict(t_one=0.5)),
     ({"data": "maze", "model": "bd3lm", "gumbel": True}, dict(t_one=0.5)),
+    ({"data": "molecules"},
+     dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.0, batch_size=256, lr=2e-3,
+          steps=5000, warmup=100, schedule="cosine", eval_every=1000, save_every=500)),
+    ({"data": "molecules", "model": "ar"}, dict(steps=3000)),
+    ({"data": "words"},
+     dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.1, batch_size=256, lr=2e-3,
+          steps=4000, warmup=100, schedule="cosine", eval_every=1000, save_every=500)),
+    ({"data": "words", "model": "ar"}, dict(steps=3000)),
     ({"model": "medusa"}, dict(n_layer=1)),                # on the maze as well
 ]
 MAZES = ("maze", "maze_skewed")
@@ -258,6 +266,8 @@ def open_run(args, world):
     if not os.path.isdir(args.data):
         from extra.missing import refuse
         refuse(args.data, asks_teacher(args) and teacher_path(args, dict(tokenizer="gpt2")))
+    if "length" not in Parser.given and read_meta(args.data)[0]["row_length"]:
+        args.length = None                                 # rows that are cut bring their length
     data = Shards(args.data, "train", args.length)
     val = Shards(args.data, "val", args.length)
     micro = args.micro_batch_size or share

@@ -1,7 +1,10 @@
 """Makes datasets, and checks them.
 
     python data/prepare.py maze                                            # 2000 paths, no download
+    python data/prepare.py molecules                                       # QM9's, from the package qm9pack
+    python data/prepare.py words                                           # the system's list, or --files
     python data/prepare.py text --files a.txt b.txt --tokenizer=bytes --out=data/mine
+    python data/prepare.py text --files lines.txt --rows=31 --tokenizer=chars --out=data/lines   # one line a row
     python data/prepare.py text --hub=roneneldan/TinyStories --out=data/stories              # streamed, one pass
     python data/prepare.py openwebtext                                     # or lm1b: streamed; or --files=..., local
     python data/prepare.py zeroshot ptb --files ptb.test.txt               # one of the paper's zero-shot sets
@@ -22,6 +25,7 @@ from tqdm import tqdm
 if __name__ == "__main__":
     # a script's own folder is on the path: here the project's must be in its place, where the package `data` is
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from data import molecules, words
 from data.cli import BadInput, Parser, number, refuse_unread, run_main, unescape
 from data.detokenize import LAMBADA, LM1B, PTB, SCIENTIFIC, WIKITEXT, detokenize
 from data.documents import expand, hub_splits, kind_of_file, stream_files, stream_hub
@@ -41,6 +45,67 @@ def make_maze(name, out=None):
             writer.write(split, rows.ravel())
         writer.finish()
     print(f"{out}: {len(rows)} paths, {len(np.unique(rows, axis=0))} distinct", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lists: each entry a row, padded with EOS
+
+HELD_OUT = 0.05                                            # of a list, for each of val and test
+
+
+def make_words(args):
+    """A list of words -> shards of one word a row."""
+    make_list(args.out, words.read_words(args.files), Tokenizer(f"chars:{words.LETTERS}"), words.ROW)
+
+
+def make_molecules(args):
+    """SMILES strings -> shards of one molecule a row."""
+    strings = molecules.read_molecules(args.files)
+    tokens = sorted(set(itertools.chain(*map(molecules.smiles_tokens, strings))))
+    make_list(args.out, strings, Tokenizer("smiles:" + " ".join(tokens)), molecules.ROW)
+
+
+def make_list(out, texts, tokenizer, length, seed=0):
+    """Distinct texts -> rows of `length` tokens in `out`, a twentieth of them each for val and test, at random."""
+    rows = Rows(length, tokenizer.bos)
+    ids = [row for row in map(rows.padded, tokenizer.encode(texts)) if len(row)]
+    n = round(HELD_OUT * len(ids))
+    if n < 1:
+        raise BadInput(f"there are {len(ids)} rows of at most {length} tokens, too few to hold some out: give more "
+                       "with --files")
+    order = np.random.default_rng(seed).permutation(len(ids))
+    parts = dict(val=order[:n], test=order[n:2 * n], train=order[2 * n:])
+    meta = dict(name=os.path.basename(os.path.normpath(out)), predict_bos=True) | rows.meta() | describe(tokenizer)
+    with Writer(out, meta) as writer:
+        for split in ("train", "val", "test"):
+            writer.write(split, np.concatenate([ids[i] for i in parts[split]]))
+        writer.finish()
+    print(f"{out}: {len(ids)} rows of {length} tokens, {n} each for val and test, {rows.n_longer} longer ones left out",
+          file=sys.stderr)
+
+
+class Rows:
+    """Documents as rows of one length: EOS from their end to that of the row, longer ones left out and counted."""
+
+    def __init__(self, length, eos):
+        self.length = length
+        self.eos = eos
+        self.n_longer = 0
+        self.in_longer = False                             # within a document whose beginning was left out
+
+    def meta(self):
+        return dict(row_length=self.length, padded=True)
+
+    def padded(self, ids, ends=True):
+        """The tokens [n] of a document, or of a piece of one -> its row [length], or [0] where it is left out."""
+        is_longer = self.in_longer or not ends or len(ids) > self.length
+        self.in_longer = not ends
+        if is_longer:
+            self.n_longer += ends
+            return ids[:0]
+        row = np.full(self.length, self.eos, dtype=np.uint16)
+        row[:len(ids)] = ids
+        return row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,14 +170,16 @@ def to_splits(documents, is_val, rules=()):
         yield split, detokenize(text, rules), ends
 
 
-def write_text(writer, stream, tokenizer, eos=True, hold_out=0, batch_chars=1 << 22):
+def write_text(writer, stream, tokenizer, eos=True, hold_out=0, rows=None, batch_chars=1 << 22):
     """Encode a stream of (split, text, whether it ends its document), EOS (= BOS) after each. -> {split: tokens}.
 
     A few MB are in flight, whatever the input's size. `hold_out`: so many of the last documents become the val split;
-    a document waits in memory (2 bytes a token) until as many have followed it.
+    a document waits in memory (2 bytes a token) until as many have followed it. `rows`, a `Rows`: one document a row.
     """
     done = writer.done                                     # items of the stream that are written
-    stream = itertools.islice(stream, done, None)          # read again, but not encoded again
+    for _, _, ends in itertools.islice(stream, done):      # read again, but not encoded again
+        if rows:
+            rows.in_longer = not ends
     waiting = collections.deque()                          # encoded, and not yet written
     n_waiting = 0                                          # documents that end among them
     since_commit = 0
@@ -121,7 +188,7 @@ def write_text(writer, stream, tokenizer, eos=True, hold_out=0, batch_chars=1 <<
             batch = take(stream, batch_chars)
             if not batch:
                 break
-            encoded = encode(batch, tokenizer, eos)
+            encoded = encode(batch, tokenizer, eos, rows)
             waiting.extend(encoded)
             n_waiting += sum(ends for _, _, ends in encoded)
 
@@ -151,6 +218,8 @@ def write_text(writer, stream, tokenizer, eos=True, hold_out=0, batch_chars=1 <<
     tokens = writer.finish()
     print(f"{writer.out}: {tokens['train']} tokens for training, {tokens['val']} for validation",
           file=sys.stderr)
+    if rows and rows.n_longer:
+        print(f"{writer.out}: {rows.n_longer} documents of more than {rows.length} tokens left out", file=sys.stderr)
     return tokens
 
 
@@ -165,12 +234,14 @@ def take(stream, chars):
     return batch
 
 
-def encode(batch, tokenizer, eos):
-    """Items (split, text, ends) -> (split, ids, ends), with EOS where a document ends."""
-    rows = tokenizer.encode([text for _, text, _ in batch])
+def encode(batch, tokenizer, eos, rows=None):
+    """Items (split, text, ends) -> (split, ids, ends), with EOS where a document ends; with a `Rows`, its rows."""
+    encoded = tokenizer.encode([text for _, text, _ in batch])
     items = []
-    for (split, _, ends), ids in zip(batch, rows):
-        if ends and eos:
+    for (split, _, ends), ids in zip(batch, encoded):
+        if rows:
+            ids = rows.padded(ids, ends)
+        elif ends and eos:
             ids = np.append(ids, np.uint16(tokenizer.bos))  # (a plain int would make them int64)
         items.append((split, ids, ends))
     return items
@@ -197,12 +268,28 @@ def make_text(args):
 
 def make_text_of_files(args):
     """Any UTF-8 text files (any files at all with `bytes`), read twice: counted, then written."""
-    with begin(args, separator=args.separator) as (tokenizer, stream, writer):
+    separator = args.separator
+    if args.rows and "separator" not in Parser.given:
+        separator = "\n"
+    with begin(args, separator=separator) as (tokenizer, stream, writer):
         n, tokenizer = count_documents(stream, tokenizer)
         writer.meta |= describe(tokenizer)                 # of characters, the ones that the text has
         hold_out = max(1, round(args.val_fraction * n))
-        write_text(writer, choose_val(stream(), n, hold_out, args.seed), tokenizer)
+        rows = rows_of_text(args, tokenizer, writer)
+        write_text(writer, choose_val(stream(), n, hold_out, args.seed), tokenizer, rows=rows)
     print(f"{args.out}: {n} documents ({hold_out} for validation)", file=sys.stderr)
+
+
+def rows_of_text(args, tokenizer, writer):
+    """What --rows asks for, a `Rows`, which meta.json says as well; None without it."""
+    if not args.rows:
+        return None
+    if not any((args.rows + 1) % size == 0 for size in range(2, 17)):
+        print(f"--rows={args.rows}: with BOS {args.rows + 1} tokens, which no block size from 2 to 16 divides",
+              file=sys.stderr)
+    rows = Rows(args.rows, tokenizer.bos)
+    writer.meta |= rows.meta()
+    return rows
 
 
 def count_documents(stream, tokenizer):
@@ -258,7 +345,7 @@ def make_text_of_hub(args):
             break
     with begin(args, splits=splits) as (tokenizer, stream, writer):
         items = to_splits(stream(), lambda source: not source.endswith(":train"))
-        write_text(writer, items, tokenizer, hold_out=hold_out)
+        write_text(writer, items, tokenizer, hold_out=hold_out, rows=rows_of_text(args, tokenizer, writer))
     used = f"the last {hold_out} documents"
     if not hold_out:
         used = f"its split {splits[1]}"
@@ -312,9 +399,11 @@ def make_zeroshot(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
-MAKERS = dict(text=make_text, openwebtext=make_openwebtext, lm1b=make_lm1b, zeroshot=make_zeroshot)
+LISTS = dict(words=make_words, molecules=make_molecules)
+TEXTS = dict(text=make_text, openwebtext=make_openwebtext, lm1b=make_lm1b, zeroshot=make_zeroshot)
 HELP = dict(
-    maze="the 2000 paths of the maze", maze_skewed="the same, short ones favoured", text="any UTF-8 text",
+    maze="the 2000 paths of the maze", maze_skewed="the same, short ones favoured",
+    words="a list of words, one a row", molecules="QM9's molecules, one a row", text="any UTF-8 text",
     openwebtext="OpenWebText", lm1b="One Billion Words", zeroshot="a zero-shot evaluation set",
     verify="check sizes, hashes and ids of a dataset")
 
@@ -326,10 +415,14 @@ def parse(argv=None):
     sub = {name: commands.add_parser(name, help=what) for name, what in HELP.items()}
     sub["verify"].add_argument("path", help="its folder")
     sub["zeroshot"].add_argument("name", choices=ZEROSHOT, help="which set")
-    for name in ("maze", "maze_skewed", *MAKERS):
+    for name in ("maze", "maze_skewed", *LISTS, *TEXTS):
         sub[name].add_argument("--out", required=name == "text",
                                help="folder to write; by default data/ and the name")
-    for name in MAKERS:
+    sub["words"].add_argument("--files", nargs="+", help=f"words, one a line; by default {words.SYSTEM_LIST}")
+    sub["molecules"].add_argument("--files", nargs="+",
+                                  help="SMILES: .smi, a molecule a line, or .csv with a column SMILES; by default QM9, "
+                                  "from the package qm9pack")
+    for name in TEXTS:
         add = sub[name].add_argument
         add("--files", nargs="+",
             help="text, .jsonl, .parquet, .csv, .tsv, .tar of these, .gz, .xz or .bz2 of these, or folders of "
@@ -353,6 +446,9 @@ def parse(argv=None):
         help="with --files: fraction of the documents held out")
     add("--seed", default=TEXT_DEFAULTS["seed"], type=number(int, 0),
         help="with --files: which documents are held out")
+    add("--rows", type=number(int, 2, 2**20),
+        help="one document a row, of so many tokens: padded with EOS, longer ones left out; a line of a text file is a "
+        "document, if --separator says nothing else")
     return parser.parse_args(argv)
 
 
@@ -368,7 +464,7 @@ def main():
     if args.what in ("maze", "maze_skewed"):
         make_maze(args.what, args.out)
         return
-    MAKERS[args.what](args)                                # text of any kind
+    (LISTS | TEXTS)[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Shards: how token ids lie on disk. Writes them, reads them, checks them.
 
 A dataset is a folder of raw little-endian uint16 token ids, `train.bin` and `val.bin` (or `train_000.bin`, ...), and a
-`meta.json` (tokenizer, its fingerprint, vocab_size, bos, row_length, and per file: split, tokens, sha256). It is made
+`meta.json` (tokenizer, its fingerprint, vocab_size, bos, row_length, padded: a row is one document and EOS to its end,
+and per file: split, tokens, sha256). It is made
 in `OUT.partial` and renamed when complete: an interrupted run leaves nothing that training would accept, and the same
 command continues it. Without a meta.json, nanoGPT's .bin files are taken as GPT-2 ids, and llm.c's (256-int32 header)
 are read too; other formats are refused, by their content. A training row is [BOS] + the next L - 1 tokens; rows do not
@@ -24,7 +25,7 @@ from data.files import (check_fields, check_folder, is_file_name, list_of, maybe
 from data.maze import PAD
 from data.vocab import MOST_IDS, named_size
 
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "test")
 MIB_OF_IDS = 1 << 19                                       # the ids in a MiB
 
 
@@ -49,7 +50,8 @@ class Writer:
 
     Used in a `with`: meanwhile no other process writes there; where it ends before the first commit, nothing is left.
     """
-    OWN = r"(train|val)(_\d{3,})?\.bin|progress\.json|meta\.json|lock|.+\.json\.\d+\.tmp"      # names of its files
+    # names of its files
+    OWN = r"(train|val|test)(_\d{3,})?\.bin|progress\.json|meta\.json|lock|.+\.json\.\d+\.tmp"
 
     def __init__(self, out, meta, key=None, shard_tokens=100_000_000):
         self.out = os.path.normpath(out)
@@ -268,7 +270,7 @@ def hash_of_ends(f):
 
 # what is in meta.json beside `files`, and what of it may be there
 META_FIELDS = dict(name=str, tokenizer=str, vocab_size=whole(1, MOST_IDS), bos=whole(), predict_bos=bool,
-                   row_length=maybe(whole(1)), fingerprint=maybe(str))
+                   row_length=maybe(whole(1)), padded=maybe(bool), fingerprint=maybe(str))
 FILE_FIELDS = dict(name=is_file_name, split=SPLITS.__contains__, tokens=whole(), sha256=str)
 
 
@@ -292,7 +294,7 @@ def read_meta(path):
     name = os.path.basename(os.path.normpath(path))
     if not os.path.isdir(path):
         how = f"text --files ... --out={path}"
-        if name in ("maze", "maze_skewed", "openwebtext", "lm1b"):
+        if name in ("maze", "maze_skewed", "words", "molecules", "openwebtext", "lm1b"):
             how = name
         raise BadInput(f"{path} is not a folder of shards: make it with `python data/prepare.py {how}`")
     if os.path.lexists(os.path.join(path, "meta.json")):

@@ -10,6 +10,7 @@ import os
 import numpy as np
 
 from data.cli import BadInput, optional
+from data.molecules import smiles_tokens
 
 MOST_IDS = 1 << 16                                         # an id is stored as a uint16
 # what a fingerprint is taken from: scripts, spaces, digits, newlines, an emoji made of several characters
@@ -21,9 +22,10 @@ PROBE = ("Hello, world! It's 2024; don't  stop\t(now)\n\n  x_1 = 3.14159 * 10000
 class Tokenizer:
     """Tokenizer(name): text to ids and back. `vocab_size` ids, of which `bos` begins a row and separates documents.
 
-    name: "gpt2" (through tiktoken); "bytes" (any file, no download); "chars:" and the characters it knows; "hf:" and a
-    Hugging Face name, folder or .gguf file (through transformers); "maze"; or "ids", numbers as they are, for a
-    checkpoint that names no tokenizer: its `vocab_size` must be given where it matters, and it has no BOS.
+    name: "gpt2" (through tiktoken); "bytes" (any file, no download); "chars:" and the characters it knows; "smiles:"
+    and the tokens it knows, a space between each two; "hf:" and a Hugging Face name, folder or .gguf file (through
+    transformers); "maze"; or "ids", numbers as they are, for a checkpoint that names no tokenizer: its `vocab_size`
+    must be given where it matters, and it has no BOS.
     `chars`: the characters of a tokenizer of characters, else None. Raises BadInput.
     """
 
@@ -57,10 +59,8 @@ class Tokenizer:
         tokens = self.codec.tokens()
         if tokens is None:
             return None
-        # the tokens alone would not tell how a text is split into them
-        probe = PROBE
-        if self.chars is not None:                         # what it does not know, it refuses
-            probe = "".join(c for c in PROBE if c in self.chars)
+        # the tokens alone would not tell how a text is split into them; a codec that does not know all of it has its own
+        probe = getattr(self.codec, "probe", PROBE)
         ids = [int(i) for i in self.codec.encode([probe])[0]]          # (numpy's and torch's ids are no JSON)
         content = json.dumps([sorted(tokens.items()), ids])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -78,6 +78,8 @@ def make_codec(name, vocab_size=None):
         return Numbers(vocab_size)
     if name.startswith("chars:"):
         return Characters(name.removeprefix("chars:"))
+    if name.startswith("smiles:"):
+        return Smiles(name.removeprefix("smiles:").split())
     if name.startswith("hf:"):
         return HuggingFace(name.removeprefix("hf:"))
     raise BadInput(f"unknown tokenizer {name!r}: one of gpt2, bytes, hf:NAME, and for `text` chars")
@@ -151,6 +153,7 @@ class Characters:
         self.vocab_size = len(chars) + 1
         self.bos = len(chars)
         self.ids = {c: i for i, c in enumerate(chars)}
+        self.probe = "".join(c for c in PROBE if c in chars)
 
     def encode(self, texts):
         try:
@@ -164,6 +167,32 @@ class Characters:
 
     def tokens(self):
         return dict(enumerate(self.chars))
+
+
+class Smiles:
+    """A given list of the tokens of SMILES strings, ids by place, and BOS after the last. See data/molecules.py."""
+    chars = None
+
+    def __init__(self, tokens):
+        self.list = tokens
+        self.probe = "".join(tokens)
+        self.vocab_size = len(tokens) + 1
+        self.bos = len(tokens)
+        self.ids = {token: i for i, token in enumerate(tokens)}
+
+    def encode(self, texts):
+        rows = [smiles_tokens(text) for text in texts]
+        for token in itertools.chain(*rows):
+            if token not in self.ids:
+                raise BadInput(f"the token {token!r:.40} is not among the tokenizer's {len(self.ids)}: "
+                               f"{' '.join(self.list)[:120]}")
+        return [[self.ids[token] for token in row] for row in rows]
+
+    def decode(self, ids):
+        return "".join(self.list[i] for i in ids if i != self.bos)
+
+    def tokens(self):
+        return dict(enumerate(self.list))
 
 
 class Numbers:

@@ -25,18 +25,18 @@ from tqdm import tqdm
 
 from data.cli import BadInput, Parser, number, optional, refuse_unread, run_main
 from data.files import check_folder, check_output
-from data.maze import MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
+from data.maze import MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset
 from data.report import device_name, report
 from data.run import allow_changing_shapes, device_and_dtype
 from data.samples import names_file, read_samples, write_samples
-from data.shards import Shards
+from data.shards import SPLITS, Shards
 from data.vocab import Tokenizer, same_tokenizer, translate
 from mdlm import reveal_steps, revealing_path, unmask
 from medusa import ACCEPT
-from sample import (cast_body, check_length, check_sampler, check_sampling_flags, check_sampling_read,
-                    check_vocabulary, generate, load_model, load_verifier, loading_flags, medusa_flags, options_read,
+from sample import (cast_body, check_length, check_sampler, check_sampling_flags,
+                    check_sampling_read, check_vocabulary, generate, knows_success, load_ar,
+                    load_model, load_verifier, loading_flags, medusa_flags, options_read,
                     sampling_flags, sampling_options, sampling_shown, torch_seed, typical_flags)
-from teacher import extract_sequential
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,14 +63,14 @@ def drawn_rows(args, models, device, batch, length=None, start=None):
 
 
 def decodes_of(model, args):
-    if is_maze_teacher(model):              # the reference is no student: it is only drawn from
+    if is_reference(model):              # the reference is no student: it is only drawn from
         return ["sample"]
     return args.decode
 
 
-def is_maze_teacher(model):
-    """An AR model on the maze is the reference there: whatever the flags, it is drawn from as it was trained."""
-    return model.can_teach and model.meta["tokenizer"] == "maze"
+def is_reference(model):
+    """An AR model is the reference where success counts: whatever the flags, it is drawn from as it was trained."""
+    return model.can_teach and knows_success(model.meta)
 
 
 def steps_of(model, length, args, start):
@@ -94,7 +94,7 @@ def sample_rows(model, decode, steps, args, device, verifier, length, batch, sta
         start = model.start(args.n, length)
     steps_per_block = max(1, steps // model.block_count(length))
     options = sampling_options(args, model, length, steps_per_block, greedy=decode == "greedy")
-    if is_maze_teacher(model):
+    if is_reference(model):
         options |= dict(tau=1.0, top_p=1.0)
     settings = dict(model=model.name, decode=decode, steps=steps, n=args.n, seed=args.seed,
                     batch=batch)
@@ -148,44 +148,46 @@ def draw_samples(model, options, args, device, verifier, batch, start):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the maze
+# success
 
-def maze(args, models, device):
+def success(args, models, device):
     """Success ± standard error per NFE, with diversity (so that success bought by collapse shows). Appendix E.1."""
-    rows = maze_rows(models, args, device)
-    note = (f"n = {args.n} samples a row ({10 * args.n} for theory: the perfect noise-blind MDLM, "
-            "ancestral sampler). "
-            "effective: number of equally likely paths that would repeat as often.\n"
-            f"Students: {sampling_note(args, models)}{sampler_note(args)}")
+    from extra.success import language_of
+    refuse_heads(models)
+    language = language_of(args, models)
+    rows = success_rows(language, models, args, device)
+    note = f"{language.note(args.n)}\nStudents: {sampling_note(args, models)}{sampler_note(args)}"
     return rows, note
 
 
-def maze_rows(models, args, device):
-    """Every row of the maze table for these models; an AR model among them is `teacher`, and the map's reference."""
-    refuse_heads(models)
-    names = {model.meta["name"] for model in models}
-    if len(names) > 1 or not names <= {"maze", "maze_skewed"}:
-        raise BadInput(f"--ckpt: these were trained on {', '.join(sorted(names))}: "
-                       "give checkpoints of one maze")
+def success_rows(language, models, args, device):
+    """Every row of the table for these models; an AR model among them is `teacher`, and the map's reference."""
+    from extra.scores import gen_ppl
+    from extra.success import map_agreement
+    judge = None
+    if args.what == "success" and args.judge:
+        judge = cast_body(load_ar("--judge", args.judge, models[0].meta, None, device))
     teacher = next((model for model in models if model.can_teach), None)
     rows = []
-    for model, row, sampled in drawn_rows(args, models, device, batch=1000):
-        row |= maze_statistics(sampled)
+    for model, row, sampled in drawn_rows(args, models, device, language.batch(args)):
+        row |= language.statistics(sampled)
         if model is teacher:
             row["model"] = "teacher"
         if model.can_teach:
-            row["validity_mass"] = validity_mass(model, device)
+            row |= language.exactly(model, device)
+        elif not language.is_maze:
+            row |= sampling_shown(args, model, row["decode"] == "greedy")
+        if judge is not None:
+            row |= gen_ppl(judge, sampled, device)
         # one call that turns all of the noise into a sample, as the teacher does in many
         is_map = model.noise_embed is not None and model.n_blocks == 1
         if teacher and is_map and (row["decode"], row["nfe"]) == ("greedy", 1):
             row |= map_agreement(model, teacher, args.n, args.seed, device)
         rows.append(row)
-    # ten times the samples of a row: the error of the theory does not count beside a row's
-    (name,) = names
-    for steps in args.nfe:
-        sampled, calls = maze_theory(name, 10 * args.n, steps, args.seed)
+    for steps in args.nfe if language.is_maze else ():
+        sampled, calls = maze_theory(language.name, 10 * args.n, steps, args.seed)
         rows.append(dict(model="theory", decode="sample", nfe=steps, nfe_counted=calls,
-                         **maze_statistics(sampled)))
+                         **language.statistics(sampled)))
     return rows
 
 
@@ -207,19 +209,6 @@ def maze_theory(name, n, steps, seed):
     return torch.cat(samples).numpy(), calls / n
 
 
-def map_agreement(student, teacher, n, seed, device):
-    """With fresh noise and everything masked: how often the student's argmax is what the teacher writes from it.
-
-    -> {agree: fraction of sequences, agree_position: fraction of positions}.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens, noise = extract_sequential(teacher, n, generator=generator)
-    start = student.start(n, tokens.shape[1]).to(device)
-    written, _ = student.generate(start, 1, greedy=True, noise=noise)
-    same = (written == tokens)[:, 1:]       # BOS is given
-    return dict(agree=float(same.all(1).float().mean()), agree_position=float(same.float().mean()))
-
-
 def refuse_heads(models):
     """Refuse Medusa heads, in tables that have nothing to say of them."""
     for model in models:
@@ -232,7 +221,7 @@ def sampling_note(args, models):
     """tau and top_p of the students, where these have an effect."""
     shown = {}
     for model in models:
-        if not is_maze_teacher(model):
+        if not is_reference(model):
             for decode in args.decode:
                 found = sampling_shown(args, model, decode == "greedy")
                 shown |= {name: value for name, value in found.items() if value is not None}
@@ -409,14 +398,14 @@ def mauve(args, models, device):
 
 # a metric -> the function that measures it, its error's key, what to print: factor, digits, title
 METRICS = {
-    "success": (maze, "stderr", 100, 1, "success %"),
+    "success": (success, "stderr", 100, 1, "success %"),
     "gen_ppl": (genppl, "gen_ppl_stderr", 1, 1, "GenPPL"),
     "mauve": (mauve, "mauve_std", 1, 3, "MAUVE"),
 }
 
 
 def metric_of(args, models):
-    return args.metric or ("success" if models[0].meta["tokenizer"] == "maze" else "gen_ppl")
+    return args.metric or ("success" if knows_success(models[0].meta) else "gen_ppl")
 
 
 def nfe(args, models, device):
@@ -504,6 +493,14 @@ def judge_flags(parser):
                         help="AR checkpoint, gpt2[-medium|-large|-xl], hf:NAME")
 
 
+def success_flags(parser):
+    add = parser.add_argument
+    add("--data", help="shards of one document a row; default: the first run's")
+    add("--split", choices=SPLITS, default="val", help="whose lengths are the data's")
+    add("--judge", help="AR checkpoint of the same vocabulary: adds GenPPL")
+    add("--batch_size", type=number(int, 1, 2**20), default=1000, help="rows at once")
+
+
 def infill_flags(parser):
     parser.add_argument("--masked", type=number(int, 1), default=32, help="tokens of a row to fill in")
 
@@ -534,7 +531,8 @@ def acceptance_flags(parser):
 DRAWING = [drawing_flags, sampling_flags]
 TEXT = [data_flags, *DRAWING, judge_flags, medusa_flags]
 COMMANDS = {
-    "maze": (maze, dict(n=1000, nfe="1,2,4,8,16", decode="sample,greedy"), DRAWING),
+    "maze": (success, dict(n=1000, nfe="1,2,4,8,16", decode="sample,greedy"), DRAWING),
+    "success": (success, dict(n=1000, nfe="1,2,4,8,16", decode="sample,greedy"), [*DRAWING, success_flags]),
     "genppl": (genppl, dict(n=300, nfe="8,64", decode="sample"), TEXT),
     "mauve": (mauve, dict(n=5000, nfe="8,64", decode="sample"), TEXT),
     "infill": (infill, dict(n=300, nfe="8,32", decode="sample"), [*TEXT, infill_flags]),
@@ -590,17 +588,17 @@ def check_read(args, models):
         refuse_unread(["epsilon", "delta"], typical, "without --accept=typical")
     if not draws_samples(args):
         return
-    students = [model for model in models if not is_maze_teacher(model)]
+    students = [model for model in models if not is_reference(model)]
     for model in models:
         if not model.can_teach:             # AR models may stand beside the others: they have none
             check_sampler(args, model)
-    on_maze = args.what == "maze" or args.what == "nfe" and metric_of(args, models) == "success"
-    if on_maze:                             # of the maze nothing is judged
-        refuse_unread(["judge", "data", "length"], (), "on the maze")
+    counts_success = args.what in ("maze", "success") or args.what == "nfe" and metric_of(args, models) == "success"
+    if args.what != "success" and counts_success:          # nothing is judged
+        refuse_unread(["judge", "length"], (), "on what is right or wrong")
     drawn = [(model, decode == "greedy") for model in students for decode in args.decode]
-    # on the maze --nfe is theory's as well
-    check_sampling_read(args, drawn, ["nfe"] if on_maze else ())
-    refuse_unread(["decode"], ["decode"] if students else (), "on the maze's teacher")
+    # where success counts --nfe is theory's as well
+    check_sampling_read(args, drawn, ["nfe"] if counts_success else ())
+    refuse_unread(["decode"], ["decode"] if students else (), "on a teacher alone")
 
 
 def main(argv=None):

@@ -31,6 +31,7 @@ from bd3lm import BD3LM
 from data.cli import BadInput, Parser, number, refuse_unread, run_main, say_once
 from data.files import check_fields, check_output, naming, share, whole
 from data.maze import draw_maze
+from data.presets import EMBEDDED
 from data.run import allow_changing_shapes, body_to_bfloat16, device_and_dtype, is_finite, load_checkpoint, memory_bytes
 from data.shards import MOST_IDS
 from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
@@ -239,8 +240,8 @@ def check_length(length, model):
 
 
 def default_teacher(meta, length):
-    """The teacher of data with this meta where none is named: the maze's own, GPT-2-large for its ids, or None."""
-    if meta["tokenizer"] == "maze":
+    """The teacher of data with this meta where none is named: of embedded data its own, GPT-2-large for its ids."""
+    if knows_success(meta) and meta["name"] in EMBEDDED:
         name = f"{meta['name']}-ar"
         if length is not None and length > meta["row_length"] + 1:
             name += f"-{length}"                # rows with a PAD more, for block diffusion
@@ -248,6 +249,11 @@ def default_teacher(meta, length):
     if meta["tokenizer"] == "gpt2":
         return "gpt2-large"
     return None
+
+
+def knows_success(meta):
+    """Whether a sample of a model with this meta is right or wrong: the maze's, and rows of one document each."""
+    return meta["tokenizer"] == "maze" or bool(meta.get("padded"))
 
 
 def load_ar(flag, path, meta, length, device="cpu"):
@@ -322,7 +328,7 @@ def sampling_options(args, model, length, steps, greedy):
 
 def resolve_sampling(args, model):
     """tau and top_p: those of the flags, or the defaults for this model's data."""
-    is_text = model.meta["tokenizer"] != "maze"     # on the maze, success is of the model as it is
+    is_text = not knows_success(model.meta)     # success is of the model as it is
     tau = args.tau
     if tau is None:
         tau = model.default_tau() if is_text else 1.0

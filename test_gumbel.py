@@ -54,7 +54,7 @@ from bd3lm import BD3LM, clipped_mask, training_mask
 from data import prepare
 from data.batches import rows_of_step
 from data.cli import BadInput, run_main, say_once
-from data.maze import PAD, ExactDenoiser, maze_dataset, maze_paths, maze_valid
+from data.maze import PAD, ExactDenoiser, maze_dataset, maze_paths, maze_statistics, maze_valid, validity_mass
 from data.report import report
 from data.run import CHECKPOINT
 from data.shards import Shards, Writer, read_meta, sha256
@@ -2467,7 +2467,7 @@ def test_parallel_on_teacher_text_equals_sequential_extraction(rows, vocab_size,
 
 def test_exact_teacher_has_all_its_mass_on_valid_paths():
     """evaluate.py's validity mass, sum of p(x) over the maze's 2000 paths."""
-    assert abs(evaluate.validity_mass(CountingTeacher(maze_paths(), 6), "cpu") - 1) < 1e-4
+    assert abs(validity_mass(CountingTeacher(maze_paths(), 6), "cpu") - 1) < 1e-4
 
 
 # --- its precision
@@ -3922,11 +3922,11 @@ def test_maze_statistics_are_their_definitions():
     """success with its standard error, and the effective number: about that of equally likely paths, here 50."""
     rng = np.random.default_rng(0)
     rows = np.concatenate([maze_paths()[rng.integers(50, size=3000)], np.zeros((1000, 10), np.uint16)])
-    s = evaluate.maze_statistics(rows)
+    s = maze_statistics(rows)
     assert s["success"] == 0.75 and s["distinct"] == 50
     assert abs(s["effective"] - 50) < 3
     assert abs(s["stderr"] - math.sqrt(0.75 * 0.25 / 4000)) < 1e-9
-    all_wrong = evaluate.maze_statistics(rows[-5:])
+    all_wrong = maze_statistics(rows[-5:])
     assert all_wrong["success"] == 0 and all_wrong["effective"] is None
 
 
@@ -4158,7 +4158,7 @@ def nfe_of_three_runs(monkeypatch, plot=None):
         for k in (1, 2):
             rows.append(dict(model=model.name, decode="greedy", nfe=k, success=success + k / 10, stderr=0.01, n=100))
     rows.append(dict(model="data", success=1, stderr=0, n=100))
-    monkeypatch.setattr(evaluate, "maze_rows", lambda *a: rows)
+    monkeypatch.setattr(evaluate, "success_rows", lambda *a: rows)
     monkeypatch.setattr(evaluate, "sampling_note", lambda *a: "")
     args = argparse.Namespace(n=100, nfe=[1, 2], plot=plot, tau=None, top_p=None, sampler="ancestral", order="random",
                               weights="ema", seed=0, metric=None, json=None)

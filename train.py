@@ -7,7 +7,7 @@ Rerun the same command to continue an interrupted run: on a CPU the result is th
 nothing but the step: data/batches.py).
 
 In this order:
-    FLAGS, PRESETS      the recipe: all flags with their defaults, and what data and models change; `parse`
+    FLAGS               the recipe: all flags with their defaults; what data and models change: data/presets.py
     resume, new_model   where it starts: its checkpoint, its teacher, its weights
     Validation          the loss that is compared from step to step, and the search for a window of levels
     train               the loop; processes, log and signals are in data/run.py, batches in data/batches.py
@@ -31,14 +31,15 @@ from bd3lm import clip_windows, search_clip
 from data.batches import EVAL, LEVELS, NOISE, loss_inputs, micro_batches, part_of_batch, read_ahead, rng
 from data.cli import BadInput, Parser, add_flags, number, optional, refuse_unread, run_main
 from data.files import check_folder
-from data.prepare import make_maze
+from data.prepare import make_embedded
+from data.presets import EMBEDDED, MAZES, PRESETS
 from data.run import (Log, Run, StopSignals, Stopped, World, check_conditions, checkpoint_seen, conditions,
                       flops_per_row, keep, leave, load_checkpoint, restore, resume, rows_that_fit, tell_bad_steps)
 from data.shards import Shards, read_meta
 from data.teacher_cache import teacher_of_rows
 from gumbel import KINDS, needs_teacher
 from mdlm import T_MIN, stratified_t
-from sample import MODELS, build, default_teacher, load_ar, load_model, torch_seed
+from sample import MODELS, build, default_teacher, knows_success, load_ar, load_model, torch_seed
 from teacher import model_hash
 
 
@@ -83,9 +84,10 @@ FLAGS = {
         ("teacher_cache", None, width, "the teacher reads all rows once, and so many of its best tokens at "
          "each place are kept beside the shards: noise is then drawn without it (OpenWebText: 307 GB at 8)"),
         ("init_from", None, str, "start from these weights: a checkpoint of the same model, a published MDLM, "
-         "or an AR checkpoint of the same shape (the student reads its outputs shifted by one, as AR)"),
-        ("data", "openwebtext", str, "a folder of shards, or a name: maze, maze_skewed, data/NAME"),
-        ("length", 1024, number(int, 2, 2**20), "tokens of a row, BOS included"),
+         "or an AR checkpoint of the same shape (the student reads its outputs shifted by one, as AR); `teacher`: the "
+         "teacher's"),
+        ("data", "openwebtext", str, "a folder of shards, or a name: maze, maze_skewed, words, molecules, data/NAME"),
+        ("length", 1024, number(int, 2, 2**20), "tokens of a row, BOS included; rows that are cut bring theirs"),
     ],
     "block diffusion (--model=bd3lm)": [
         ("block_size", 4, rows, "tokens of a block, a divisor of --length"),
@@ -123,7 +125,7 @@ FLAGS = {
         ("eval_rows", 2000, count, "validation rows, the same each time"),
         ("save_every", 1000, count, "steps between checkpoints"),
         ("save_minutes", 10, positive, "at most so long between them"),
-        ("report", 1000, whole, "maze: samples per row of the final table; 0: no table"),
+        ("report", 1000, whole, "maze, words, molecules: samples per row of the final table; 0: no table"),
         ("wandb", None, str, "also log to this Weights & Biases project (pip install wandb)"),
     ],
 }
@@ -133,30 +135,6 @@ DEFAULTS = {name: default for flags in FLAGS.values() for name, default, _, _ in
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 WEIGHT_DECAY = 0.0
-
-# other defaults, where all flags on the left are so: later lines win over earlier ones, explicit flags over all
-PRESETS = [
-    ({"model": "medusa"},                                  # Appendix C.2
-     dict(dropout=0.0, batch_size=256, lr=1e-3, schedule="cosine", steps=20_000)),
-    ({"data": "lm1b"}, dict(length=128)),
-    ({"data": "maze"},                                     # maze_skewed counts as maze
-     dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.0, batch_size=128, lr=1e-3,
-          steps=1600, warmup=100, schedule="cosine", eval_every=500, save_every=200, log_every=20)),
-    ({"data": "maze", "model": "ar"}, dict(n_layer=8, n_head=8, batch_size=64, lr=2e-3, steps=1200)),
-    ({"data": "maze", "model": "bd3lm"}, dict(length=12)),  # 11 is prime: rows get one more PAD
-    ({"data": "maze", "model": "mdlm", "gumbel": True}, dict(t_one=0.5)),
-    ({"data": "maze", "model": "bd3lm", "gumbel": True}, dict(t_one=0.5)),
-    ({"data": "molecules"},
-     dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.0, batch_size=256, lr=2e-3,
-          steps=5000, warmup=100, schedule="cosine", eval_every=1000, save_every=500)),
-    ({"data": "molecules", "model": "ar"}, dict(steps=3000)),
-    ({"data": "words"},
-     dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.1, batch_size=256, lr=2e-3,
-          steps=4000, warmup=100, schedule="cosine", eval_every=1000, save_every=500)),
-    ({"data": "words", "model": "ar"}, dict(steps=3000)),
-    ({"model": "medusa"}, dict(n_layer=1)),                # on the maze as well
-]
-MAZES = ("maze", "maze_skewed")
 
 # goes up, by one, when a seed draws something else than before: a run that is continued then says so
 RANDOM = 1
@@ -231,7 +209,7 @@ def unread_flags(args):
         ("inject", "inject" in fields and args.gumbel, f"read by {masked} with --gumbel only"),
         ("teacher_cache", "teacher" in model.loss_reads and paired, f"for {masked}, noise from a teacher"),
         ("kd", "kd" in model.loss_reads and not args.gumbel, f"for {masked} without noise"),
-        ("teacher", asks_teacher(args),
+        ("teacher", asks_teacher(args) or args.init_from == "teacher",
          "read with --gumbel (not with --noise=unpaired), --kd and --model=medusa only"),
         ("t_one", "t" in model.loss_reads, f"for {masked}"),
         ("block_size", "block_size" in fields, "for models of blocks (--model=bd3lm)"),
@@ -266,7 +244,8 @@ def open_run(args, world):
     if not os.path.isdir(args.data):
         from extra.missing import refuse
         refuse(args.data, asks_teacher(args) and teacher_path(args, dict(tokenizer="gpt2")))
-    if "length" not in Parser.given and read_meta(args.data)[0]["row_length"]:
+    is_default = args.length == DEFAULTS["length"] and "length" not in Parser.given
+    if is_default and read_meta(args.data)[0]["row_length"]:
         args.length = None                                 # rows that are cut bring their length
     data = Shards(args.data, "train", args.length)
     val = Shards(args.data, "val", args.length)
@@ -299,12 +278,23 @@ def find_teacher(args, meta, world):
     return load_ar("--teacher", path, meta, args.length, world.device)
 
 
+def source_path(args, meta):
+    """The model that --init_from names."""
+    path = args.init_from
+    if path == "teacher":
+        path = teacher_path(args, meta)
+    if path is None:
+        raise BadInput("--init_from=teacher needs --teacher: an AR checkpoint of this vocabulary")
+    return path
+
+
 def train_missing_teacher(args, world):
-    """On the maze, where a student needs a teacher and none is named: train it, unless it is there, and complete."""
-    if args.teacher or not asks_teacher(args) or os.path.basename(args.data) not in MAZES:
+    """On embedded data, where a run needs a teacher and none is named: train it, unless it is there, and complete."""
+    asks = asks_teacher(args) or args.init_from == "teacher"
+    if args.teacher or not asks or os.path.basename(args.data) not in EMBEDDED:
         return
     meta, _ = read_meta(args.data)
-    if meta["tokenizer"] != "maze":                        # another dataset of that name
+    if not knows_success(meta):                            # another dataset of that name
         return
     path = teacher_path(args, meta)
     with world.together() as seen:
@@ -493,7 +483,7 @@ def start(args, world):
         torch.manual_seed(args.seed)                       # of the initial weights
         source = None                                      # a model whose weights this one starts from
         if args.init_from and not ckpt:
-            source = load_model(args.init_from)
+            source = load_model(source_path(args, data.meta))
     if teacher is not None:
         teacher.sha256 = seen["teacher"]
     now = conditions(data, val, teacher, micro, world, RANDOM)
@@ -630,13 +620,14 @@ def train(args, world):
 
 
 def report(args, meta):
-    """The table that a run on the maze ends with; of other data there is none."""
-    if meta["tokenizer"] != "maze" or not args.report:
+    """The table that a run on the maze, words or molecules ends with; of other data there is none."""
+    if not knows_success(meta) or not args.report:
         return
-    command = ["maze", "--ckpt"]
-    if MODELS[args.model].drafts:
+    model = MODELS[args.model]
+    command = ["maze" if meta["tokenizer"] == "maze" else "success", "--ckpt"]
+    if model.drafts:
         command = ["acceptance", "--ckpt"]
-    elif needs_teacher(args.noise):
+    elif needs_teacher(args.noise) and teacher_path(args, meta):
         command.append(teacher_path(args, meta))           # a row of its own, to compare
     evaluate.main([*command, args.out, f"--n={args.report}", f"--dtype={args.dtype}"])
 
@@ -645,10 +636,10 @@ def main():
     args = parse(sys.argv[1:])
     name = os.path.basename(args.data)
     with World(args.dtype) as world:
-        if name in MAZES and args.data == os.path.join("data", name):
+        if name in EMBEDDED and args.data == os.path.join("data", name):
             with world.together():
                 if world.first and not os.path.exists(args.data):
-                    make_maze(name)
+                    make_embedded(name)
         train_missing_teacher(args, world)
         meta = train(args, world)
     if world.master:

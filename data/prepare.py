@@ -34,9 +34,17 @@ from data.shards import Writer, verify
 from data.vocab import Tokenizer
 
 
-def make_maze(name, out=None):
-    """`maze` or `maze_skewed` -> shards in `out`, or data/NAME."""
+def make_embedded(name, out=None, files=None):
+    """A language that needs no download of text, by its name -> shards in `out`, or data/NAME."""
     out = out or f"data/{name}"
+    if name in LISTS:
+        LISTS[name](out, files)
+    else:
+        make_maze(name, out)
+
+
+def make_maze(name, out):
+    """`maze` or `maze_skewed` -> shards in `out`."""
     rows = maze_dataset(name)
     meta = dict(name=name, row_length=MAZE_LENGTH, predict_bos=False)
     meta |= describe(Tokenizer("maze"))
@@ -53,16 +61,16 @@ def make_maze(name, out=None):
 HELD_OUT = 0.05                                            # of a list, for each of val and test
 
 
-def make_words(args):
+def make_words(out, files=None):
     """A list of words -> shards of one word a row."""
-    make_list(args.out, words.read_words(args.files), Tokenizer(f"chars:{words.LETTERS}"), words.ROW)
+    make_list(out, words.read_words(files), Tokenizer(f"chars:{words.LETTERS}"), words.ROW)
 
 
-def make_molecules(args):
+def make_molecules(out, files=None):
     """SMILES strings -> shards of one molecule a row."""
-    strings = molecules.read_molecules(args.files)
+    strings = molecules.read_molecules(files)
     tokens = sorted(set(itertools.chain(*map(molecules.smiles_tokens, strings))))
-    make_list(args.out, strings, Tokenizer("smiles:" + " ".join(tokens)), molecules.ROW)
+    make_list(out, strings, Tokenizer("smiles:" + " ".join(tokens)), molecules.ROW)
 
 
 def make_list(out, texts, tokenizer, length, seed=0):
@@ -461,10 +469,10 @@ def main():
         args.out = f"data/{args.what}"
         if args.what == "zeroshot":
             args.out += f"-{args.name}"
-    if args.what in ("maze", "maze_skewed"):
-        make_maze(args.what, args.out)
-        return
-    (LISTS | TEXTS)[args.what](args)
+    if args.what in TEXTS:
+        TEXTS[args.what](args)
+    else:
+        make_embedded(args.what, args.out, vars(args).get("files"))
 
 
 if __name__ == "__main__":

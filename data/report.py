@@ -11,8 +11,10 @@ COLUMNS = dict(
     # nfe: the steps asked for; nfe_counted: the network calls that they took
     model="model", decode="decode", kind="what", nfe="NFE", nfe_counted="calls",
     verifier_calls="verifier",
-    # the maze
-    success="success %", stderr="±", distinct="distinct", effective="effective",
+    # the maze, words, molecules
+    success="success %", stderr="±", success_by_length="at the data's lengths %",
+    distinct_per_1000="distinct per 1000", distinct="distinct", canonical="distinct, canonical", effective="effective",
+    in_data="of these in the data %", held_out="of these held out %", mean_length="length",
     validity_mass="validity mass %", agree="map agreement, paths %", agree_position="positions %",
     # text
     tau="τ", top_p="top_p", gen_ppl="GenPPL", gen_ppl_stderr="±", mauve="MAUVE", mauve_std="±",
@@ -22,8 +24,8 @@ COLUMNS = dict(
     nll="nats per token", nll_stderr="±", teacher_nll="teacher's nats", ppl="perplexity (bound)")
 RUN_COLUMNS = dict(n="n", seconds="seconds", precision="precision", device="device", seed="seed",
                    git="commit")
-PERCENT = {"success", "stderr", "validity_mass", "agree", "agree_position", "recovered", "acc",
-           "acc_norm"}
+PERCENT = {"success", "stderr", "success_by_length", "in_data", "held_out", "validity_mass", "agree",
+           "agree_position", "recovered", "acc", "acc_norm"}
 # behind the point, where it is not 1
 DIGITS = dict(tau=2, top_p=2, gen_ppl=2, gen_ppl_stderr=2, entropy=2, entropy_set=2, distinct_1=3,
               distinct_2=3, distinct_3=3, nll=3, nll_stderr=3, teacher_nll=3, ppl=2, mauve=3,

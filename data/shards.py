@@ -198,7 +198,7 @@ class Shards:
     checked as it is read. Raises BadInput. `length` None: the dataset's own row_length + 1 (+ 2 on the maze: a PAD).
     """
 
-    def __init__(self, path, split, length=None):
+    def __init__(self, path, split, length=None, may_be_empty=False):
         self.path = path
         self.meta, files = read_meta(path)
         fixed = self.meta["row_length"]
@@ -212,7 +212,7 @@ class Shards:
         # rows never cross files: the tail of a file that does not fill a row is left out
         rows_of_files = [f["tokens"] // self.stored for f in self.files]
         self.starts = np.cumsum([0] + rows_of_files)       # the number of each file's first row, and of all rows
-        if not len(self):
+        if not len(self) and not may_be_empty:
             raise BadInput(f"{path} holds no {split} row of {self.length - 1} tokens: "
                            "prepare more text, or use a smaller --length")
 

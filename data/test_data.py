@@ -120,7 +120,7 @@ META = [                                                   # (values in the maze
     *((dict(fingerprint=v), ["fingerprint"]) for v in (3, [])),
     *((dict(files=v), ["files"]) for v in (None, {}, [], [None], "train.bin")),
     *((entry_with(name=v), ["name"]) for v in (None, "", ".", "..", "../secret.bin", "/etc/passwd", "a/b", "a\0", 3)),
-    *((entry_with(split=v), ["split"]) for v in (None, "test", 0, [])),
+    *((entry_with(split=v), ["split"]) for v in (None, "dev", 0, [])),
     *((entry_with(tokens=v), ["tokens"]) for v in (None, -10, 2.5, "20000", True)),
     *((entry_with(sha256=v), ["sha256"]) for v in (None, "", "0" * 63, "g" * 64, 0)),
 ]

@@ -59,7 +59,7 @@ class Tokenizer:
         tokens = self.codec.tokens()
         if tokens is None:
             return None
-        # the tokens alone would not tell how a text is split into them; a codec that does not know all of it has its own
+        # the tokens alone would not tell how a text is split into them; what a codec does not know, it would refuse
         probe = getattr(self.codec, "probe", PROBE)
         ids = [int(i) for i in self.codec.encode([probe])[0]]          # (numpy's and torch's ids are no JSON)
         content = json.dumps([sorted(tokens.items()), ids])

@@ -30,6 +30,12 @@ def sum_per_row(values, scored):
     return spread.masked_scatter(scored, values).sum(1)
 
 
+def up_to_eos(rows, eos):
+    """Which tokens of rows [n, T], an array or a tensor, stand before the first EOS or are it -> [n, T] bool."""
+    is_eos = (rows == eos) * 1
+    return is_eos.cumsum(1) - is_eos == 0
+
+
 def by_length(samples, batch, pad):
     """Samples in batches of similar lengths, so that little is padded: yields (indices [b], LongTensor [b, T])."""
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
@@ -46,9 +52,11 @@ def by_length(samples, batch, pad):
 def judge_nll(judge, samples, device, batch=32, scored=None):
     """-log p of each sample under an AR judge -> (nats [n], how many tokens they are of [n]).
 
-    EOS, the judge's BOS id, is read but not scored; nor are tokens where `scored` [n, T] is False. A sample that is
-    longer than the judge's rows is read in windows that overlap by half. Raises BadInput for ids unknown to the judge.
+    EOS, the judge's BOS id, is read but not scored; nor are tokens where `scored` [n, T] is False. Of a judge of rows
+    of one document the first EOS is, or texts that stop anywhere would look good. A sample that is longer than the
+    judge's rows is read in windows that overlap by half. Raises BadInput for ids unknown to the judge.
     """
+    one_document = getattr(judge, "meta", {}).get("padded")
     largest = max(np.max(sample) for sample in samples)
     if largest >= judge.vocab_size:
         raise BadInput(f"the judge knows {judge.vocab_size} ids, but a sample holds id {largest}: "
@@ -63,6 +71,8 @@ def judge_nll(judge, samples, device, batch=32, scored=None):
             h = judge.hidden(context)[:, done - start:]                     # (b, T', D)
             logp = log_probs_of(judge, h, target)
             counts = target != judge.bos                   # EOS, and the padding after a shorter sample
+            if one_document:
+                counts = up_to_eos(x[:, 1:], judge.bos)[:, done:end - 1]
             if scored is not None:
                 wanted = scored[chosen][:, done:end - 1]
                 counts &= torch.as_tensor(wanted, device=device)

@@ -1,0 +1,202 @@
+"""Success: of languages in which every sample can be judged, the maze, words, molecules. `evaluate.py success`.
+
+A new language is a class with `statistics(rows)` and `training_rows()`, and a line of `language_of`.
+
+Shapes: N rows (or n samples) of T tokens, without BOS; V vocabulary.
+"""
+import numpy as np
+import torch
+
+from data.cli import BadInput
+from data.maze import maze_dataset, maze_statistics, validity_mass
+from data.molecules import canonical, valid_molecules
+from data.shards import SPLITS, Shards
+from data.vocab import Tokenizer
+from extra.scores import entropy, up_to_eos
+from sample import check_vocabulary, knows_success
+from teacher import extract_sequential
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the languages
+
+def language_of(args, models):
+    """The language that these models were trained on. Raises BadInput where they have none, or several."""
+    metas = [model.meta for model in models]
+    for model in models:
+        if not knows_success(model.meta):
+            raise BadInput(f"--ckpt: {model.name} was trained on {model.meta['name']}, in which no sample is right or "
+                           "wrong: give checkpoints of the maze, of words, molecules or other rows of one document")
+    if metas[0]["tokenizer"] == "maze":
+        names = {meta["name"] for meta in metas}
+        if len(names) > 1:
+            raise BadInput(f"--ckpt: these were trained on {', '.join(sorted(names))}: "
+                           "give checkpoints of one maze")
+        return Maze(metas[0]["name"])
+    kind = Molecules if metas[0]["tokenizer"].startswith("smiles:") else Listed
+    path = vars(args).get("data") or models[0].args["data"]
+    return kind(path, models, vars(args).get("split", "val"))
+
+
+class Maze:
+    """The maze's paths; see data/maze.py."""
+    is_maze = True
+
+    def __init__(self, name):
+        self.name = name
+
+    def batch(self, args):
+        """How many samples are drawn at once."""
+        return 1000
+
+    def note(self, n):
+        return (f"n = {n} samples a row ({10 * n} for theory: the perfect noise-blind MDLM, "
+                "ancestral sampler). "
+                "effective: number of equally likely paths that would repeat as often.")
+
+    def exactly(self, model, device):
+        """What is known exactly of an AR model -> columns."""
+        return dict(validity_mass=validity_mass(model, device))
+
+    def statistics(self, rows):
+        return maze_statistics(rows)
+
+    def training_rows(self):
+        return maze_dataset(self.name).astype(np.int64)
+
+
+class Listed:
+    """Rows of one document, padded with EOS: success is a row of the data, those held out included."""
+    is_maze = False
+
+    def __init__(self, path, models, split="val"):
+        """path: the folder of shards that the models were trained on; split: whose lengths are the data's."""
+        self.name = path
+        self.rows = {}
+        for name in SPLITS:                                # `text --rows` has no test split
+            data = Shards(path, name, may_be_empty=True)
+            self.rows[name] = data.rows(np.arange(len(data)))[:, 1:]
+        self.eos = data.meta["bos"]
+        self.tokenizer = Tokenizer(data.meta["tokenizer"])
+        for model in models:
+            check_vocabulary(f"--data={path}: {model.name}", model, data.meta)
+        if not data.meta.get("padded") or not len(self.rows[split]):
+            raise BadInput(f"--data={path} has no {split} rows of one document each: give the data that the models "
+                           "were trained on")
+        self.real = self.rows[split]
+        self.in_training = set(keys_of(self.rows["train"]))
+        self.held_out = set(keys_of(self.rows["val"]) + keys_of(self.rows["test"])) - self.in_training
+
+    def batch(self, args):
+        return args.batch_size
+
+    def note(self, n):
+        return (f"n = {n} samples a row. At the data's lengths: success if samples were as long as the data. distinct "
+                "per 1000: different successes in a thousand samples. entropy of the set: of all tokens up to the "
+                f"first EOS.{self.about_novelty}")
+
+    def exactly(self, model, device):
+        return {}
+
+    def training_rows(self):
+        return self.rows["train"]
+
+    def statistics(self, rows):
+        """Samples [n, T] -> the columns of their row in the table, as a dict."""
+        n = len(rows)
+        keys = keys_of(rows)
+        lengths, ends_well = lengths_of(rows, self.eos)
+        ok = ends_well & self.accepts(rows, keys)
+        right = [key for key, is_right in zip(keys, ok) if is_right]
+        p = ok.mean()
+        found = dict(n=n, success=float(p), stderr=float(np.sqrt(p * (1 - p) / n)),
+                     success_by_length=self.standardised(lengths, ok), distinct=len(set(right)))
+        found |= per_1000([key if is_right else None for key, is_right in zip(keys, ok)])
+        tokens = rows[up_to_eos(rows, self.eos)]
+        found |= dict(entropy_set=entropy(tokens), mean_length=float(lengths.mean()))
+        return found | self.novelty(right)
+
+    def accepts(self, rows, keys):
+        """Whether each of rows [n, T], whose ends are right, is of the language -> [n] bool. keys: `keys_of` them."""
+        return np.array([key in self.in_training or key in self.held_out for key in keys])
+
+    def standardised(self, lengths, ok):
+        """Success if samples had the data's lengths: sum over l of P_data(l) success(l); 0 where no sample is so long.
+
+        So success that is bought by shorter texts, which are easier, shows.
+        """
+        data_lengths, _ = lengths_of(self.real, self.eos)
+        total = 0.0
+        for length, count in zip(*np.unique(data_lengths, return_counts=True)):
+            of_length = lengths == length
+            if of_length.any():
+                total += count / len(data_lengths) * ok[of_length].mean()
+        return float(total)
+
+    about_novelty = " held out: of the successes, those that no training row has (a tenth of the data is held out)."
+
+    def novelty(self, right):
+        """What of the successes, a list of keys, no model has seen -> columns."""
+        held_out = sum(key in self.held_out for key in right)
+        return dict(held_out=held_out / len(right) if right else None)
+
+
+class Molecules(Listed):
+    """SMILES strings: success is a molecule; see data/molecules.py."""
+
+    def accepts(self, rows, keys):
+        return valid_molecules([self.tokenizer.decode(row) for row in rows])
+
+    about_novelty = (" in the data: of the successes, those of QM9, which lists nearly all molecules of its kind: "
+                     "others are new, and no better for it.")
+
+    def novelty(self, right):
+        """QM9 is close to a list of all molecules of its kind: one that is not in it is no merit."""
+        in_data = sum(key in self.in_training or key in self.held_out for key in right)
+        found = dict(in_data=in_data / len(right) if right else None)
+        forms = canonical([self.tokenizer.decode(np.frombuffer(key, dtype=np.int64)) for key in right])
+        if forms is not None:
+            found["canonical"] = len(set(forms))
+        return found
+
+
+def keys_of(rows):
+    """Rows [n, T] -> a list of their bytes, to compare and count."""
+    return [row.tobytes() for row in np.ascontiguousarray(rows, dtype=np.int64)]
+
+
+def lengths_of(rows, eos):
+    """Rows [n, T] -> (the tokens before the first EOS [n], whether nothing but EOS follows it [n] bool)."""
+    is_eos = rows == eos
+    after = is_eos.cumsum(1) > 0            # from the first EOS on
+    return (~after).sum(1), (is_eos == after).all(1)
+
+
+def per_1000(keys):
+    """How many distinct keys a thousand samples have, None not counted, with its standard error: the mean over whole
+    thousands, so that it does not depend on how many there are; of less than one, in proportion.
+    """
+    size = min(1000, len(keys))
+    counts = []
+    for a in range(0, len(keys) - size + 1, size):
+        counts.append(1000 / size * len(set(keys[a:a + size]) - {None}))
+    found = dict(distinct_per_1000=float(np.mean(counts)))
+    if len(counts) > 1:
+        found["distinct_per_1000_stderr"] = float(np.std(counts, ddof=1) / np.sqrt(len(counts)))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the map from noise to text
+
+def map_agreement(student, teacher, n, seed, device):
+    """With fresh noise and everything masked: how often the student's argmax is what the teacher writes from it.
+
+    -> {agree: fraction of sequences, agree_position: fraction of positions}.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens, noise = extract_sequential(teacher, n, generator=generator)
+    start = student.start(n, tokens.shape[1]).to(device)
+    written, _ = student.generate(start, 1, greedy=True, noise=noise)
+    same = (written == tokens)[:, 1:]       # BOS is given
+    return dict(agree=float(same.all(1).float().mean()), agree_position=float(same.float().mean()))

@@ -1,0 +1,247 @@
+"""The tests of words, molecules and other rows of one document: their data, what success is, and the table."""
+import csv
+import importlib.util
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import sample
+import train
+from data import molecules, prepare, words
+from data.shards import Shards, read_meta
+from data.vocab import Tokenizer
+from extra import scores, success
+from test_gumbel import evaluated, randomise, refused, succeeded, tiny_ar
+from test_gumbel import cli  # noqa: F401, a fixture
+
+SHAPE = ("--n_layer=1 --n_embd=16 --n_head=2 --batch_size=16 --warmup=2 --log_every=1 --eval_every=4 --eval_rows=20 "
+         "--steps=4 --save_every=2")
+WORDS = sorted({"".join(p) for n in (3, 4, 5) for p in itertools.product("abt", repeat=n) if "aa" not in "".join(p)})
+
+
+@pytest.fixture
+def word_runs(tmp_path, cli, monkeypatch):
+    """A folder with data/words, made of WORDS, and networks that were trained on it for a few steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_text("\n".join([*WORDS, "Anna", "it's", "at", "abstractedly", "abbot", "", "x1y"]))
+    succeeded(cli(prepare, "words --files list.txt"))
+    succeeded(cli(train, f"--model=mdlm --gumbel --data=words --report=0 {SHAPE}"))
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows of one document
+
+def texts(path, split):
+    """The texts of a split, decoded: what stands before the first EOS of each row."""
+    data = Shards(str(path), split)
+    tokenizer = Tokenizer(data.meta["tokenizer"])
+    return [tokenizer.decode(row) for row in data.rows(np.arange(len(data)))]
+
+
+def test_words_are_lower_case_distinct_and_split_in_three(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("\n".join([*WORDS, WORDS[0], "Anna", "it's", "at", "abbreviation"]))
+    _, err = succeeded(cli(prepare, "words --files a.txt"))
+    parts = {split: texts("data/words", split) for split in ("train", "val", "test")}
+    assert sorted(itertools.chain(*parts.values())) == WORDS
+    assert len(parts["val"]) == len(parts["test"]) == round(len(WORDS) / 20)
+    meta, _ = read_meta("data/words")
+    assert (meta["vocab_size"], meta["bos"], meta["row_length"], meta["padded"]) == (27, 26, 11, True)
+    rows = Shards("data/words", "train").rows(np.arange(3))
+    assert rows.shape == (3, 12) and (rows[:, 0] == 26).all()
+    succeeded(cli(prepare, "verify data/words"))
+
+
+def test_words_need_a_list(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(words, "SYSTEM_LIST", "/nowhere/words")
+    refused(cli(prepare, "words"), "/nowhere/words", "--files")
+    (tmp_path / "few.txt").write_text("abc\nabd\n")
+    refused(cli(prepare, "words --files few.txt"), "--files", "2 rows")
+
+
+def test_rows_of_text_hold_a_document_each(tmp_path, cli, monkeypatch):
+    """Longer ones are left out, however long, and counted; EOS fills the rest; a row may be full."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"line {i}" for i in range(40)] + ["x" * 11, "y" * 12, "long " * 600_000]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    _, err = succeeded(cli(prepare, "text --files a.txt --rows=11 --tokenizer=bytes --out=rows"))
+    assert "2 documents of more than 11 tokens left out" in err and "block" not in err
+    found = texts("rows", "train") + texts("rows", "val")
+    assert sorted(found) == sorted(lines[:41])
+    meta, _ = read_meta("rows")
+    assert meta["row_length"] == 11 and meta["padded"]
+    _, err = succeeded(cli(prepare, "text --files a.txt --rows=12 --tokenizer=bytes --out=rows12"))
+    assert "no block size" in err                          # 13 is prime
+
+
+def test_a_long_documents_last_piece_is_no_row():
+    rows = prepare.Rows(5, eos=9)
+    assert len(rows.padded(np.array([1, 2]), ends=False)) == 0
+    assert len(rows.padded(np.array([3]), ends=True)) == 0
+    assert rows.padded(np.array([4]), ends=True).tolist() == [4, 9, 9, 9, 9]
+    assert rows.n_longer == 1
+
+
+def test_rows_bring_their_length(word_runs, cli):
+    """No --length is needed for data that is cut: neither to train on it, nor on a teacher's text."""
+    succeeded(cli(sample, "--ckpt=out/words-ar --shards=data/written --n=40 --batch_size=20"))
+    meta, _ = read_meta("data/written")
+    assert meta["row_length"] == 11 and meta["padded"]
+    succeeded(cli(train, f"--model=mdlm --data=data/written {SHAPE} --report=0 --out=out/kd"))
+    refused(cli(train, f"--model=mdlm --data=words {SHAPE} --length=20 --out=out/no"), "--length=20", "--length=12")
+    refused(cli(train, f"--model=bd3lm --block_size=5 --data=words {SHAPE} --out=out/no"), "block_size 5", "12")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# molecules
+
+def test_smiles_tokens():
+    assert molecules.smiles_tokens("C[NH3+]%12BrCCl@@") == ["C", "[NH3+]", "%12", "Br", "C", "Cl", "@@"]
+    tokenizer = Tokenizer("smiles:( ) 1 = Br C [NH3+]")
+    assert (tokenizer.vocab_size, tokenizer.bos) == (8, 7)
+    ids = tokenizer.encode(["BrC(=C)[NH3+]"])[0]
+    assert ids.tolist() == [4, 5, 0, 3, 5, 1, 6]
+    assert tokenizer.decode([*ids, 7, 7]) == "BrC(=C)[NH3+]"
+    with pytest.raises(prepare.BadInput, match="'N'"):
+        tokenizer.encode(["CN"])
+    assert tokenizer.fingerprint() != Tokenizer("smiles:( ) 1 = Br [NH3+] C").fingerprint()
+
+
+# from the README of partialsmiles: syntax, ring openings, valence, kekulisation
+INVALID = ["", "CC(", "C)", "C1CC", "C(C)(C)(C)(C)C", "O=O=O", "c1cc1", "[N", "C==C", "N(C)(C)(C)(C)C"]
+
+
+def test_valid_molecules():
+    pytest.importorskip("partialsmiles", reason="pip install partialsmiles")
+    good = ["C", "CC(=O)O", "C1CC1", "c1ccccc1", "[NH4+]", "C#N", "OC1=NC=CO1"]
+    assert molecules.valid_molecules(good + INVALID).tolist() == [True] * len(good) + [False] * len(INVALID)
+
+
+def test_canonical_forms():
+    pytest.importorskip("rdkit", reason="pip install rdkit")
+    forms = molecules.canonical(["OCC", "CCO", "C(O)C", "C1CC1"])
+    assert len(set(forms)) == 2
+
+
+@pytest.fixture
+def molecule_data(tmp_path, cli, monkeypatch):
+    """data/molecules, made of a package that looks like qm9pack."""
+    monkeypatch.chdir(tmp_path)
+    strings = ["C" * n + end for n in range(1, 15) for end in ("", "O", "N", "=C", "#N", "(C)C", "(O)C", "1CC1")]
+    strings = [text for text in strings if not text.startswith("C=") or len(text) > 2]
+    folder = tmp_path / "qm9pack/data"
+    folder.mkdir(parents=True)
+    (tmp_path / "qm9pack/__init__.py").write_text("raise ImportError('pandas')")
+    for i, name in enumerate(molecules.QM9_FILES):
+        with open(folder / name, "w", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(["Index", "SMILES"])
+            writer.writerows([k, text] for k, text in enumerate(strings[i::3]))
+    monkeypatch.syspath_prepend(tmp_path)
+    succeeded(cli(prepare, "molecules"))
+    return strings
+
+
+def test_molecules_are_read_where_the_package_lies(molecule_data, cli, tmp_path, monkeypatch):
+    parts = [texts("data/molecules", split) for split in ("train", "val", "test")]
+    assert sorted(itertools.chain(*parts)) == sorted(set(molecule_data))
+    (tmp_path / "mine.smi").write_text("\n".join(f"{text} name{i}" for i, text in enumerate(molecule_data)))
+    succeeded(cli(prepare, "molecules --files mine.smi --out=data/mine"))
+    assert texts("data/mine", "val") and read_meta("data/mine")[0]["row_length"] == 23
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused(cli(prepare, "molecules --out=data/other"), "qm9pack", "--files")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what success is, and what stands beside it
+
+def language(kind, rows, held_out, names):
+    """A language of these rows, without files."""
+    made = kind.__new__(kind)
+    made.eos = 3
+    made.rows = dict(train=np.array(rows))
+    made.real = made.rows["train"]
+    made.in_training = set(success.keys_of(rows))
+    made.held_out = set(success.keys_of(held_out))
+    made.tokenizer = Tokenizer(names)
+    return made
+
+
+ROWS = np.array([[0, 3, 3, 3], [1, 3, 3, 3], [0, 1, 3, 3], [0, 1, 2, 2]])
+
+
+def test_success_on_listed_rows_is_its_definition():
+    """A token after an EOS is a failure; a row without EOS may be right; held-out rows are right, and counted."""
+    words_here = language(success.Listed, ROWS[:3], ROWS[3:], "chars:abt")
+    sampled = np.array([[0, 3, 3, 3], [0, 3, 3, 3], [0, 3, 1, 3], [0, 1, 3, 3],
+                        [0, 1, 2, 2], [2, 2, 3, 3], [3, 3, 3, 3], [1, 1, 1, 1]])
+    found = words_here.statistics(sampled)
+    assert found["success"] == 4 / 8 and found["distinct"] == 3 and found["held_out"] == 1 / 4
+    assert found["distinct_per_1000"] == 3 * 1000 / 8
+    assert found["mean_length"] == (1 + 1 + 1 + 2 + 4 + 2 + 0 + 4) / 8
+    # lengths of the data: two of 1, one of 2. Of samples of length 1 two of three are right, of length 2 one of two
+    assert found["success_by_length"] == pytest.approx(2 / 3 * 2 / 3 + 1 / 3 * 1 / 2)
+    tokens = np.array([0, 3, 0, 3, 0, 3, 0, 1, 3, 0, 1, 2, 2, 2, 2, 3, 3, 1, 1, 1, 1])
+    p = np.bincount(tokens) / len(tokens)
+    assert found["entropy_set"] == pytest.approx(-(p * np.log(p)).sum())
+    nothing = words_here.statistics(sampled[-2:])
+    assert nothing["success"] == 0 and nothing["held_out"] is None
+
+
+def test_distinct_per_1000_does_not_depend_on_how_many_there_are():
+    keys = [i % 300 for i in range(4000)]
+    found = success.per_1000(keys)
+    assert found == dict(distinct_per_1000=300.0, distinct_per_1000_stderr=0.0)
+    assert success.per_1000(keys[:1999])["distinct_per_1000"] == 300
+    assert success.per_1000([None, 1, 1, 2])["distinct_per_1000"] == 500
+    halves = [i if i < 1000 else None for i in range(2000)]
+    assert success.per_1000(halves)["distinct_per_1000_stderr"] == pytest.approx(500)
+
+
+def test_judge_of_one_document_counts_the_first_eos():
+    """Else words that stop anywhere would look good; a judge of text drops every EOS, as METHOD 8 has it."""
+    judge = randomise(tiny_ar()).eval()
+    eos = judge.bos
+    row = np.array([1, 2, eos, eos, 1, eos])
+    logp = judge.log_probs(torch.tensor([[eos, *row]]))[0].gather(-1, torch.tensor(row)[:, None])[:, 0]
+    for padded, counted in ((None, [0, 1, 4]), (True, [0, 1, 2])):
+        judge.meta = dict(padded=padded)
+        nats, count = scores.judge_nll(judge, [row], "cpu")
+        assert count[0] == 3 and nats[0] == pytest.approx(-float(logp[counted].sum()), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table
+
+def test_table_of_words(word_runs, cli):
+    """The first teacher is `teacher`; a run trains it, and starts from its weights, by itself."""
+    args = torch.load("out/words-mdlm-gumbel/ckpt.pt", weights_only=True)["args"]
+    assert args["init_from"] == "teacher" and args["t_one"] == 0.5 and args["length"] is None
+    flags = "success --ckpt out/words-ar out/words-mdlm-gumbel --n=40 --nfe=1,3 --judge=out/words-ar"
+    rows, out, _ = evaluated(cli, flags, "rows.json")
+    assert [(row["model"], row["decode"], row["nfe"]) for row in rows[:5]] == [
+        ("teacher", "sample", 11), ("words-mdlm-gumbel", "sample", 1), ("words-mdlm-gumbel", "sample", 3),
+        ("words-mdlm-gumbel", "greedy", 1), ("words-mdlm-gumbel", "greedy", 3)]
+    for row in rows[:5]:
+        assert {"success_by_length", "distinct_per_1000", "held_out", "entropy_set", "mean_length", "gen_ppl",
+                "nfe_counted", "seconds"} <= row.keys()
+    assert "agree" in rows[3] and "distinct per 1000" in out
+    out, _ = succeeded(cli(evaluate, "nfe --ckpt out/words-mdlm-gumbel --n=20 --nfe=1,2"))
+    assert "success %" in out
+
+
+def test_table_refuses_what_has_no_success(word_runs, cli):
+    refused(cli(evaluate, "success --ckpt out/words-mdlm-gumbel --data=list.txt"), "list.txt")
+    (word_runs / "b.txt").write_text("\n".join("one two three four".split() * 20))
+    succeeded(cli(prepare, "text --files b.txt --separator=\\n --tokenizer=bytes --out=data/text"))
+    succeeded(cli(train, f"--model=mdlm --data=data/text --length=8 {SHAPE}"))
+    refused(cli(evaluate, "success --ckpt out/text-mdlm"), "text-mdlm", "words")
+    refused(cli(evaluate, "success --ckpt out/words-mdlm-gumbel out/text-mdlm"), "text-mdlm")
+    refused(cli(evaluate, "success --ckpt out/words-mdlm-gumbel --data=data/text"), "data/text")
+    flags = f"--model=mdlm --data=data/text --length=8 --init_from=teacher {SHAPE}"
+    refused(cli(train, flags), "--init_from", "--teacher")

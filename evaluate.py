@@ -33,9 +33,10 @@ from data.shards import Shards
 from data.vocab import Tokenizer, same_tokenizer, translate
 from mdlm import reveal_steps, revealing_path, unmask
 from medusa import ACCEPT
-from sample import (cast_body, check_length, check_sampler, check_sampling_flags, check_sampling_read,
-                    check_vocabulary, generate, load_model, load_verifier, loading_flags, medusa_flags, options_read,
-                    sampling_flags, sampling_options, sampling_shown, torch_seed, typical_flags)
+from sample import (COUNTS, VERIFIED, cast_body, check_length, check_sampler, check_sampling_flags,
+                    check_sampling_read, check_vocabulary, generate, load_model, load_verifier, loading_flags,
+                    medusa_flags, options_read, sampling_flags, sampling_options, sampling_shown, torch_seed,
+                    typical_flags)
 from teacher import extract_sequential
 
 
@@ -75,7 +76,7 @@ def is_maze_teacher(model):
 
 def steps_of(model, length, args, start):
     """The numbers of steps for a sample, ascending: --nfe, at least one per block; its tokens where each takes one."""
-    if not model.fills_masks or args.sampler in ("apd", "first_hitting"):
+    if not model.fills_masks or args.sampler in (*VERIFIED, "first_hitting"):
         if start is None:
             return [length - 1]
         return [int((start == model.vocab_size).sum(1).max())]         # those that are masked
@@ -106,8 +107,9 @@ def sample_rows(model, decode, steps, args, device, verifier, length, batch, sta
         samples = write_samples(args.samples, settings, drawn)
     facts = dict(nfe_counted=float(np.mean([sample["nfe"] for sample in samples])),
                  seconds=sum(sample["seconds"] for sample in samples), verifier_calls=None)
-    if "verifier_calls" in samples[0]:
-        facts["verifier_calls"] = float(np.mean([sample["verifier_calls"] for sample in samples]))
+    for name in COUNTS[1:]:
+        if name in samples[0]:
+            facts[name] = float(np.mean([sample[name] for sample in samples]))
     return np.array([sample["tokens"] for sample in samples]), facts
 
 
@@ -122,14 +124,17 @@ def settings_of(model, options, args, device, start):
                      device=device_name(device))
     # what was given: real text, if it is to be filled in
     settings["start"] = hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16]
-    if options["sampler"] == "apd":
+    sampler = options["sampler"] if model.samplers else None           # what continues a prompt has none
+    if sampler == "apd":
         settings |= dict(verifier=args.verifier, ratio=args.apd_ratio,
                          max_lookahead=args.max_lookahead)
+    if sampler == "exact":
+        settings |= dict(verifier=args.verifier, draft=args.draft)
     return settings
 
 
 def draw_samples(model, options, args, device, verifier, batch, start):
-    """Yields each sample as a dict: text, tokens (without BOS), seconds, nfe, with a verifier also verifier_calls."""
+    """Yields each sample as a dict: text, tokens (without BOS), seconds, and those of COUNTS that there are."""
     tokenizer = Tokenizer(model.meta["tokenizer"], model.vocab_size)
     generator = torch.Generator(device).manual_seed(args.seed)
     for part in start.split(batch):
@@ -142,7 +147,7 @@ def draw_samples(model, options, args, device, verifier, batch, start):
             raise RuntimeError(f"{model.name} left a [MASK] in a sample: a bug in its sampler")
         for i, row in enumerate(rows):
             sample = dict(text=tokenizer.decode(row), tokens=row, seconds=seconds)
-            for name, calls in zip(("nfe", "verifier_calls"), counts):
+            for name, calls in zip(COUNTS, counts):
                 sample[name] = int(calls[i])
             yield sample
 
@@ -245,6 +250,8 @@ def sampler_note(args):
         how = f", {args.order} order"
     elif args.sampler == "apd":
         how = f", R {args.apd_ratio}, up to {args.max_lookahead} ahead"
+    elif args.sampler == "exact":
+        how = f" (verifier {args.verifier}, draft {args.draft})"
     elif args.sampler == "remdm":
         how = f", remask {args.remask}"
     return f"{args.sampler} sampler{how}, {args.weights or 'EMA'} weights."

@@ -459,7 +459,7 @@ def ppl(args, models, device):
 # Medusa
 
 def acceptance(args, models, device):
-    """Medusa's drafts: acceptance per head, accepted length, speed against the backbone alone (Table 3, C.2)."""
+    """Medusa's drafts, and those of students with a --verifier: what is accepted, speed (Table 3, C.2)."""
     from extra.acceptance import acceptance_table
     return acceptance_table(args, models, device)
 
@@ -477,6 +477,11 @@ def decodes(text):
 
 def accepts(text):
     return listed("--accept", text, ACCEPT)
+
+
+def drafts(text):
+    from extra.verified import DRAFTS
+    return listed("--draft", text, DRAFTS)
 
 
 def listed(flag, text, choices):
@@ -535,6 +540,8 @@ def acceptance_flags(parser):
     add("--accept", type=accepts, default=["typical", "exact"],
         help="typical: drafts that are not unlikely; exact: that the backbone would draw; "
         "greedy: its argmax; a comma list")
+    add("--verifier", help="of masked students: AR checkpoint or gpt2[-medium|-large|-xl] of their vocabulary")
+    add("--draft", type=drafts, default="every,once,never", help="of these: when they draft; a comma list")
 
 
 # a command -> what measures it, its defaults, the groups of its flags beside --ckpt, --n, --json

@@ -19,7 +19,7 @@ DRAFTS = ("every", "once", "never")                        # when the student dr
 
 
 def generate_verified(model, tokens, verifier, options, generator=None):
-    """`generate_apd` or `generate_exact`, whichever the options of `sample.sampling_options` ask for. Raises BadInput."""
+    """`generate_apd` or `generate_exact`, as the options of `sample.sampling_options` say. Raises BadInput."""
     sampling = dict(tau=options["tau"], top_p=options["top_p"], greedy=options["greedy"], generator=generator)
     if options["sampler"] == "exact":
         if not are_beginnings(tokens, model.mask_id):

@@ -489,8 +489,8 @@ def sampling_flags(parser):
     add("--draft", choices=DRAFTS, default="every",
         help="exact: when the student drafts: every round; once, then the verifier's last draft is the next; never")
     add("--tau", type=number(float, above=0),
-        help="noise temperature (AR: the sampling temperature); default 1, and 0.85 for a student "
-        "with noise on text, as the authors released it")
+        help="noise temperature (AR, exact: the sampling temperature); default 1, and 0.85 for a student "
+        "with noise on text, as the authors released it, but for exact")
     add("--top_p", type=number(float, above=0, high=1), help="nucleus; default 0.9, 1 on the maze")
     loading_flags(group)
 

@@ -66,9 +66,9 @@ def acceptance_table(args, models, device):
             f"{args.batch_size} at once, tau {args.tau}, top_p {args.top_p}, {args.weights or 'EMA'} weights, "
             f"{torch.get_num_threads()} threads.")
     if heads:
-        note += (f"\nepsilon {args.epsilon}, delta {args.delta}; head k: of its candidates with accepted predecessors, the accepted ones; "
-                 "accepted length: tokens per backbone call, in whole drafts;\nsame text: of up to 8 "
-                 "samples, the tokens that the backbone alone writes from the same noise.")
+        note += (f"\nhead k: of its candidates with accepted predecessors, the accepted ones (epsilon {args.epsilon}, "
+                 f"delta {args.delta}); accepted length: tokens per backbone call, in whole drafts;\nsame text: of up "
+                 "to 8 samples, the tokens that the backbone alone writes from the same noise.")
     if students:
         note += EXACT_NOTE
     if is_maze:

@@ -7,6 +7,7 @@ import torch
 
 import evaluate
 import sample
+from bd3lm import BD3LM
 from data.maze import ExactDenoiser, maze_dataset
 from extra.exact import both_choose, exact_theory, near_ties
 from extra.verified import DRAFTS, generate_exact
@@ -200,53 +201,57 @@ def test_calls_and_positions_are_those_that_are_computed(noise, student, draft):
         assert torch.equal(positions, L * nfe)
 
 
-def rounds_by_hand(start, drafts, verifier, xi):
-    """One row, no cache: start [P], drafts(known) -> a draft of all that is missing -> (the text, rounds)."""
-    known = start.tolist()
-    rounds = 0
+def draft_by_hand(model, known, xi):
+    """What a student drafts after a known text, in the plain forward of training: argmax for one that reads the noise
+    xi [T, V], argmax(log q + xi) for another; MDLM all that is missing, BD3-LM the rest of the block."""
+    T = len(xi)
+    z = torch.tensor([known + [7] * (T - len(known))])
+    noise = None if model.noise_embed is None else xi[None]
+    end = L
+    if isinstance(model, BD3LM):
+        end = min(L, len(known) // 4 * 4 + 4)
+        scores = model.log_probs(z, z.masked_fill(z == 7, 0), noise)
+    else:
+        scores = model.log_probs(z, noise)
+    scores = scores[0, :, :7]
+    if noise is None:
+        scores = scores + xi
+    return scores.argmax(-1).tolist()[len(known):end]
+
+
+def decode_by_hand(model, verifier, draft, xi):
+    """One row from BOS, without cache -> (the text, calls of the student, of the verifier)."""
+    known = [6]
+    left = xi[1:L].argmax(-1).tolist() if draft == "never" else []      # of the last draft, as the verifier has it
+    nfe = calls = 0
     while len(known) < L:
-        x = known + drafts(known)
-        logits = verifier.logits(verifier.hidden(torch.tensor([x])))[0, :-1]
-        y = known[:1] + (logits + xi[1:]).argmax(-1).tolist()
+        if draft == "every" or not left:
+            left = draft_by_hand(model, known, xi)
+            nfe += 1
+        x = known + left
+        logits = verifier.logits(verifier.hidden(torch.tensor([x])))[0]
+        y = [None] + (logits[:L - 1] + xi[1:len(logits[:L - 1]) + 1]).argmax(-1).tolist()
+        calls += 1
         i = len(known)
-        while i < L and x[i] == y[i]:
+        while i < len(x) and x[i] == y[i]:
             i += 1
         known = x[:i] + y[i:i + 1]
-        rounds += 1
-    return known, rounds
+        left = y[i + 1:len(x)]
+    return known, nfe, calls
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("student", ["mdlm", "blocks"])
 @with_and_without_noise
-def test_rounds_are_those_of_the_definition(noise):
-    """Drafts "every" round and "never", one row at a time: a student that reads the noise takes its argmax, a
-    noise-blind one argmax(log q + xi); Jacobi iteration goes on from the verifier's own last draft."""
-    model = tiny(noise, L=L).requires_grad_(False)
+def test_rounds_are_those_of_the_definition(noise, student, draft):
+    model = student_of(student, noise).requires_grad_(False)
     verifier = peaked_ar()
-    start = all_masked(8, L)
     xi = sample_gumbel((8, L, 7), gen(1))
-    every = generate_exact(model, start, verifier, "every", noise=xi)
-    never = generate_exact(model, start, verifier, "never", noise=xi)
-    for i in range(8):
-        def by_student(known):
-            z = torch.tensor([known + [7] * (L - len(known))])
-            g = None if noise is None else model.noise_embed(xi[i:i + 1])
-            scores = model.logits(model.hidden(z, g)[0])
-            if noise is None:
-                scores = scores + xi[i]
-            return scores.argmax(-1).tolist()[len(known):]
-
-        last = xi[i].argmax(-1)
-
-        def by_verifier(known):
-            x = torch.tensor(known + last.tolist()[len(known):])
-            draft = x.tolist()[len(known):]
-            logits = verifier.logits(verifier.hidden(x[None]))[0, :-1]
-            last[1:] = (logits + xi[i, 1:]).argmax(-1)
-            return draft
-
-        for (x, _, calls, *_), drafts in ((every, by_student), (never, by_verifier)):
-            text, rounds = rounds_by_hand(start[i, :1], drafts, verifier, xi[i])
-            assert x[i].tolist() == text and calls[i] == rounds
+    x, nfe, calls, *_ = generate_exact(model, all_masked(8, L), verifier, draft, noise=xi, generator=gen(2))
+    if student == "blocks":                                 # what ends the last block has noise of its own
+        xi = torch.cat([xi, sample_gumbel((8, 2, 7), gen(2))], 1)
+    for got, noise_of_row in zip(zip(x.tolist(), nfe.tolist(), calls.tolist()), xi):
+        assert got == decode_by_hand(model, verifier, draft, noise_of_row)
 
 
 def test_a_student_that_knows_the_text_takes_one_call_of_each():

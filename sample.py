@@ -362,7 +362,7 @@ def flags_read(args, model, greedy):
     if "cached" in read:
         read.add("no_cache")
     read |= set(VERIFIED.get(args.sampler, ()))
-    if args.sampler in (*VERIFIED, "first_hitting"):         # a call for each token, or as many as it takes
+    if args.sampler in (*VERIFIED, "first_hitting"):       # a call for each token, or as many as it takes
         read.discard("steps")
     if "steps" in read:
         read.add("nfe")

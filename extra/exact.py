@@ -43,8 +43,8 @@ def exact_rows(students, verifier, args, prompts, length, device):
         start = start.to(device)
         generator = torch.Generator(device)
         seed = torch_seed(args.seed, i * args.batch_size)
-        noise = sample_gumbel((len(start), length, verifier.vocab_size), generator.manual_seed(seed), device)
-        own, _ = verifier.generate(start, length, noise=noise, **sampling)
+        own, _ = verifier.generate(start, length, **sampling, noise=sample_gumbel(
+            (len(start), length, verifier.vocab_size), generator.manual_seed(seed), device))
         if i == 0:                          # the warm-up
             for model, draft in jobs:
                 measure(model, draft, start[:8], verifier, own[:8], sampling, generator)

@@ -8,9 +8,10 @@ import torch
 import evaluate
 import sample
 from bd3lm import BD3LM
+from data.cli import BadInput
 from data.maze import ExactDenoiser, maze_dataset
 from extra.exact import both_choose, exact_theory, near_ties
-from extra.verified import DRAFTS, generate_exact
+from extra.verified import DRAFTS, generate_exact, generate_verified
 from gumbel import sample_gumbel
 from sample import load_model
 from teacher import GPT2, CausalLM
@@ -284,6 +285,9 @@ def test_what_cannot_be_decoded_is_refused(change):
         start[:, 0] = 1
     with pytest.raises(ValueError):
         generate_exact(tiny(L=L), start, peaked_ar(), **change)
+    if kind == "infill":                                    # as a prompt of ids can be
+        with pytest.raises(BadInput, match="--prompt"):
+            generate_verified(tiny(L=L), start, peaked_ar(), dict(sampler="exact", tau=1.0, top_p=1.0, greedy=False))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class BD3LM(MDLM):
     any_length = True
     loss_reads = MDLM.loss_reads + ("clip",)
     generate_reads = MDLM.generate_reads + ("stop_at_eos", "cached")
-    samplers = (*SAMPLERS, "remdm")
+    samplers = (*SAMPLERS, "remdm", "exact")
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)

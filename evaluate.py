@@ -29,12 +29,12 @@ from data.maze import MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset
 from data.report import device_name, report
 from data.run import allow_changing_shapes, device_and_dtype
 from data.samples import names_file, read_samples, write_samples
-from data.shards import SPLITS, Shards
+from data.shards import SPLITS, Shards, knows_success
 from data.vocab import Tokenizer, same_tokenizer, translate
 from mdlm import reveal_steps, revealing_path, unmask
 from medusa import ACCEPT
-from sample import (cast_body, check_length, check_sampler, check_sampling_flags,
-                    check_sampling_read, check_vocabulary, generate, knows_success, load_ar,
+from sample import (COUNTS, VERIFIED, cast_body, check_length, check_sampler, check_sampling_flags,
+                    check_sampling_read, check_vocabulary, generate, load_ar,
                     load_model, load_verifier, loading_flags, medusa_flags, options_read,
                     sampling_flags, sampling_options, sampling_shown, torch_seed, typical_flags)
 
@@ -75,7 +75,7 @@ def is_reference(model):
 
 def steps_of(model, length, args, start):
     """The numbers of steps for a sample, ascending: --nfe, at least one per block; its tokens where each takes one."""
-    if not model.fills_masks or args.sampler in ("apd", "first_hitting"):
+    if not model.fills_masks or args.sampler in (*VERIFIED, "first_hitting"):
         if start is None:
             return [length - 1]
         return [int((start == model.vocab_size).sum(1).max())]         # those that are masked
@@ -106,8 +106,9 @@ def sample_rows(model, decode, steps, args, device, verifier, length, batch, sta
         samples = write_samples(args.samples, settings, drawn)
     facts = dict(nfe_counted=float(np.mean([sample["nfe"] for sample in samples])),
                  seconds=sum(sample["seconds"] for sample in samples), verifier_calls=None)
-    if "verifier_calls" in samples[0]:
-        facts["verifier_calls"] = float(np.mean([sample["verifier_calls"] for sample in samples]))
+    for name in COUNTS[1:]:
+        if name in samples[0]:
+            facts[name] = float(np.mean([sample[name] for sample in samples]))
     return np.array([sample["tokens"] for sample in samples]), facts
 
 
@@ -122,14 +123,17 @@ def settings_of(model, options, args, device, start):
                      device=device_name(device))
     # what was given: real text, if it is to be filled in
     settings["start"] = hashlib.sha256(start.numpy().tobytes()).hexdigest()[:16]
-    if options["sampler"] == "apd":
+    sampler = options["sampler"] if model.samplers else None           # what continues a prompt has none
+    if sampler == "apd":
         settings |= dict(verifier=args.verifier, ratio=args.apd_ratio,
                          max_lookahead=args.max_lookahead)
+    if sampler == "exact":
+        settings |= dict(verifier=args.verifier, draft=args.draft)
     return settings
 
 
 def draw_samples(model, options, args, device, verifier, batch, start):
-    """Yields each sample as a dict: text, tokens (without BOS), seconds, nfe, with a verifier also verifier_calls."""
+    """Yields each sample as a dict: text, tokens (without BOS), seconds, and those of COUNTS that there are."""
     tokenizer = Tokenizer(model.meta["tokenizer"], model.vocab_size)
     generator = torch.Generator(device).manual_seed(args.seed)
     for part in start.split(batch):
@@ -142,7 +146,7 @@ def draw_samples(model, options, args, device, verifier, batch, start):
             raise RuntimeError(f"{model.name} left a [MASK] in a sample: a bug in its sampler")
         for i, row in enumerate(rows):
             sample = dict(text=tokenizer.decode(row), tokens=row, seconds=seconds)
-            for name, calls in zip(("nfe", "verifier_calls"), counts):
+            for name, calls in zip(COUNTS, counts):
                 sample[name] = int(calls[i])
             yield sample
 
@@ -234,6 +238,8 @@ def sampler_note(args):
         how = f", {args.order} order"
     elif args.sampler == "apd":
         how = f", R {args.apd_ratio}, up to {args.max_lookahead} ahead"
+    elif args.sampler == "exact":
+        how = f" (verifier {args.verifier}, draft {args.draft})"
     elif args.sampler == "remdm":
         how = f", remask {args.remask}"
     return f"{args.sampler} sampler{how}, {args.weights or 'EMA'} weights."
@@ -441,7 +447,7 @@ def ppl(args, models, device):
 # Medusa
 
 def acceptance(args, models, device):
-    """Medusa's drafts: acceptance per head, accepted length, speed against the backbone alone (Table 3, C.2)."""
+    """Medusa's drafts, and those of students with a --verifier: what is accepted, speed (Table 3, C.2)."""
     from extra.acceptance import acceptance_table
     return acceptance_table(args, models, device)
 
@@ -459,6 +465,11 @@ def decodes(text):
 
 def accepts(text):
     return listed("--accept", text, ACCEPT)
+
+
+def drafts(text):
+    from extra.verified import DRAFTS
+    return listed("--draft", text, DRAFTS)
 
 
 def listed(flag, text, choices):
@@ -525,6 +536,8 @@ def acceptance_flags(parser):
     add("--accept", type=accepts, default=["typical", "exact"],
         help="typical: drafts that are not unlikely; exact: that the backbone would draw; "
         "greedy: its argmax; a comma list")
+    add("--verifier", help="of masked students: AR checkpoint or gpt2[-medium|-large|-xl] of their vocabulary")
+    add("--draft", type=drafts, default="every,once,never", help="of these: when they draft; a comma list")
 
 
 # a command -> what measures it, its defaults, the groups of its flags beside --ckpt, --n, --json

@@ -133,7 +133,7 @@ class MDLM(Model):
     loss_name = "nelbo"
     loss_reads = ("t", "teacher", "generator", "kd")
     generate_reads = ("steps", "sampler", "order", "remask", "resample_noise", "tau", "top_p", "greedy")
-    samplers = (*SAMPLERS, "remdm", "apd")    # apd: extra/verified.py
+    samplers = (*SAMPLERS, "remdm", "apd", "exact")  # the last two: extra/verified.py
 
     def __init__(self, *args, **kw):
         super().__init__(self.Config(*args, **kw))

@@ -5,6 +5,7 @@
     python sample.py --ckpt=out/mine-mdlm --infill="The [MASK][MASK][MASK][MASK] of the Union"
     python sample.py --ckpt=out/mine-mdlm --sampler=remdm --remask=0.05 --steps=128
     python sample.py --ckpt=out/mine-mdlm --sampler=apd --verifier=out/mine-ar
+    python sample.py --ckpt=out/mine-mdlm-gumbel --sampler=exact --verifier=out/mine-ar    # what mine-ar would write
     python sample.py --ckpt=gpt2-large --shards=data/gpt2-written --n=100000 --length=1024 --batch_size=64
 
 In this order: the table of models; loading; whether a model fits its data; sampling; which flags it reads; the command.
@@ -33,7 +34,7 @@ from data.files import check_fields, check_output, naming, share, whole
 from data.maze import draw_maze
 from data.presets import EMBEDDED
 from data.run import allow_changing_shapes, body_to_bfloat16, device_and_dtype, is_finite, load_checkpoint, memory_bytes
-from data.shards import MOST_IDS
+from data.shards import MOST_IDS, knows_success
 from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
 from mdlm import MDLM, ORDERS, SAMPLERS
 from medusa import ACCEPT, Medusa
@@ -251,11 +252,6 @@ def default_teacher(meta, length):
     return None
 
 
-def knows_success(meta):
-    """Whether a sample of a model with this meta is right or wrong: the maze's, and rows of one document each."""
-    return meta["tokenizer"] == "maze" or bool(meta.get("padded"))
-
-
 def load_ar(flag, path, meta, length, device="cpu"):
     """The AR model that a flag names, checked to fit data with this meta, in rows of `length` tokens."""
     model = load_model(path, device=device)
@@ -302,16 +298,12 @@ def torch_seed(*key):
 
 
 def generate(model, tokens, options, generator=None, verifier=None):
-    """Samples of any model, from tokens [B, *] to begin with -> (tokens [B, L], nfe [B] [, verifier calls [B]]).
-
-    options: from `sampling_options`; the model gets those that it reads.
+    """Samples of any model, from tokens [B, *] to begin with -> (tokens [B, L], then counts [B]: nfe, and those of
+    COUNTS that the sampler has). options: from `sampling_options`; the model gets those that it reads.
     """
-    if options["sampler"] == "apd" and "apd" in model.samplers:
-        from extra.verified import generate_apd
-        resample_noise = options.get("resample_noise", False)
-        return generate_apd(model, tokens, verifier, options["apd_ratio"], options["max_lookahead"],
-                            options["tau"], options["top_p"], options["greedy"],
-                            resample_noise=resample_noise, generator=generator)
+    if options["sampler"] in VERIFIED and options["sampler"] in model.samplers:
+        from extra.verified import generate_verified
+        return generate_verified(model, tokens, verifier, options, generator)
     return model.generate(tokens, generator=generator, **options_read(model, options))
 
 
@@ -331,7 +323,8 @@ def resolve_sampling(args, model):
     is_text = not knows_success(model.meta)     # success is of the model as it is
     tau = args.tau
     if tau is None:
-        tau = model.default_tau() if is_text else 1.0
+        # exact: the verifier's
+        tau = model.default_tau() if is_text and args.sampler != "exact" else 1.0
     top_p = args.top_p
     if top_p is None:
         top_p = 0.9 if is_text else 1.0
@@ -340,19 +333,25 @@ def resolve_sampling(args, model):
 
 def check_sampling_flags(args):
     """Refuse flags that do not go together, before a model is loaded."""
-    for flag, sampler in dict(order="fixed", remask="remdm", verifier="apd", apd_ratio="apd",
-                              max_lookahead="apd").items():
-        refuse_unread([flag], [flag] if args.sampler == sampler else (), f"without --sampler={sampler}")
+    for flag, samplers in dict(order=["fixed"], remask=["remdm"], verifier=list(VERIFIED), apd_ratio=["apd"],
+                               max_lookahead=["apd"], draft=["exact"]).items():
+        read = [flag] if args.sampler in samplers else ()
+        refuse_unread([flag], read, f"without --sampler={' or '.join(samplers)}")
     if args.sampler == "remdm" and not args.remask:
         raise BadInput("--sampler=remdm needs --remask above 0, as in --remask=0.05: "
                        "at 0 it is --sampler=ancestral")
-    if args.sampler == "apd" and not args.verifier:
-        raise BadInput("--sampler=apd needs --verifier: "
-                       "an AR checkpoint of the same vocabulary, or gpt2")
+    if args.sampler in VERIFIED and not args.verifier:
+        raise BadInput(f"--sampler={args.sampler} needs --verifier: an AR checkpoint of the same vocabulary, or gpt2")
+    fills_in = "masked" in vars(args) or vars(args).get("infill") is not None
+    if args.sampler == "exact" and fills_in:
+        raise BadInput("--sampler=exact continues a --prompt, as its verifier would: take another sampler for --infill")
 
 
+# the samplers that ask an AR model, and the flags that they alone read
+VERIFIED = {"apd": ("verifier", "apd_ratio", "max_lookahead"), "exact": ("verifier", "draft")}
+COUNTS = ("nfe", "verifier_calls", "positions", "verifier_positions")  # what `generate` counts, in this order
 # the flags that only some samplers read
-SAMPLING_FLAGS = ("sampler", "steps", "nfe", "order", "remask", "verifier", "apd_ratio", "max_lookahead",
+SAMPLING_FLAGS = ("sampler", "steps", "nfe", "order", "remask", "verifier", "apd_ratio", "max_lookahead", "draft",
                   "resample_noise", "tau", "top_p", "accept", "epsilon", "delta", "stop_at_eos", "no_cache")
 
 
@@ -363,17 +362,19 @@ def flags_read(args, model, greedy):
     read = set(model.generate_reads)
     if "cached" in read:
         read.add("no_cache")
-    if args.sampler == "apd":
-        read |= {"verifier", "apd_ratio", "max_lookahead"}
-    if args.sampler in ("apd", "first_hitting"):           # a call for each token, or as many as it takes
+    read |= set(VERIFIED.get(args.sampler, ()))
+    if args.sampler in (*VERIFIED, "first_hitting"):       # a call for each token, or as many as it takes
         read.discard("steps")
     if "steps" in read:
         read.add("nfe")
     if model.fills_masks and model.noise_embed is None:
         read -= {"tau", "resample_noise"}
+    if args.sampler == "exact":                            # the text is the verifier's
+        read |= {"tau"}
+        read -= {"resample_noise", "stop_at_eos", "no_cache"}
     if greedy and args.sampler != "apd":                   # the likeliest token lies in every nucleus
         read.discard("top_p")
-    if greedy and not model.fills_masks:                   # and is the likeliest at any temperature
+    if greedy and (args.sampler == "exact" or not model.fills_masks):  # and is the likeliest at any temperature
         read -= {"tau", "accept", "epsilon", "delta"}
     if vars(args).get("accept", "typical") != "typical":
         read -= {"epsilon", "delta"}
@@ -410,8 +411,8 @@ def check_sampler(args, model):
 
 
 def load_verifier(args, models, device):
-    """The AR model that checks what these models draft, or None without --sampler=apd."""
-    if args.sampler != "apd":
+    """The AR model that checks what these models draft, or None where the sampler asks none."""
+    if args.sampler not in VERIFIED:
         return None
     # the maze's table has no --length
     length = vars(args).get("length") or min(model.length for model in models)
@@ -471,6 +472,7 @@ def encode_parts(tokenizer, parts, mask_id, fills_masks):
 
 def sampling_flags(parser):
     """The flags that every sampling command shares."""
+    from extra.verified import DRAFTS
     samplers = {}                               # in the order of MODELS, each once
     for kind in MODELS.values():
         samplers |= dict.fromkeys(kind.samplers)
@@ -478,16 +480,18 @@ def sampling_flags(parser):
     add = group.add_argument
     add("--sampler", choices=list(samplers), default="ancestral",
         help="fixed: the same number of tokens a step; first_hitting: one; remdm: as ancestral, but "
-        "tokens may be masked again; apd: left to right, checked by --verifier")
+        "tokens may be masked again; apd: left to right, checked by --verifier; exact: what --verifier writes alone")
     add("--order", choices=ORDERS, default="random", help="another than random needs --sampler=fixed")
     add("--remask", type=number(float, 0, 1), default=0.0, metavar="ETA",
         help="remdm: the highest probability with which a step masks a revealed token again")
-    add("--verifier", help="apd: AR checkpoint or gpt2[-medium|-large|-xl] of the same vocabulary")
+    add("--verifier", help="apd, exact: AR checkpoint or gpt2[-medium|-large|-xl] of the same vocabulary")
     add("--apd_ratio", type=number(float, 0, 1), default=0.5, help="apd: weight of student logits")
     add("--max_lookahead", type=number(int, 1, 2**20), default=10, help="apd: tokens drafted at once")
+    add("--draft", choices=DRAFTS, default="every",
+        help="exact: when the student drafts: every round; once, then the verifier's last draft is the next; never")
     add("--tau", type=number(float, above=0),
-        help="noise temperature (AR: the sampling temperature); default 1, and 0.85 for a student "
-        "with noise on text, as the authors released it")
+        help="noise temperature (AR, exact: the sampling temperature); default 1, and 0.85 for a student "
+        "with noise on text, as the authors released it, but for exact")
     add("--top_p", type=number(float, above=0, high=1), help="nucleus; default 0.9, 1 on the maze")
     loading_flags(group)
 
@@ -587,7 +591,7 @@ def draw(model, args, length, device, autocast):
             if args.stop_at_eos:
                 row = without_repeated_eos(row, model.bos)
             facts = {}
-            for name, calls in zip(("nfe", "verifier_calls"), counts):
+            for name, calls in zip(COUNTS, counts):
                 facts[name] = int(calls[i])
             if not is_maze:
                 facts["entropy"] = round(entropy(row), 3)

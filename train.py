@@ -35,11 +35,11 @@ from data.prepare import make_embedded
 from data.presets import EMBEDDED, MAZES, PRESETS
 from data.run import (Log, Run, StopSignals, Stopped, World, check_conditions, checkpoint_seen, conditions,
                       flops_per_row, keep, leave, load_checkpoint, restore, resume, rows_that_fit, tell_bad_steps)
-from data.shards import Shards, read_meta
+from data.shards import Shards, knows_success, read_meta
 from data.teacher_cache import teacher_of_rows
 from gumbel import KINDS, needs_teacher
 from mdlm import T_MIN, stratified_t
-from sample import MODELS, build, default_teacher, knows_success, load_ar, load_model, torch_seed
+from sample import MODELS, build, default_teacher, load_ar, load_model, torch_seed
 from teacher import model_hash
 
 

@@ -10,7 +10,7 @@ from data.files import write_json
 COLUMNS = dict(
     # nfe: the steps asked for; nfe_counted: the network calls that they took
     model="model", decode="decode", kind="what", nfe="NFE", nfe_counted="calls",
-    verifier_calls="verifier",
+    verifier_calls="verifier", positions="positions", verifier_positions="verifier's positions",
     # the maze, words, molecules
     success="success %", stderr="±", success_by_length="at the data's lengths %",
     distinct_per_1000="distinct per 1000", distinct="distinct", canonical="distinct, canonical", effective="effective",

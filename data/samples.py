@@ -64,6 +64,7 @@ def read_samples(path, settings, vocab_size):
                   tokens=lambda v: list_of(ids)(v) and len(v) == settings["length"] - 1)
     for i, sample in enumerate(samples, start=2):
         check_fields(f"--samples={path}, line {i},", sample, fields, remedy)
-        if ("verifier_calls" in sample) != ("verifier" in settings):
+        of_verified = ("verifier_calls" in sample, "positions" in sample)
+        if of_verified != ("verifier" in settings, "draft" in settings):
             raise BadInput(f"--samples={path}, line {i}, is of another sampler: {remedy}")
     return samples

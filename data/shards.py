@@ -378,6 +378,11 @@ def open_ids(f):
     return np.memmap(f["path"], "<u2", "r", f["offset"])
 
 
+def knows_success(meta):
+    """Whether a sample of a model with this meta is right or wrong: the maze's, and rows of one document each."""
+    return meta["tokenizer"] == "maze" or bool(meta.get("padded"))
+
+
 def changed_meta(old, new):
     """The keys in which two metas differ, for a run that is continued on data with the meta `new`.
 

@@ -1,4 +1,5 @@
-"""What a backbone takes of the tokens that Medusa drafts (Table 3, Section C.2): `evaluate.py acceptance`.
+"""What a backbone takes of the tokens that Medusa drafts (Table 3, Section C.2): `evaluate.py acceptance`. What a
+verifier takes of a masked student's stands beside it: extra/exact.py.
 
 Shapes: n prompts, P tokens of each, K heads.
 """
@@ -9,20 +10,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.cli import BadInput
+from data.cli import BadInput, refuse_unread
 from data.maze import PAD, maze_dataset
 from data.shards import Shards
+from extra.exact import EXACT_COLUMNS, EXACT_NOTE, exact_rows, exact_theory
 from extra.scores import ratio_with_error
 from gumbel import sample_gumbel
-from sample import check_vocabulary, torch_seed
+from sample import cast_body, check_length, check_vocabulary, load_ar, torch_seed
 
 
 def acceptance_table(args, models, device):
     """The rows of `evaluate.py acceptance`, its note, columns and digits."""
-    for model in models:
-        if not model.drafts:
-            raise BadInput(f"--ckpt: {model.name} is a {model.args['model']} checkpoint, "
-                           "acceptance is of Medusa heads")
+    heads = [model for model in models if model.drafts]
+    students = [model for model in models if not model.drafts]
+    check_flags(args, heads, students)
     length = args.length or min(128, *(model.length for model in models))
     data = Shards(args.data or models[0].args["data"], "val", length)
     is_maze = data.meta["name"] in ("maze", "maze_skewed")
@@ -31,38 +32,73 @@ def acceptance_table(args, models, device):
         prompt_length = 1 if is_maze else max(1, length // 4)
     for model in models:
         check_acceptance(model, data, length, prompt_length)
+    verifier = None
+    if students:
+        verifier = cast_body(load_ar("--verifier", args.verifier, data.meta, length, device))
     order = np.random.default_rng(args.seed).permutation(len(data))[:args.n]
     if prompt_length == 1:
         order = np.resize(order, args.n)    # BOS alone: any number of samples
     prompts = torch.from_numpy(data.rows(order)[:, :prompt_length])
     rows = []
-    bar = tqdm(total=len(prompts) * len(models) * len(args.accept), unit="prompt", disable=None)
-    for model, accept in itertools.product(models, args.accept):
+    bar = tqdm(total=len(prompts) * len(heads) * len(args.accept), unit="prompt", disable=None)
+    for model, accept in itertools.product(heads, args.accept):
         rows.append(measure_acceptance(model, accept, args, prompts, length, device, bar))
     bar.close()
     # perfect heads are counted for the backbone's own distribution, and exact acceptance
-    if is_maze and args.tau == args.top_p == 1 and "exact" in args.accept:
-        for n_heads in sorted({len(model.heads) for model in models}):
+    has_theory = is_maze and args.tau == args.top_p == 1
+    if has_theory and "exact" in args.accept:
+        for n_heads in sorted({len(model.heads) for model in heads}):
             rows.append(acceptance_theory(data.meta["name"], n_heads, length, prompt_length))
+    if students:
+        rows += exact_rows(students, verifier, args, prompts, length, device)
+        if has_theory and "every" in args.draft:
+            rows.append(exact_theory(padded_paths(data.meta["name"], length), prompt_length - 1))
 
-    most_heads = max(len(model.heads) for model in models)
-    heads = {f"head{k}": f"head {k}" for k in range(1, 1 + most_heads)}
-    columns = dict(model="model", accept="acceptance") | heads | dict(
+    most_heads = max((len(model.heads) for model in heads), default=0)
+    each_head = {f"head{k}": f"head {k}" for k in range(1, 1 + most_heads)}
+    columns = dict(model="model", accept="acceptance") | each_head
+    if students:
+        columns |= EXACT_COLUMNS
+    columns |= dict(
         accepted_length="accepted length", calls_per_token="calls per token", agreement="same text",
-        tokens_per_s="tokens/s", alone_tokens_per_s="backbone alone", speedup="speed-up")
+        near_ties="near ties", tokens_per_s="tokens/s", alone_tokens_per_s="backbone alone", speedup="speed-up")
     note = (f"prompts of {prompt_length} tokens (BOS included) continued to {length}, "
-            f"{args.batch_size} at once, tau {args.tau}, top_p {args.top_p}, epsilon {args.epsilon}, "
-            f"delta {args.delta}, {args.weights or 'EMA'} weights, {torch.get_num_threads()} threads.\n"
-            "head k: of its candidates with accepted predecessors, the accepted ones; "
-            "accepted length: tokens per backbone call, in whole drafts;\nsame text: of up to 8 "
-            "samples, the tokens that the backbone alone writes from the same noise.")
+            f"{args.batch_size} at once, tau {args.tau}, top_p {args.top_p}, {args.weights or 'EMA'} weights, "
+            f"{torch.get_num_threads()} threads.")
+    if heads:
+        note += (f"\nhead k: of its candidates with accepted predecessors, the accepted ones (epsilon {args.epsilon}, "
+                 f"delta {args.delta}); accepted length: tokens per backbone call, in whole drafts;\nsame text: of up "
+                 "to 8 samples, the tokens that the backbone alone writes from the same noise.")
+    if students:
+        note += EXACT_NOTE
     if is_maze:
-        note += "\ntheory: heads without noise that know the true marginals."
-    return rows, note, columns, dict.fromkeys(["accepted_length", *heads], 3)
+        note += "\ntheory: heads, or a student, without noise that know the true marginals."
+    return rows, note, columns, dict.fromkeys(["accepted_length", "first_prefix", "first_agreement", *each_head], 3)
+
+
+def check_flags(args, heads, students):
+    """Refuse models of which there is nothing to accept, and flags that none of these reads."""
+    for model in students:
+        if "exact" not in model.samplers:
+            raise BadInput(f"--ckpt: {model.name} is a {model.args['model']} checkpoint, "
+                           "acceptance is of Medusa heads and of masked students")
+        if not args.verifier:
+            raise BadInput(f"--ckpt: {model.name} is a {model.args['model']} checkpoint: its drafts need a --verifier, "
+                           "an AR checkpoint of its vocabulary")
+    refuse_unread(["verifier", "draft"], ["verifier", "draft"] if students else (), "without a masked student")
+    of_heads = ["accept", "epsilon", "delta"]
+    refuse_unread(of_heads, of_heads if heads else (), "without Medusa heads")
 
 
 def check_acceptance(model, data, length, prompt_length):
     check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
+    if not model.drafts:
+        if not model.any_length:
+            check_length(length, model)
+        if prompt_length >= length:
+            raise BadInput(f"rows of {length} tokens have no room for a prompt of {prompt_length}: set --length or "
+                           "--prompt_length")
+        return
     if length > model.backbone.length:
         raise BadInput(f"--length={length} is more than the {model.backbone.length} tokens "
                        f"of {model.name}'s backbone")
@@ -119,12 +155,16 @@ def acceptance_row(verified, accepted):
     return row | dict(accepted_length=ratio, accepted_length_stderr=error)
 
 
-def acceptance_theory(name, n_heads, length, prompt_length):
-    """The row of perfect heads without noise on the maze."""
+def padded_paths(name, length):
+    """The maze's rows without BOS, of `length` - 1 tokens."""
     paths = maze_dataset(name).astype(np.int64)
     more = length - 1 - paths.shape[1]      # the PADs of longer rows
-    paths = np.pad(paths, ((0, 0), (0, more)), constant_values=PAD)
-    verified, accepted = perfect_heads(paths, n_heads, prompt_length - 1)
+    return np.pad(paths, ((0, 0), (0, more)), constant_values=PAD)
+
+
+def acceptance_theory(name, n_heads, length, prompt_length):
+    """The row of perfect heads without noise on the maze."""
+    verified, accepted = perfect_heads(padded_paths(name, length), n_heads, prompt_length - 1)
     row = dict(model="theory", accept="exact")
     for key, value in acceptance_row(verified, accepted).items():
         if not key.endswith("_stderr"):     # all paths, not a sample of them

@@ -10,10 +10,10 @@ import torch
 from data.cli import BadInput
 from data.maze import maze_dataset, maze_statistics, validity_mass
 from data.molecules import canonical, valid_molecules
-from data.shards import SPLITS, Shards
+from data.shards import SPLITS, Shards, knows_success
 from data.vocab import Tokenizer
 from extra.scores import entropy, up_to_eos
-from sample import check_vocabulary, knows_success
+from sample import check_vocabulary
 from teacher import extract_sequential
 
 

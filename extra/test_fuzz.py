@@ -1404,7 +1404,7 @@ def flags_of_sample(rng):
     unread = {"--ckpt=out/plain --n=1": ["--tau=0.3", "--accept=exact", "--epsilon=0.5", "--delta=0.5",
                                          "--resample_noise", "--top_p=0.5 --greedy", "--apd_ratio=0.3",
                                          "--max_lookahead=3", "--verifier=out/ar", "--order=left_to_right",
-                                         "--remask=0.1", "--stop_at_eos", "--no_cache",
+                                         "--draft=once", "--remask=0.1", "--stop_at_eos", "--no_cache",
                                          "--steps=3 --sampler=first_hitting",
                                          "--steps=3 --sampler=apd --verifier=out/ar"],
               "--ckpt=out/gumbel --n=1": ["--accept=exact", "--epsilon=0.5", "--steps=3 --sampler=first_hitting"],

@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 import evaluate
 from bd3lm import clip_windows, search_clip
-from data.batches import EVAL, LEVELS, NOISE, loss_inputs, micro_batches, part_of_batch, read_ahead, rng
+from data.batches import EVAL, LEVELS, NOISE, loss_inputs, mask_suffixes, micro_batches, part_of_batch, read_ahead, rng
 from data.cli import BadInput, Parser, add_flags, number, optional, refuse_unread, run_main
 from data.files import check_folder
 from data.prepare import make_embedded
 from data.presets import EMBEDDED, MAZES, PRESETS
 from data.run import (Log, Run, StopSignals, Stopped, World, check_conditions, checkpoint_seen, conditions,
-                      flops_per_row, keep, leave, load_checkpoint, restore, resume, rows_that_fit, tell_bad_steps)
+                      flops_per_row, keep, leave, load_checkpoint, restore, resume, rows_that_fit, tell_bad_steps,
+                      update_average)
 from data.shards import Shards, knows_success, read_meta
 from data.teacher_cache import teacher_of_rows
 from gumbel import KINDS, needs_teacher
@@ -114,6 +115,7 @@ FLAGS = {
         ("clip_norm", 1.0, positive, "gradient norm is clipped to this"),
         ("ema", 0.9999, number(float, 0, 0.999999), "decay of the averaged weights, once warmed up"),
         ("t_one", 0.0, fraction, "fraction of rows fully masked; the loss is then no NELBO"),
+        ("mask_suffix", 0.0, fraction, "mdlm: fraction of rows masked from a random place to the end; likewise"),
         ("seed", 0, number(int, 0, 2**63 - 1), "of weights, data order, masks, noise, dropout"),
     ],
     "running": [
@@ -124,6 +126,7 @@ FLAGS = {
         ("eval_every", 5000, count, "steps between validations (EMA weights)"),
         ("eval_rows", 2000, count, "validation rows, the same each time"),
         ("save_every", 1000, count, "steps between checkpoints"),
+        ("keep", None, evaluate.steps_list, "steps whose checkpoint stays, as ckpt.STEP.pt: a comma list"),
         ("save_minutes", 10, positive, "at most so long between them"),
         ("report", 1000, whole, "maze, words, molecules: samples per row of the final table; 0: no table"),
         ("wandb", None, str, "also log to this Weights & Biases project (pip install wandb)"),
@@ -141,8 +144,8 @@ RANDOM = 1
 
 # flags that may differ when a run is continued: they do not affect the result, or (compile, dtype, micro_batch_size)
 # only rounding and which numbers are drawn
-MAY_DIFFER = {"out", "log_every", "eval_every", "eval_rows", "save_every", "save_minutes", "wandb", "report", "compile",
-              "dtype", "micro_batch_size"}
+MAY_DIFFER = {"out", "log_every", "eval_every", "eval_rows", "save_every", "save_minutes", "keep", "wandb", "report",
+              "compile", "dtype", "micro_batch_size"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # flags
@@ -212,6 +215,7 @@ def unread_flags(args):
         ("teacher", asks_teacher(args) or args.init_from == "teacher",
          "read with --gumbel (not with --noise=unpaired), --kd and --model=medusa only"),
         ("t_one", "t" in model.loss_reads, f"for {masked}"),
+        ("mask_suffix", args.model == "mdlm", "for --model=mdlm"),
         ("block_size", "block_size" in fields, "for models of blocks (--model=bd3lm)"),
         ("clip clip_search", "clip" in model.loss_reads, "for models of blocks (--model=bd3lm)"),
         ("heads", "heads" in fields, "for --model=medusa"),
@@ -463,12 +467,6 @@ def lr_at(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@torch.no_grad()
-def update_average(averaged, model, decay):
-    """averaged = decay * averaged + (1 - decay) * model, weight by weight."""
-    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-
-
 def start(args, world):
     """Open the files of a run, compare what its processes see of them, and bring its weights where they start."""
     with world.together() as seen:
@@ -513,6 +511,8 @@ def batch_gradients(args, run, ddp, answers, batches, stop, log, world):
     low, high = run.clip or (T_MIN, 1.0)
     levels = stratified_t(args.batch_size * model.n_blocks, rng(args.seed, LEVELS, run.step), args.t_one, low, high)
     levels = levels.view(args.batch_size, model.n_blocks)
+    if args.mask_suffix:
+        levels = mask_suffixes(levels, args.mask_suffix, run.data.length, rng(args.seed, LEVELS, run.step, 1))
     means = {}
     for m in range(accumulate):
         if m > 0 and sum(world.sum(len(stop.received))):   # one process's signal stops all
@@ -609,7 +609,7 @@ def train(args, world):
                 validation.evaluate(run, log)
             if received or run.due:
                 leave(args, run, streak, log, stop, world)
-            if run.step % args.save_every == 0 or last or failed or late:
+            if run.step % args.save_every == 0 or run.step in (args.keep or ()) or last or failed or late:
                 keep(args, run, streak, log, world)
             if failed:
                 break

@@ -33,6 +33,18 @@ def rows_of_step(step, n, batch_size, seed):
     return np.array([permutation(n, seed, i // n)[i % n] for i in places])
 
 
+def mask_suffixes(levels, share, length, rng):
+    """Noise levels of rows [B, n_blocks] -> of tokens [B, length], where this share of the rows, drawn at random, has
+    everything from a uniform place to its end masked, and nothing before: what a decoder from left to right sees.
+    """
+    B = len(levels)
+    levels = levels.repeat_interleave(length // levels.shape[1], 1)
+    chosen = torch.from_numpy(rng.permutation(B) < round(share * B))
+    first = torch.from_numpy(rng.integers(1, length, B))               # (position 0 is BOS)
+    suffix = (torch.arange(length) >= first[:, None]).to(levels.dtype)
+    return torch.where(chosen[:, None], suffix, levels)
+
+
 def part_of_batch(m, micro, world):
     """The places in the global batch of this process's rows in micro-step m."""
     first = (m * world.size + world.rank) * micro

@@ -227,7 +227,7 @@ def write_text(writer, stream, tokenizer, eos=True, hold_out=0, rows=None, batch
     print(f"{writer.out}: {tokens['train']} tokens for training, {tokens['val']} for validation",
           file=sys.stderr)
     if rows and rows.n_longer:
-        print(f"{writer.out}: {rows.n_longer} documents of more than {rows.length} tokens left out", file=sys.stderr)
+        print(f"{writer.out}: left out, of more than {rows.length} tokens: {rows.n_longer} documents", file=sys.stderr)
     return tokens
 
 

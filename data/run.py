@@ -399,12 +399,15 @@ class StopSignals:
 
 def save(args, model, averaged, optimizer, **more):
     """Write ckpt.pt in the run directory: a crash leaves the old one or the new one. The one before stays, as
-    ckpt.previous.pt.
+    ckpt.previous.pt; after a step of --keep, this one too, as ckpt.STEP.pt.
     """
     path = os.path.join(args.out, "ckpt.pt")
     previous = os.path.join(args.out, "ckpt.previous.pt")
     state = dict(model=model.state_dict(), ema=averaged.state_dict(), optimizer=optimizer.state_dict(),
                  rng=torch.get_rng_state(), args=vars(args), config=vars(model.config), git=git_commit(), **more)
+    if more["step"] in (args.keep or ()):
+        with replacing(os.path.join(args.out, f"ckpt.{more['step']}.pt"), "wb") as f:
+            torch.save(state, f)
     with replacing(path, "wb") as f:
         torch.save(state, f)
         with suppress(OSError):                            # the first one has none before it
@@ -422,6 +425,12 @@ def keep(args, run, streak, log, world):
                  clip=run.clip, step=good, tokens_seen=good * args.batch_size * run.data.length,
                  bad_steps=run.bad_steps - streak, due=run.due and streak == 0)
     log.saved = time.time()
+
+
+@torch.no_grad()
+def update_average(averaged, model, decay):
+    """averaged = decay * averaged + (1 - decay) * model, weight by weight."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
 
 def leave(args, run, streak, log, stop, world):

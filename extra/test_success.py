@@ -6,15 +6,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
 import evaluate
 import sample
 import train
 from data import molecules, prepare, words
+from data.batches import mask_suffixes
 from data.shards import Shards, read_meta
 from data.vocab import Tokenizer
 from extra import scores, success
-from test_gumbel import evaluated, randomise, refused, succeeded, tiny_ar
+from test_gumbel import evaluated, gen, randomise, refused, succeeded, tiny, tiny_ar
 from test_gumbel import cli  # noqa: F401, a fixture
 
 SHAPE = ("--n_layer=1 --n_embd=16 --n_head=2 --batch_size=16 --warmup=2 --log_every=1 --eval_every=4 --eval_rows=20 "
@@ -70,13 +72,13 @@ def test_rows_of_text_hold_a_document_each(tmp_path, cli, monkeypatch):
     lines = [f"line {i}" for i in range(40)] + ["x" * 11, "y" * 12, "long " * 600_000]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     _, err = succeeded(cli(prepare, "text --files a.txt --rows=11 --tokenizer=bytes --out=rows"))
-    assert "2 documents of more than 11 tokens left out" in err and "block" not in err
+    assert "of more than 11 tokens: 2 documents" in err and "block" not in err
     found = texts("rows", "train") + texts("rows", "val")
     assert sorted(found) == sorted(lines[:41])
     meta, _ = read_meta("rows")
     assert meta["row_length"] == 11 and meta["padded"]
-    _, err = succeeded(cli(prepare, "text --files a.txt --rows=12 --tokenizer=bytes --out=rows12"))
-    assert "no block size" in err                          # 13 is prime
+    _, err = succeeded(cli(prepare, "text --files a.txt --rows=16 --tokenizer=bytes --out=rows16"))
+    assert "no block size" in err                          # 17 is prime
 
 
 def test_a_long_documents_last_piece_is_no_row():
@@ -245,3 +247,32 @@ def test_table_refuses_what_has_no_success(word_runs, cli):
     refused(cli(evaluate, "success --ckpt out/words-mdlm-gumbel --data=data/text"), "data/text")
     flags = f"--model=mdlm --data=data/text --length=8 --init_from=teacher {SHAPE}"
     refused(cli(train, flags), "--init_from", "--teacher")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what training on these rows has besides
+
+def test_mask_suffixes():
+    """The share that was asked for is masked from a uniform place on, and nothing before; the others stay as they are.
+    """
+    L = 12
+    levels = torch.full((4000, 1), 0.25)
+    masked = mask_suffixes(levels, 0.75, L, np.random.default_rng(0))
+    is_suffix = (masked != 0.25).all(1)
+    assert is_suffix.sum() == 3000 and (masked[~is_suffix] == 0.25).all()
+    suffix = masked[is_suffix]
+    assert set(suffix.unique().tolist()) == {0, 1} and (suffix[:, 0] == 0).all()
+    assert (suffix.diff(dim=1) >= 0).all() and (suffix[:, -1] == 1).all()
+    counts = suffix.sum(1).long().bincount(minlength=L)[1:]            # 1 .. L - 1 masked tokens, equally often
+    assert chisquare(counts.numpy()).pvalue > 1e-4
+    z = tiny(L=L).noised(torch.zeros(4000, L, dtype=torch.long), masked, gen(0))
+    assert ((z == 7) == (masked == 1))[is_suffix].all()
+
+
+def test_checkpoints_that_stay(word_runs, cli):
+    succeeded(cli(train, f"--model=mdlm --mask_suffix=0.5 --data=words --report=0 --out=out/kept {SHAPE} --keep=1,3"))
+    steps = {path.name: torch.load(path, weights_only=True)["step"] for path in (word_runs / "out/kept").glob("*.pt")}
+    assert steps == {"ckpt.pt": 4, "ckpt.previous.pt": 3, "ckpt.1.pt": 1, "ckpt.3.pt": 3}
+    rows, _, _ = evaluated(cli, "success --ckpt out/kept/ckpt.1.pt out/kept --n=20 --nfe=1 --decode=greedy", "k.json")
+    assert [row["model"] for row in rows] == ["out/kept/ckpt.1.pt", "out/kept"]
+    refused(cli(train, f"--model=ar --data=words --mask_suffix=0.5 {SHAPE}"), "--mask_suffix", "mdlm")

@@ -94,32 +94,43 @@ class TeacherDenoiser:
         B, L = x.shape
         K = self.K
         teacher = self.teacher
-        first = K * torch.arange(B, device=x.device)[:, None]  # the number of a context's first particle
-        number = torch.arange(K, device=x.device).expand(B, K)
+        number = torch.arange(K, device=x.device).repeat(B)  # (B K), of a particle among its context's
         tokens = x.repeat_interleave(K, 0)  # (B K, L): [MASK]s are replaced as they are drawn
         given = tokens < self.mask_id
         origin = torch.zeros_like(tokens)
         logw = torch.zeros(B, K, dtype=torch.float64, device=x.device)
-        cache = teacher.new_cache(B * K, L)
-        new = torch.full((B * K, 1), teacher.bos, device=x.device)
+
+        # particles with the same past share a row of the cache, and a pass of the network: P rows, one of BOS at first
+        past = torch.zeros_like(number)  # (B K): each particle's row
+        last = torch.full((1,), teacher.bos, device=x.device)  # (P): the token that a row ends with
+        cache = teacher.new_cache(1, L)
         for i in range(L):
-            logits = teacher.logits(teacher.hidden(new, cache)[:, -1])  # (B K, V)
+            logits = teacher.logits(teacher.hidden(last[:, None], cache)[:, -1])[past]  # (B K, V)
             drawn = draw_tokens(logits, generator=self.generator)
             tokens[:, i] = torch.where(given[:, i], tokens[:, i], drawn)
-            origin[:, i] = number.flatten()
+            origin[:, i] = number
             logw = self.weigh(logw, logits, tokens[:, i], given[:, i])
-
-            w = logw.softmax(-1)
-            low = 1 / w.square().sum(-1, keepdim=True) < K / 2  # (B, 1)
-            if low.any() and i < L - 1:
-                survivor = torch.where(low, systematic(w, self.generator), number)
-                index = (first + survivor).flatten()
-                tokens = tokens[index]
-                origin = origin[index]
-                cache.batch_select_indices(index)
-                logw = logw.masked_fill(low, 0)
-            new = tokens[:, i:i + 1]
+            if i == L - 1:
+                break
+            resampled, logw = self.resample(logw)
+            tokens = tokens[resampled]
+            origin = origin[resampled]
+            longer, past = (past[resampled] * self.mask_id + tokens[:, i]).unique(return_inverse=True)
+            cache.batch_select_indices(longer // self.mask_id)
+            last = longer % self.mask_id
         return tokens.view(B, K, L), logw.softmax(-1), origin.view(B, K, L)
+
+    def resample(self, logw):
+        """Log-weights [B, K] -> (which of all particles go on [B K], their log-weights [B, K]): those of contexts whose
+        effective number is low are drawn anew, with equal weights; of others, each.
+        """
+        B, K = logw.shape
+        w = logw.softmax(-1)
+        low = 1 / w.square().sum(-1, keepdim=True) < K / 2  # (B, 1)
+        each = torch.arange(K, device=w.device)
+        which = torch.where(low, systematic(w, self.generator), each)
+        first = K * torch.arange(B, device=w.device)[:, None]  # the number of a context's first particle
+        return (first + which).flatten(), logw.masked_fill(low, 0)
 
     def weigh(self, logw, logits, token, given):
         """Log-weights [B, K] after a token [B K] whose logits are [B K, V]: a given one multiplies by its probability.

@@ -25,13 +25,12 @@ from tqdm import tqdm
 
 from data.cli import BadInput, Parser, number, optional, refuse_unread, run_main
 from data.files import check_folder, check_output
-from data.maze import MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
+from data.maze import PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
 from data.report import device_name, report
 from data.run import allow_changing_shapes, device_and_dtype
 from data.samples import names_file, read_samples, write_samples
 from data.shards import Shards
 from data.vocab import Tokenizer, same_tokenizer, translate
-from mdlm import reveal_steps, revealing_path, unmask
 from medusa import ACCEPT
 from sample import (cast_body, check_length, check_sampler, check_sampling_flags, check_sampling_read,
                     check_vocabulary, generate, load_model, load_verifier, loading_flags, medusa_flags, options_read,
@@ -194,17 +193,9 @@ def maze_theory(name, n, steps, seed):
 
     -> (samples [n, 10], mean network calls).
     """
-    mask_id = PAD + 1                       # rows without BOS
-    exact = ExactDenoiser(maze_dataset(name).astype(np.int64), mask_id)
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    calls = 0
-    for x in torch.full((n, MAZE_LENGTH), mask_id).split(1000):
-        path = revealing_path(reveal_steps(x == mask_id, steps, generator=generator))
-        x, nfe = unmask(x, path, mask_id, exact, generator=generator)
-        samples.append(x)
-        calls += int(nfe.sum())
-    return torch.cat(samples).numpy(), calls / n
+    from extra.theory import theory_rows
+    exact = ExactDenoiser(maze_dataset(name), PAD + 1)      # rows without BOS
+    return theory_rows(exact, n, steps, seed)
 
 
 def map_agreement(student, teacher, n, seed, device):

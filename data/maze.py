@@ -130,8 +130,8 @@ def validity_mass(model, device):
 class ExactDenoiser:
     """The perfect plain MDLM of an enumerable language: the true conditionals, counted from its rows.
 
-    Stands in for a network in `mdlm.unmask`. 120,000 rows of 23 tokens take 70 MB. Shapes: B contexts at once, L length,
-    V vocabulary, M rows of the language.
+    Stands in for a network in `mdlm.unmask`. 120,000 rows of 23 tokens take 70 MB. Shapes: B contexts at once, L
+    length, V vocabulary, M rows of the language.
     """
 
     def __init__(self, rows, vocab_size, otherwise="uniform"):

@@ -30,8 +30,8 @@ def conditionals(law, x, otherwise):
 
 
 def law_of_samples(law, step, otherwise):
-    """The exact law of what the sampler writes from the true conditionals of `law`, where position i is revealed at step
-    step[i]: {row: probability}, call by call."""
+    """The exact law of what the sampler writes from the true conditionals of `law`, call by call, where position i is
+    revealed at step step[i]: {row: probability}."""
     states = {(None,) * len(step): 1.0}
     for k in range(1, max(step) + 1):
         now = [i for i, s in enumerate(step) if s == k]
@@ -168,8 +168,8 @@ class Pasts:
 
 
 class ExactTeacher:
-    """The exact AR model of weighted rows: p(x_i | x_<i) is a sum over the rows that begin with x_<i, uniform where none
-    does. BOS is an id of its own, as on the maze."""
+    """The exact AR model of weighted rows: p(x_i | x_<i) is a sum over the rows that begin with x_<i, uniform where
+    none does. BOS is an id of its own, as on the maze."""
     device = torch.device("cpu")
 
     def __init__(self, rows, V, weights=None):
@@ -272,7 +272,7 @@ def test_theory_of_a_skewed_teacher_needs_its_weights(monkeypatch):
     monkeypatch.setattr(TeacherDenoiser, "weigh", lambda self, logw, *args: logw)
     teacher, law = skewed_toy()
     want = brute_force_law(law, 3, "fixed", "random", UNIFORM)
-    found, _ = theory_rows(TeacherDenoiser(teacher, 200, gen()), 4000, 3, 1, "fixed", "random")
+    found, _ = theory_rows(TeacherDenoiser(teacher, 200, gen()), 1000, 3, 1, "fixed", "random")
     assert np.abs(np.bincount(found @ (9, 3, 1), minlength=27) / len(found) - want).sum() / 2 > 0.1
 
 
@@ -290,7 +290,7 @@ def test_success_on_the_maze_is_the_same_by_particles_and_by_counting(steps):
     if steps == 1:
         assert (mean, smallest) == (64, 64)
     else:
-        assert 1 <= smallest < 10 < mean < 64
+        assert 0.999 < smallest < 10 < mean < 64
 
 
 def test_positions_of_a_call_take_different_particles():
@@ -352,21 +352,25 @@ def test_chunks_do_not_matter(monkeypatch):
     teacher, law = skewed_toy()
     want = brute_force_law(law, 2, "fixed", "left_to_right", UNIFORM)
     monkeypatch.setattr(theory, "PARTICLES_AT_ONCE", 100)
-    found, _ = theory_rows(TeacherDenoiser(teacher, 60, gen()), 1000, 2, 1, "fixed", "left_to_right")
+    found, _ = theory_rows(TeacherDenoiser(teacher, 60, gen()), 400, 2, 1, "fixed", "left_to_right")
     inside = [i for i, row in enumerate(itertools.product(range(3), repeat=3)) if row in law]
-    share = (np.bincount(found @ (9, 3, 1), minlength=27) / 1000)[inside].sum()
-    assert abs(share - want[inside].sum()) < 0.06
+    share = (np.bincount(found @ (9, 3, 1), minlength=27) / 400)[inside].sum()
+    assert abs(share - want[inside].sum()) < 0.1
 
 
 def test_systematic_draws_are_as_many_as_the_weights_say():
     w = torch.rand(50, 40, dtype=torch.float64, generator=gen()) ** 4
-    drawn = systematic(w, gen(1))
+    drawn = systematic(w, torch.arange(40), 40, gen(1))
     assert (drawn.diff() >= 0).all()
     count = torch.zeros_like(w).scatter_add_(1, drawn, torch.ones_like(w))
     want = 40 * w / w.sum(1, keepdim=True)
     assert (count >= want.floor() - 1e-6).all() and (count <= want.ceil() + 1e-6).all()
-    mean = torch.stack([torch.bincount(systematic(w[:1], gen(i))[0], minlength=40) for i in range(2000)])
-    assert (mean.double().mean(0) - want[0]).abs().max() < 0.06
+    # the tick of rank r lies in the r-th of 40 equal parts of the weight
+    drawn = systematic(w[:1].expand(2000, -1), torch.tensor([7, 30]), 40, gen(2))
+    for rank, found in zip((7, 30), drawn.T):
+        cdf = w[0].cumsum(0) / w[0].sum()
+        assert (found >= torch.searchsorted(cdf, torch.tensor(rank / 40).double())).all()
+        assert (found <= torch.searchsorted(cdf, torch.tensor((rank + 1) / 40).double())).all()
 
 
 @pytest.mark.parametrize("sampler,order", [("ancestral", "random"), ("fixed", "random"), ("fixed", "left_to_right")])

@@ -1,9 +1,9 @@
 """What a perfect noise-blind denoiser reaches: a bound for students without noise, at tau = 1 and top_p 1.
 
 Tokens revealed together are drawn independently, so even the true conditionals fail at few calls. Two languages, two
-denoisers for `mdlm.unmask`: of the training rows (`data.maze.ExactDenoiser`, which counts them), and of what the teacher
-writes (`TeacherDenoiser`): the fairer one, since no student of it can be better than its teacher. Both hold for plain
-draws in the same order of revealing, and bound no sharpened decoding (tau < 1, top_p < 1, greedy).
+denoisers for `mdlm.unmask`: of the training rows (`data.maze.ExactDenoiser`, which counts them), and of what the
+teacher writes (`TeacherDenoiser`): the fairer one, since no student of it can be better than its teacher. Both hold for
+plain draws in the same order of revealing, and bound no sharpened decoding (tau < 1, top_p < 1, greedy).
 
 Shapes: B contexts at once, K particles of each, L length (without BOS), V vocabulary, N wanted positions.
 """
@@ -39,10 +39,11 @@ class TeacherDenoiser:
 
     K particles of each context are drawn left to right: at a masked position a token from the teacher; at a revealed
     one this token, by whose probability the particle's weight is multiplied. Where the effective number of a context's
-    particles, (sum w)^2 / sum w^2, falls below K/2, they are resampled. Exact for K to infinity.
+    particles, (sum w)^2 / sum w^2, falls below K/2, they are resampled.
 
-    Each position of a call takes its token from a particle of its own: two tokens of one particle fit together, which
-    independent draws do not. (Draws from the weighted histogram would take the same one in one of K cases.)
+    Each position of a call takes its token from a particle of its own, and from no near relative of another's if it
+    can: tokens of one particle fit together, which independent draws do not. Exact for K to infinity; with few, success
+    comes out too high where positions share their draws, too low where no particle has a past that is rare.
     """
 
     def __init__(self, teacher, n_particles=64, generator=None):
@@ -73,18 +74,19 @@ class TeacherDenoiser:
 
     def draw(self, x, wanted):
         """A token at each wanted position, from particles that differ where they can: x, wanted [B, L] -> [N]."""
-        B, L = x.shape
-        ends = (wanted | (x < self.mask_id)).any(0).nonzero().max() + 1    # what comes later says nothing
-        tokens, w, origin = self.particles(x[:, :ends])
-        particle = systematic(w, self.generator)           # (B, K), those of equal weight
-        shuffled = torch.rand(B, self.K, generator=self.generator, device=x.device).argsort(-1)
-        particle = particle.gather(1, shuffled)
-        particle = particle[:, torch.arange(ends) % self.K]    # (B, ends)
+        ends = (wanted | (x < self.mask_id)).any(0).nonzero().max() + 1  # what comes later says nothing
+        x = x[:, :ends]
+        wanted = wanted[:, :ends]
+        tokens, w, origin = self.particles(x)
+        # relatives stand side by side. Wanted positions, in a random order, take particles that lie far apart
+        key = torch.rand(x.shape, generator=self.generator, device=x.device).masked_fill(~wanted, math.inf)
+        rank = key.argsort(-1).argsort(-1)  # (B, ends): 0 .. n - 1 at the wanted ones
+        particle = systematic(w, rank, wanted.sum(1, keepdim=True), self.generator)
         drawn = tokens.gather(1, particle[:, None]).squeeze(1)
 
         weighted = wanted & (x < self.mask_id).any(1, keepdim=True)
-        self.n_effective.append(effective_number(w, origin)[weighted[:, :ends]].cpu())
-        return drawn[wanted[:, :ends]]
+        self.n_effective.append(effective_number(w, origin)[weighted].cpu())
+        return drawn[wanted]
 
     @torch.no_grad()
     def particles(self, x):
@@ -128,7 +130,7 @@ class TeacherDenoiser:
         w = logw.softmax(-1)
         low = 1 / w.square().sum(-1, keepdim=True) < K / 2  # (B, 1)
         each = torch.arange(K, device=w.device)
-        which = torch.where(low, systematic(w, self.generator), each)
+        which = torch.where(low, systematic(w, each, K, self.generator), each)
         first = K * torch.arange(B, device=w.device)[:, None]  # the number of a context's first particle
         return (first + which).flatten(), logw.masked_fill(low, 0)
 
@@ -144,7 +146,7 @@ class TeacherDenoiser:
         return torch.where(impossible, logw, after)
 
     def effective(self):
-        """How many different draws were behind a position, in effect: (mean, smallest) over all calls so far, K at best.
+        """How many different draws were behind a position, in effect: (mean, smallest) over all calls, K at best.
 
         Of the contexts that reveal something; K where there was none. A draw counts with the sum w of its particles'
         weights, and the number is 1 / sum w^2: resampling, after which all weights are equal, does not raise it.
@@ -155,13 +157,15 @@ class TeacherDenoiser:
         return float(n.mean()), float(n.min())
 
 
-def systematic(w, generator=None):
-    """Weights [B, K] -> numbers of particles [B, K], ascending: one of weight w comes K w times, rounded up or down."""
-    B, K = w.shape
+def systematic(w, rank, n, generator=None):
+    """Weights [B, K] -> the particles [B, n] at the ticks (u + rank) / n of their cumulative weights, one u a context.
+
+    Each is one draw by weight; with rank = 0 .. n - 1, a particle of weight w comes n w times, rounded up or down.
+    """
     cdf = w.cumsum(-1)
-    u = torch.rand(B, 1, dtype=torch.float64, generator=generator, device=w.device)
-    ticks = (u + torch.arange(K, device=w.device)) / K * cdf[:, -1:]
-    return torch.searchsorted(cdf, ticks, right=True).clamp_(max=K - 1)
+    u = torch.rand(len(w), 1, dtype=torch.float64, generator=generator, device=w.device)
+    ticks = (u + rank) / n * cdf[:, -1:]
+    return torch.searchsorted(cdf, ticks, right=True).clamp_(max=w.shape[1] - 1)
 
 
 def effective_number(w, origin):

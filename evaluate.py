@@ -25,13 +25,11 @@ from tqdm import tqdm
 
 from data.cli import BadInput, Parser, number, optional, refuse_unread, run_main
 from data.files import check_folder, check_output
-from data.maze import MAZE_LENGTH, PAD, ExactDenoiser, maze_dataset
 from data.report import device_name, report
 from data.run import allow_changing_shapes, device_and_dtype
 from data.samples import names_file, read_samples, write_samples
 from data.shards import SPLITS, Shards, knows_success
 from data.vocab import Tokenizer, same_tokenizer, translate
-from mdlm import reveal_steps, revealing_path, unmask
 from medusa import ACCEPT
 from sample import (COUNTS, VERIFIED, cast_body, check_length, check_sampler, check_sampling_flags,
                     check_sampling_read, check_vocabulary, generate, load_ar,
@@ -167,7 +165,7 @@ def success(args, models, device):
 def success_rows(language, models, args, device):
     """Every row of the table for these models; an AR model among them is `teacher`, and the map's reference."""
     from extra.scores import gen_ppl
-    from extra.success import map_agreement
+    from extra.success import map_agreement, theory
     judge = None
     if args.what == "success" and args.judge:
         judge = cast_body(load_ar("--judge", args.judge, models[0].meta, None, device))
@@ -188,29 +186,8 @@ def success_rows(language, models, args, device):
         if teacher and is_map and (row["decode"], row["nfe"]) == ("greedy", 1):
             row |= map_agreement(model, teacher, args.n, args.seed, device)
         rows.append(row)
-    for steps in args.nfe if language.is_maze else ():
-        sampled, calls = maze_theory(language.name, 10 * args.n, steps, args.seed)
-        rows.append(dict(model="theory", decode="sample", nfe=steps, nfe_counted=calls,
-                         **language.statistics(sampled)))
+    rows += theory(language, args, teacher)
     return rows
-
-
-def maze_theory(name, n, steps, seed):
-    """What a perfect noise-blind MDLM reaches at `steps` ancestral steps: the sampler with the true conditionals.
-
-    -> (samples [n, 10], mean network calls).
-    """
-    mask_id = PAD + 1                       # rows without BOS
-    exact = ExactDenoiser(maze_dataset(name).astype(np.int64), mask_id)
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    calls = 0
-    for x in torch.full((n, MAZE_LENGTH), mask_id).split(1000):
-        path = revealing_path(reveal_steps(x == mask_id, steps, generator=generator))
-        x, nfe = unmask(x, path, mask_id, exact, generator=generator)
-        samples.append(x)
-        calls += int(nfe.sum())
-    return torch.cat(samples).numpy(), calls / n
 
 
 def refuse_heads(models):
@@ -510,6 +487,9 @@ def success_flags(parser):
     add("--split", choices=SPLITS, default="val", help="whose lengths are the data's")
     add("--judge", help="AR checkpoint of the same vocabulary: adds GenPPL")
     add("--batch_size", type=number(int, 1, 2**20), default=1000, help="rows at once")
+    add("--no_theory", action="store_true", help="no rows of theory, which take minutes where there is much data")
+    add("--particles", type=number(int, 1, 2**20),
+        help="adds theory of what the teacher among --ckpt writes, from so many draws of it a row: 64")
 
 
 def infill_flags(parser):

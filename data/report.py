@@ -15,6 +15,7 @@ COLUMNS = dict(
     success="success %", stderr="±", success_by_length="at the data's lengths %",
     distinct_per_1000="distinct per 1000", distinct="distinct", canonical="distinct, canonical", effective="effective",
     in_data="of these in the data %", held_out="of these held out %", mean_length="length",
+    particles="particles", fewest_particles="at least",
     validity_mass="validity mass %", agree="map agreement, paths %", agree_position="positions %",
     # text
     tau="τ", top_p="top_p", gen_ppl="GenPPL", gen_ppl_stderr="±", mauve="MAUVE", mauve_std="±",

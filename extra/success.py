@@ -1,18 +1,23 @@
 """Success: of languages in which every sample can be judged, the maze, words, molecules. `evaluate.py success`.
 
-A new language is a class with `statistics(rows)` and `training_rows()`, and a line of `language_of`.
+A new language is a class with the methods of `Maze`, and a line of `language_of`.
 
 Shapes: N rows (or n samples) of T tokens, without BOS; V vocabulary.
 """
+import time
+
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.cli import BadInput
-from data.maze import maze_dataset, maze_statistics, validity_mass
+from data.maze import PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
 from data.molecules import canonical, valid_molecules
 from data.shards import SPLITS, Shards, knows_success
 from data.vocab import Tokenizer
 from extra.scores import entropy, up_to_eos
+from extra.theory import TeacherDenoiser, theory_rows
+from mdlm import SAMPLERS
 from sample import check_vocabulary
 from teacher import extract_sequential
 
@@ -49,6 +54,10 @@ class Maze:
         """How many samples are drawn at once."""
         return 1000
 
+    def theory(self, args):
+        """The perfect noise-blind denoiser of the training data; how many samples it draws; its sampler and order."""
+        return ExactDenoiser(maze_dataset(self.name), PAD + 1), 10 * args.n, ("ancestral", "random")
+
     def note(self, n):
         return (f"n = {n} samples a row ({10 * n} for theory: the perfect noise-blind MDLM, "
                 "ancestral sampler). "
@@ -60,9 +69,6 @@ class Maze:
 
     def statistics(self, rows):
         return maze_statistics(rows)
-
-    def training_rows(self):
-        return maze_dataset(self.name).astype(np.int64)
 
 
 class Listed:
@@ -88,18 +94,22 @@ class Listed:
         self.held_out = set(keys_of(self.rows["val"]) + keys_of(self.rows["test"])) - self.in_training
 
     def batch(self, args):
-        return args.batch_size
+        return vars(args).get("batch_size") or 1000
+
+    def theory(self, args):
+        denoiser = ExactDenoiser(self.rows["train"], self.eos + 1, otherwise="marginals")
+        return denoiser, args.n, (args.sampler, args.order)
 
     def note(self, n):
-        return (f"n = {n} samples a row. At the data's lengths: success if samples were as long as the data. distinct "
+        return (f"n = {n} samples a row. theory: the perfect noise-blind denoiser of the training data, theory_teacher "
+                "of what the teacher writes, both for draws at tau 1 and top_p 1 in the same order: no bounds for "
+                "sharper decoding. particles: different draws behind a token of theory_teacher, whose error is of the order of "
+                "their inverse, beside ±. At the data's lengths: success if samples were as long as the data. distinct "
                 "per 1000: different successes in a thousand samples. entropy of the set: of all tokens up to the "
                 f"first EOS.{self.about_novelty}")
 
     def exactly(self, model, device):
         return {}
-
-    def training_rows(self):
-        return self.rows["train"]
 
     def statistics(self, rows):
         """Samples [n, T] -> the columns of their row in the table, as a dict."""
@@ -187,7 +197,36 @@ def per_1000(keys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the map from noise to text
+# theory, and the map from noise to text
+
+def theory(language, args, teacher):
+    """The rows of the perfect noise-blind denoisers, of the training data and, with --particles, of what the teacher
+    writes. None where the sampler is not one of `mdlm.reveal_steps`: they hold for plain draws in the same order.
+    """
+    exact, n, how = language.theory(args)
+    if vars(args).get("no_theory") or how[0] not in SAMPLERS or how[1] == "confidence":
+        return []
+    particles = vars(args).get("particles")
+    if particles and teacher is None:
+        raise BadInput(f"--particles={particles} are the teacher's: give an AR checkpoint with --ckpt, too")
+    rows = []
+    for name in ["theory", "theory_teacher"] if particles else ["theory"]:
+        for steps in tqdm(args.nfe, desc=name, unit="row", disable=None):
+            denoiser = exact
+            if name == "theory_teacher":
+                generator = torch.Generator(teacher.device).manual_seed(args.seed)
+                denoiser = TeacherDenoiser(teacher, particles, generator)
+            began = time.perf_counter()
+            sampled, calls = theory_rows(denoiser, n, steps, args.seed, *how)
+            row = dict(model=name, decode="sample", nfe=steps, nfe_counted=calls, **language.statistics(sampled))
+            if name == "theory_teacher":
+                row["particles"], row["fewest_particles"] = denoiser.effective()
+            if not language.is_maze:
+                row["seconds"] = time.perf_counter() - began
+            rows.append(row)
+    return rows
+
+
 
 def map_agreement(student, teacher, n, seed, device):
     """With fresh noise and everything masked: how often the student's argmax is what the teacher writes from it.

@@ -34,7 +34,7 @@ def write_shards(model, args, length, device, autocast):
     check_shards(args, model)
     n_val = max(1, round(0.02 * args.n))        # the first rows
     meta = dict(name=os.path.basename(os.path.normpath(args.shards)), row_length=length - 1)
-    for key in ("tokenizer", "vocab_size", "bos", "predict_bos", "fingerprint"):
+    for key in ("tokenizer", "vocab_size", "bos", "predict_bos", "padded", "fingerprint"):
         if key in model.meta:                   # an old checkpoint has no fingerprint
             meta[key] = model.meta[key]
     flags = ("ckpt", "n", "batch_size", "length", "seed", "weights", "dtype")

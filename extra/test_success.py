@@ -30,6 +30,7 @@ def word_runs(tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.txt").write_text("\n".join([*WORDS, "Anna", "it's", "at", "abstractedly", "abbot", "", "x1y"]))
     succeeded(cli(prepare, "words --files list.txt"))
+    succeeded(cli(train, f"--model=ar --data=words --report=0 {SHAPE}"))
     succeeded(cli(train, f"--model=mdlm --gumbel --data=words --report=0 {SHAPE}"))
     return tmp_path
 
@@ -210,7 +211,8 @@ def test_judge_of_one_document_counts_the_first_eos():
     judge = randomise(tiny_ar()).eval()
     eos = judge.bos
     row = np.array([1, 2, eos, eos, 1, eos])
-    logp = judge.log_probs(torch.tensor([[eos, *row]]))[0].gather(-1, torch.tensor(row)[:, None])[:, 0]
+    with torch.no_grad():
+        logp = judge.log_probs(torch.tensor([[eos, *row]]))[0].gather(-1, torch.tensor(row)[:, None])[:, 0]
     for padded, counted in ((None, [0, 1, 4]), (True, [0, 1, 2])):
         judge.meta = dict(padded=padded)
         nats, count = scores.judge_nll(judge, [row], "cpu")
@@ -221,7 +223,7 @@ def test_judge_of_one_document_counts_the_first_eos():
 # the table
 
 def test_table_of_words(word_runs, cli):
-    """The first teacher is `teacher`; a run trains it, and starts from its weights, by itself."""
+    """The first teacher is `teacher`; a run finds it, and starts from its weights, by itself."""
     args = torch.load("out/words-mdlm-gumbel/ckpt.pt", weights_only=True)["args"]
     assert args["init_from"] == "teacher" and args["t_one"] == 0.5 and args["length"] is None
     flags = "success --ckpt out/words-ar out/words-mdlm-gumbel --n=40 --nfe=1,3 --judge=out/words-ar"
@@ -233,6 +235,14 @@ def test_table_of_words(word_runs, cli):
         assert {"success_by_length", "distinct_per_1000", "held_out", "entropy_set", "mean_length", "gen_ppl",
                 "nfe_counted", "seconds"} <= row.keys()
     assert "agree" in rows[3] and "distinct per 1000" in out
+    assert [(row["model"], row["nfe"]) for row in rows[5:]] == [("theory", 1), ("theory", 3)]
+    flags = "success --ckpt out/words-ar out/words-mdlm-gumbel --n=10 --decode=greedy --nfe=2 --particles=8"
+    rows, _, _ = evaluated(cli, f"{flags} --sampler=fixed --order=left_to_right", "rows.json")
+    assert [row["model"] for row in rows[2:]] == ["theory", "theory_teacher"]
+    assert 1 <= rows[3]["fewest_particles"] <= rows[3]["particles"] <= 8
+    rows, _, _ = evaluated(cli, f"{flags} --no_theory", "rows.json")
+    assert len(rows) == 2
+    refused(cli(evaluate, "success --ckpt out/words-mdlm-gumbel --n=10 --nfe=1 --particles=8"), "--particles=8")
     out, _ = succeeded(cli(evaluate, "nfe --ckpt out/words-mdlm-gumbel --n=20 --nfe=1,2"))
     assert "success %" in out
 
@@ -245,7 +255,7 @@ def test_table_refuses_what_has_no_success(word_runs, cli):
     refused(cli(evaluate, "success --ckpt out/text-mdlm"), "text-mdlm", "words")
     refused(cli(evaluate, "success --ckpt out/words-mdlm-gumbel out/text-mdlm"), "text-mdlm")
     refused(cli(evaluate, "success --ckpt out/words-mdlm-gumbel --data=data/text"), "data/text")
-    flags = f"--model=mdlm --data=data/text --length=8 --init_from=teacher {SHAPE}"
+    flags = f"--model=mdlm --data=data/text --length=8 --init_from=teacher --out=out/no {SHAPE}"
     refused(cli(train, flags), "--init_from", "--teacher")
 
 
@@ -274,5 +284,5 @@ def test_checkpoints_that_stay(word_runs, cli):
     steps = {path.name: torch.load(path, weights_only=True)["step"] for path in (word_runs / "out/kept").glob("*.pt")}
     assert steps == {"ckpt.pt": 4, "ckpt.previous.pt": 3, "ckpt.1.pt": 1, "ckpt.3.pt": 3}
     rows, _, _ = evaluated(cli, "success --ckpt out/kept/ckpt.1.pt out/kept --n=20 --nfe=1 --decode=greedy", "k.json")
-    assert [row["model"] for row in rows] == ["out/kept/ckpt.1.pt", "out/kept"]
+    assert [row["model"] for row in rows] == ["out/kept/ckpt.1.pt", "out/kept", "theory"]
     refused(cli(train, f"--model=ar --data=words --mask_suffix=0.5 {SHAPE}"), "--mask_suffix", "mdlm")

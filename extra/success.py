@@ -101,12 +101,13 @@ class Listed:
         return denoiser, args.n, (args.sampler, args.order)
 
     def note(self, n):
-        return (f"n = {n} samples a row. theory: the perfect noise-blind denoiser of the training data, theory_teacher "
-                "of what the teacher writes, both for draws at tau 1 and top_p 1 in the same order: no bounds for "
-                "sharper decoding. particles: different draws behind a token of theory_teacher, whose error is of the order of "
-                "their inverse, beside ±. At the data's lengths: success if samples were as long as the data. distinct "
+        return (f"n = {n} samples a row. At the data's lengths: success if samples were as long as the data. distinct "
                 "per 1000: different successes in a thousand samples. entropy of the set: of all tokens up to the "
-                f"first EOS.{self.about_novelty}")
+                f"first EOS.{self.about_novelty}\n"
+                "theory: the perfect noise-blind denoiser of the training data, theory_teacher of what the teacher "
+                "writes, both for draws at tau 1 and top_p 1 in the same order: no bounds for sharper decoding. "
+                "particles: different draws behind a token of theory_teacher; its error is of the order of their "
+                "inverse, beside ±.")
 
     def exactly(self, model, device):
         return {}

@@ -15,7 +15,7 @@ from data import molecules, prepare, words
 from data.batches import mask_suffixes
 from data.shards import Shards, read_meta
 from data.vocab import Tokenizer
-from extra import scores, success
+from extra import front, scores, success
 from test_gumbel import evaluated, gen, randomise, refused, succeeded, tiny, tiny_ar
 from test_gumbel import cli  # noqa: F401, a fixture
 
@@ -257,6 +257,28 @@ def test_table_refuses_what_has_no_success(word_runs, cli):
     refused(cli(evaluate, "success --ckpt out/words-mdlm-gumbel --data=data/text"), "data/text")
     flags = f"--model=mdlm --data=data/text --length=8 --init_from=teacher --out=out/no {SHAPE}"
     refused(cli(train, flags), "--init_from", "--teacher")
+
+
+def test_best_at_an_entropy_lies_between_the_points():
+    curve = [(2.0, 10), (1.6, 20), (1.2, 90), (0.4, 5)]
+    assert [front.best_at(curve, entropy) for entropy in (1.6, 1.4, 1.8, 0.1)] == pytest.approx([20, 55, 15, 90])
+    assert front.best_at(curve, 2.1) == -np.inf
+    assert front.best_at([(1.0, 50)], 1.0) == 50
+
+
+def test_comparison_at_equal_entropy():
+    """A run's greedy score beside the best of the other's curves, averaged over its runs, both orders."""
+    def row(model, decode, top_p, entropy, score, order="random"):
+        return dict(model=model, decode=decode, top_p=top_p, nfe=2, entropy_set=entropy, distinct_per_1000=score,
+                    order=order)
+    rows = [row("a-s0", "greedy", None, 1.5, 100), row("a-s1", "greedy", None, 1.5, 140),
+            row("b-s0", "sample", 1.0, 2.0, 10), row("b-s0", "sample", 0.5, 1.0, 50),
+            row("b-s0", "greedy", None, 0.5, 0),
+            row("b-s1", "sample", 1.0, 2.0, 20), row("b-s1", "sample", 1.0, 1.5, 50, "left_to_right"),
+            row("theory", "sample", None, 2.0, 70)]
+    (found,) = front.compare(rows, "a", "b")
+    assert (found["score"], found["other"], found["ratio"], found["theory"]) == (120, 40, 3, 70)
+    assert found["score_stderr"] == pytest.approx(np.std([100, 140], ddof=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

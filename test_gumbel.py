@@ -4153,7 +4153,8 @@ def test_infill_scores_the_masked_tokens_alone(in_text_runs, cli, tmp_path):
 
 def nfe_of_three_runs(monkeypatch, plot=None):
     """`evaluate.nfe` of two seeds of one recipe and of another run -> (its arguments, what it returns)."""
-    models = [argparse.Namespace(name=name, meta=dict(tokenizer="maze")) for name in ("a-s0", "a-s1", "a-s1-more")]
+    names = ("a-s0", "a-s1", "a-s1-more")
+    models = [argparse.Namespace(name=name, meta=dict(tokenizer="maze", name="maze"), drafts=False) for name in names]
     rows = [dict(model="teacher", decode="sample", nfe=10, success=0.98, stderr=0.005, n=100)]
     for model, success in zip(models, (0.2, 0.4, 0.6)):
         for k in (1, 2):

@@ -125,6 +125,8 @@ def settings_of(model, options, args, device, start):
     if sampler == "apd":
         settings |= dict(verifier=args.verifier, ratio=args.apd_ratio,
                          max_lookahead=args.max_lookahead)
+    if args.drafts > 1:
+        settings |= dict(verifier=args.verifier, drafts=args.drafts)
     if sampler == "exact":
         settings |= dict(verifier=args.verifier, draft=args.draft)
     return settings
@@ -219,6 +221,8 @@ def sampler_note(args):
         how = f" (verifier {args.verifier}, draft {args.draft})"
     elif args.sampler == "remdm":
         how = f", remask {args.remask}"
+    if args.drafts > 1:
+        how += f", one of {args.drafts} drafts by its probability under {args.verifier}"
     return f"{args.sampler} sampler{how}, {args.weights or 'EMA'} weights."
 
 

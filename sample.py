@@ -13,7 +13,6 @@ A model of your own becomes an entry of MODELS: every command asks it through it
 """
 import dataclasses
 import itertools
-import json
 import math
 import os
 import sys
@@ -30,10 +29,11 @@ import mdlm
 import teacher
 from bd3lm import BD3LM
 from data.cli import BadInput, Parser, number, refuse_unread, run_main, say_once
-from data.files import check_fields, check_output, naming, share, whole
+from data.files import check_fields, check_output, share, whole
 from data.maze import draw_maze
 from data.presets import EMBEDDED
 from data.run import allow_changing_shapes, body_to_bfloat16, device_and_dtype, is_finite, load_checkpoint, memory_bytes
+from data.samples import write_sample
 from data.shards import MOST_IDS, knows_success
 from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
 from mdlm import MDLM, ORDERS, SAMPLERS
@@ -301,7 +301,7 @@ def generate(model, tokens, options, generator=None, verifier=None):
     """Samples of any model, from tokens [B, *] to begin with -> (tokens [B, L], then counts [B]: nfe, and those of
     COUNTS that the sampler has). options: from `sampling_options`; the model gets those that it reads.
     """
-    if options["sampler"] in VERIFIED and options["sampler"] in model.samplers:
+    if options["sampler"] in VERIFIED and options["sampler"] in model.samplers or options.get("drafts", 1) > 1:
         from extra.verified import generate_verified
         return generate_verified(model, tokens, verifier, options, generator)
     return model.generate(tokens, generator=generator, **options_read(model, options))
@@ -333,16 +333,20 @@ def resolve_sampling(args, model):
 
 def check_sampling_flags(args):
     """Refuse flags that do not go together, before a model is loaded."""
+    drafts = args.drafts > 1
     for flag, samplers in dict(order=["fixed"], remask=["remdm"], verifier=list(VERIFIED), apd_ratio=["apd"],
                                max_lookahead=["apd"], draft=["exact"]).items():
-        read = [flag] if args.sampler in samplers else ()
+        read = [flag] if args.sampler in samplers or drafts and flag == "verifier" else ()
         refuse_unread([flag], read, f"without --sampler={' or '.join(samplers)}")
     if args.sampler == "remdm" and not args.remask:
         raise BadInput("--sampler=remdm needs --remask above 0, as in --remask=0.05: "
                        "at 0 it is --sampler=ancestral")
-    if args.sampler in VERIFIED and not args.verifier:
-        raise BadInput(f"--sampler={args.sampler} needs --verifier: an AR checkpoint of the same vocabulary, or gpt2")
+    if (args.sampler in VERIFIED or drafts) and not args.verifier:
+        asks = f"--drafts={args.drafts}" if drafts else f"--sampler={args.sampler}"
+        raise BadInput(f"{asks} needs --verifier: an AR checkpoint of the same vocabulary, or gpt2")
     fills_in = "masked" in vars(args) or vars(args).get("infill") is not None
+    if drafts and (args.sampler in VERIFIED or not fills_in):
+        raise BadInput(f"--drafts={args.drafts} is for infilling by a sampler that asks no --verifier: leave it out")
     if args.sampler == "exact" and fills_in:
         raise BadInput("--sampler=exact continues a --prompt, as its verifier would: take another sampler for --infill")
 
@@ -352,7 +356,7 @@ VERIFIED = {"apd": ("verifier", "apd_ratio", "max_lookahead"), "exact": ("verifi
 COUNTS = ("nfe", "verifier_calls", "positions", "verifier_positions")  # what `generate` counts, in this order
 # the flags that only some samplers read
 SAMPLING_FLAGS = ("sampler", "steps", "nfe", "order", "remask", "verifier", "apd_ratio", "max_lookahead", "draft",
-                  "resample_noise", "tau", "top_p", "accept", "epsilon", "delta", "stop_at_eos", "no_cache")
+                  "drafts", "resample_noise", "tau", "top_p", "accept", "epsilon", "delta", "stop_at_eos", "no_cache")
 
 
 def flags_read(args, model, greedy):
@@ -363,6 +367,8 @@ def flags_read(args, model, greedy):
     if "cached" in read:
         read.add("no_cache")
     read |= set(VERIFIED.get(args.sampler, ()))
+    if args.drafts > 1 and model.fills_masks:
+        read |= {"drafts", "verifier"}
     if args.sampler in (*VERIFIED, "first_hitting"):       # a call for each token, or as many as it takes
         read.discard("steps")
     if "steps" in read:
@@ -412,7 +418,7 @@ def check_sampler(args, model):
 
 def load_verifier(args, models, device):
     """The AR model that checks what these models draft, or None where the sampler asks none."""
-    if args.sampler not in VERIFIED:
+    if args.sampler not in VERIFIED and args.drafts == 1:
         return None
     # the maze's table has no --length
     length = vars(args).get("length") or min(model.length for model in models)
@@ -484,11 +490,13 @@ def sampling_flags(parser):
     add("--order", choices=ORDERS, default="random", help="another than random needs --sampler=fixed")
     add("--remask", type=number(float, 0, 1), default=0.0, metavar="ETA",
         help="remdm: the highest probability with which a step masks a revealed token again")
-    add("--verifier", help="apd, exact: AR checkpoint or gpt2[-medium|-large|-xl] of the same vocabulary")
+    add("--verifier", help="apd, exact, --drafts: AR checkpoint or gpt2[-medium|-large|-xl] of the same vocabulary")
     add("--apd_ratio", type=number(float, 0, 1), default=0.5, help="apd: weight of student logits")
     add("--max_lookahead", type=number(int, 1, 2**20), default=10, help="apd: tokens drafted at once")
     add("--draft", choices=DRAFTS, default="every",
         help="exact: when the student drafts: every round; once, then the verifier's last draft is the next; never")
+    add("--drafts", type=number(int, 1, 10_000), default=1,
+        help="infilling: so many are drawn, and one of them by its probability under --verifier")
     add("--tau", type=number(float, above=0),
         help="noise temperature (AR, exact: the sampling temperature); default 1, and 0.85 for a student "
         "with noise on text, as the authors released it, but for exact")
@@ -609,15 +617,6 @@ def draw(model, args, length, device, autocast):
     seconds = time.time() - began
     print(f"{args.n} samples from {model.name} (step {model.step or 'unknown'}) in {seconds:.1f} s: "
           f"{', '.join(how)}", file=sys.stderr)
-
-
-def write_sample(out, sample):
-    with naming(out.name):
-        try:
-            out.write(json.dumps(sample) + "\n")
-        except OSError:                         # half a file would only be in the way of the next try
-            os.remove(out.name)
-            raise
 
 
 def without_repeated_eos(row, eos):

@@ -32,6 +32,16 @@ def write_samples(folder, settings, samples):
     return written
 
 
+def write_sample(out, sample):
+    """Append a sample, a dict, to an open file, which goes if that fails."""
+    with naming(out.name):
+        try:
+            out.write(json.dumps(sample) + "\n")
+        except OSError:                         # half a file would only be in the way of the next try
+            os.remove(out.name)
+            raise
+
+
 def names_file(path):
     """Whether --samples names a file to read; else it is a folder to write to."""
     return path.endswith(".jsonl")

@@ -11,14 +11,14 @@ from bd3lm import BD3LM
 from data.cli import BadInput
 from data.maze import ExactDenoiser, maze_dataset
 from extra.exact import both_choose, exact_theory, near_ties
-from extra.verified import DRAFTS, generate_exact, generate_verified
+from extra.verified import DRAFTS, choose_draft, generate_exact, generate_verified
 from gumbel import sample_gumbel
 from sample import load_model
 from teacher import GPT2, CausalLM
 from test_gumbel import (LANGUAGE, all_masked, counted_calls, evaluated, fits, gen, jsonl, llama_backbone, refused,
                          rows_of, save_gpt2, slow, succeeded, tiny, tiny_ar, tiny_blocks, with_and_without_noise)
-from test_gumbel import (block_runs, cli, in_block_runs, in_maze_runs, in_medusa_runs, medusa_runs, runs,  # noqa: F401
-                         text_runs)
+from test_gumbel import (block_runs, cli, in_block_runs, in_maze_runs, in_medusa_runs, in_text_runs, medusa_runs,  # noqa: F401
+                         runs, text_runs)
 
 L = 14
 SAMPLING = [dict(), dict(tau=0.7, top_p=0.8), dict(tau=1.4), dict(greedy=True)]
@@ -528,3 +528,42 @@ def test_acceptance_on_the_maze_has_the_theory(in_maze_runs, cli, tmp_path):
     assert 2.9 < rows[-1]["verifier_calls"] < 3 and 3.7 < rows[-1]["first_prefix"] < 3.8
     rows, *_ = evaluated(cli, f"{flags} --tau=0.5", tmp_path / "b.json")
     assert [row["model"] for row in rows] == ["maze-mdlm", "maze-ar"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# infilling: one of several drafts
+
+@pytest.mark.parametrize("n_drafts", [1, 3])
+def test_one_of_several_drafts_has_the_enumerated_law(n_drafts):
+    """Of drafts from q, one by its weight p: P(x) = sum over all tuples of drafts of prod q times p(x) / sum p."""
+    model = tiny()
+    verifier = peaked_ar().eval()
+    row = rows_of(1, 7, 6)
+    row[0, 3] = 7
+    q = model.log_probs(row)[0, 3, :7].exp().detach().double()
+    filled = row.repeat(7, 1)
+    filled[:, 3] = torch.arange(7)
+    p = (-verifier.losses(filled).sum(1)).softmax(0).double()
+    law = torch.zeros(7, dtype=torch.float64)
+    for drafts in torch.cartesian_prod(*[torch.arange(7)] * n_drafts).view(-1, n_drafts):
+        weight = p[drafts] / p[drafts].sum()
+        law.index_add_(0, drafts, q[drafts].prod() * weight)
+    tokens, nfe, calls = choose_draft(model, row.repeat(20_000, 1), verifier, n_drafts, gen(0), steps=1)
+    assert (nfe == n_drafts).all() and (calls == n_drafts).all()
+    assert (tokens[:, :3] == row[:, :3]).all() and (tokens[:, 4:] == row[:, 4:]).all()
+    assert fits(tokens[:, 3].bincount(minlength=7), law)
+
+
+def test_drafts_fill_in(in_text_runs, cli, tmp_path):
+    flags = "--ckpt=out/plain --infill=So[MASK][MASK]x --drafts=3 --verifier=out/ar --steps=2"
+    succeeded(cli(sample, f"{flags} --n=2 --out={tmp_path / 'd.jsonl'}"))
+    assert [row["verifier_calls"] for row in jsonl(tmp_path / "d.jsonl")] == [3, 3]
+    infill = "infill --judge=out/ar --ckpt out/plain --n=6 --masked=7 --nfe=2"
+    rows, out, _ = evaluated(cli, f"{infill} --drafts=2 --verifier=out/ar --samples={tmp_path}", tmp_path / "i.json")
+    assert rows[1]["verifier_calls"] == 2 and "one of 2 drafts" in out
+    (file,) = tmp_path.glob("plain-*.jsonl")
+    succeeded(cli(evaluate, f"{infill} --drafts=2 --verifier=out/ar --samples={file}"))
+    refused(cli(evaluate, f"{infill} --samples={file}"), str(file))
+    refused(cli(sample, flags.replace(" --verifier=out/ar", "")), "--drafts=3", "--verifier")
+    refused(cli(sample, "--ckpt=out/plain --drafts=3 --verifier=out/ar"), "--drafts=3", "infilling")
+    refused(cli(sample, "--ckpt=out/plain --infill=a[MASK] --verifier=out/ar"), "--verifier")

@@ -19,7 +19,12 @@ DRAFTS = ("every", "once", "never")                        # when the student dr
 
 
 def generate_verified(model, tokens, verifier, options, generator=None):
-    """`generate_apd` or `generate_exact`, as the options of `sample.sampling_options` say. Raises BadInput."""
+    """`choose_draft`, `generate_apd` or `generate_exact`, as the options of `sample.sampling_options` say. Raises
+    BadInput.
+    """
+    if options.get("drafts", 1) > 1:
+        own = {name: options[name] for name in model.generate_reads if name in options}
+        return choose_draft(model, tokens, verifier, options["drafts"], generator, **own)
     sampling = dict(tau=options["tau"], top_p=options["top_p"], greedy=options["greedy"], generator=generator)
     if options["sampler"] == "exact":
         if not are_beginnings(tokens, model.mask_id):
@@ -107,6 +112,29 @@ def leading(drafted, agrees):
     no_objection.scatter_(1, first, True)
     so_far = no_objection.cumprod(1).bool()
     return drafted & so_far
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# infilling: several drafts, of which the verifier chooses one
+
+@torch.no_grad()
+def choose_draft(model, tokens, verifier, n_drafts, generator=None, **sampling):
+    """Fill in the [MASK]s of tokens [B, L] n_drafts times, and draw one of the results by p(row) under the verifier ->
+    (tokens [B, L], nfe [B], verifier calls [B]). What stands right of a gap counts as well: an AR model, which cannot
+    fill in itself, can say which filling fits. sampling: what `model.generate` reads.
+    """
+    drafts = []
+    scores = []
+    nfe = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    for _ in range(n_drafts):
+        draft, calls = model.generate(tokens, generator=generator, **sampling)
+        drafts.append(draft)
+        scores.append(-verifier.losses(draft).double().sum(1))  # (B): log p, but for a constant that all share
+        nfe += calls
+    weights = torch.stack(scores, 1).softmax(1)  # (B, n_drafts)
+    chosen = torch.multinomial(weights, 1, generator=generator).squeeze(1)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    return torch.stack(drafts)[chosen, rows], nfe, torch.full_like(nfe, n_drafts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

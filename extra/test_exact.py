@@ -1,5 +1,6 @@
 """The tests of exact decoding (verified.py) and of its table (exact.py)."""
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import sample
 from bd3lm import BD3LM
 from data.cli import BadInput
 from data.maze import ExactDenoiser, maze_dataset
+from extra import noise_use
 from extra.exact import both_choose, exact_theory, near_ties
 from extra.verified import DRAFTS, choose_draft, generate_exact, generate_verified
 from gumbel import sample_gumbel
@@ -17,8 +19,8 @@ from sample import load_model
 from teacher import GPT2, CausalLM
 from test_gumbel import (LANGUAGE, all_masked, counted_calls, evaluated, fits, gen, jsonl, llama_backbone, refused,
                          rows_of, save_gpt2, slow, succeeded, tiny, tiny_ar, tiny_blocks, with_and_without_noise)
-from test_gumbel import (block_runs, cli, in_block_runs, in_maze_runs, in_medusa_runs, in_text_runs, medusa_runs,  # noqa: F401
-                         runs, text_runs)
+from test_gumbel import (block_runs, cli, in_block_runs, in_maze_runs, in_medusa_runs, in_text_runs,  # noqa: F401
+                         medusa_runs, runs, text_runs)
 
 L = 14
 SAMPLING = [dict(), dict(tau=0.7, top_p=0.8), dict(tau=1.4), dict(greedy=True)]
@@ -567,3 +569,35 @@ def test_drafts_fill_in(in_text_runs, cli, tmp_path):
     refused(cli(sample, flags.replace(" --verifier=out/ar", "")), "--drafts=3", "--verifier")
     refused(cli(sample, "--ckpt=out/plain --drafts=3 --verifier=out/ar"), "--drafts=3", "infilling")
     refused(cli(sample, "--ckpt=out/plain --infill=a[MASK] --verifier=out/ar"), "--verifier")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# noise_use.py
+
+def test_teacher_writes_around_what_is_revealed():
+    teacher = peaked_ar().eval()
+    start = all_masked(20, L)
+    noise = sample_gumbel((20, L, 7), gen(0))
+    text = noise_use.write_left_to_right(teacher, start, 7, noise)
+    alone, _ = teacher.generate(start[:, :1], noise=noise)
+    assert torch.equal(text, alone)
+    # its own tokens revealed change nothing; others stay, and change what follows them alone
+    revealed = torch.rand(20, L, generator=gen(1)) < 0.5
+    assert torch.equal(noise_use.write_left_to_right(teacher, text.masked_fill(~revealed, 7), 7, noise), text)
+    x = start.clone()
+    x[:, 5] = (text[:, 5] + 1) % 7
+    other = noise_use.write_left_to_right(teacher, x, 7, noise)
+    assert torch.equal(other[:, :5], text[:, :5]) and torch.equal(other[:, 5], x[:, 5])
+    assert (other[:, 6:] != text[:, 6:]).any()
+
+
+def test_noise_use_of_two_students(in_text_runs, cli, tmp_path):
+    """Agreement with the student's own tokens revealed is that of the sampler; a plain student has one loss."""
+    flags = f"--ckpt out/plain out/gumbel --teacher=out/ar --n=40 --json={tmp_path / 'n.json'}"
+    succeeded(cli(noise_use, flags))
+    with open(tmp_path / "n.json") as f:
+        plain, gumbel = json.load(f)["rows"]
+    assert plain["loss_own"] == plain["loss_fresh"] and gumbel["loss_own"] != gumbel["loss_fresh"]
+    for row in (plain, gumbel):
+        assert all(0 <= row[f"{what}_{share}"] <= 1 for what in ("own", "teacher", "other") for share in (0.25, 0.75))
+    refused(cli(noise_use, "--ckpt out/ar --teacher=out/ar"), "out/ar", "mdlm")

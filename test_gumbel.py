@@ -4163,7 +4163,7 @@ def nfe_of_three_runs(monkeypatch, plot=None):
     monkeypatch.setattr(evaluate, "success_rows", lambda *a: rows)
     monkeypatch.setattr(evaluate, "sampling_note", lambda *a: "")
     args = argparse.Namespace(n=100, nfe=[1, 2], plot=plot, tau=None, top_p=None, sampler="ancestral", order="random",
-                              weights="ema", seed=0, metric=None, json=None)
+                              drafts=1, weights="ema", seed=0, metric=None, json=None)
     return args, evaluate.nfe(args, models, "cpu")
 
 

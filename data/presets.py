@@ -13,18 +13,16 @@ PRESETS = [
     ({"data": "maze", "model": "mdlm", "gumbel": True}, dict(t_one=0.5)),
     ({"data": "maze", "model": "bd3lm", "gumbel": True}, dict(t_one=0.5)),
     ({"data": "molecules"},
-     dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.0, batch_size=256, lr=2e-3,
+     dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.0, batch_size=256, lr=3e-3,
           steps=5000, warmup=100, schedule="cosine", eval_every=1000, save_every=500)),
-    ({"data": "molecules", "model": "ar"}, dict(steps=3000)),
+    ({"data": "molecules", "model": "ar"}, dict(lr=2e-3, steps=3000)),
     ({"data": "words"},
-     dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.1, batch_size=256, lr=2e-3,
+     dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.1, batch_size=256, lr=3e-3,
           steps=4000, warmup=100, schedule="cosine", eval_every=1000, save_every=500)),
-    ({"data": "words", "model": "ar"}, dict(steps=3000)),
+    ({"data": "words", "model": "ar"}, dict(lr=2e-3, steps=3000)),
     # students of the teacher's shape start from its weights
     ({"data": "molecules", "model": "mdlm"}, dict(init_from="teacher")),
     ({"data": "words", "model": "mdlm"}, dict(init_from="teacher")),
-    ({"data": "molecules", "model": "mdlm", "gumbel": True}, dict(t_one=0.5)),
-    ({"data": "words", "model": "mdlm", "gumbel": True}, dict(t_one=0.5)),
     ({"model": "medusa"}, dict(n_layer=1)),                # on these as well
 ]
 MAZES = ("maze", "maze_skewed")

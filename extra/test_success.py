@@ -225,7 +225,7 @@ def test_judge_of_one_document_counts_the_first_eos():
 def test_table_of_words(word_runs, cli):
     """The first teacher is `teacher`; a run finds it, and starts from its weights, by itself."""
     args = torch.load("out/words-mdlm-gumbel/ckpt.pt", weights_only=True)["args"]
-    assert args["init_from"] == "teacher" and args["t_one"] == 0.5 and args["length"] is None
+    assert args["init_from"] == "teacher" and args["lr"] == 3e-3 and args["length"] is None
     flags = "success --ckpt out/words-ar out/words-mdlm-gumbel --n=40 --nfe=1,3 --judge=out/words-ar"
     rows, out, _ = evaluated(cli, flags, "rows.json")
     assert [(row["model"], row["decode"], row["nfe"]) for row in rows[:5]] == [

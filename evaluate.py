@@ -1,6 +1,7 @@
 """The tables: one function each. Results go to stdout as Markdown, and with --json=FILE to a file.
 
     python evaluate.py maze --ckpt out/maze-ar out/maze-mdlm-gumbel              # success with diversity, row by row
+    python evaluate.py success --ckpt out/words-ar out/words-mdlm-gumbel         # the same of words, of molecules
     python evaluate.py genppl --judge=gpt2-large --ckpt out/mine-mdlm-gumbel     # samples under an AR judge, + entropy
     python evaluate.py mauve  --judge=gpt2-large --ckpt out/mine-mdlm-gumbel     # MAUVE against validation text
     python evaluate.py infill --judge=gpt2-large --ckpt out/mine-mdlm-gumbel     # what is filled into real text

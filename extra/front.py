@@ -91,12 +91,16 @@ def compare(rows, recipe, other):
     return table
 
 
-def main(argv=None):
+def flags():
     parser = Parser(description="Compare two students at equal entropy.")
     parser.add_argument("files", nargs="+", help="written by evaluate.py success --json")
     parser.add_argument("--model", required=True, help="the recipe whose greedy rows are compared (a run, without -s0)")
     parser.add_argument("--other", required=True, help="the recipe whose curves they are compared with")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = flags().parse_args(argv)
     table = compare(read_rows(args.files), recipe_of(args.model), recipe_of(args.other))
     if not table:
         raise BadInput(f"--model={args.model}, --other={args.other}: these files have no rows to compare of them")

@@ -132,7 +132,7 @@ def measure(model, teacher, tokens, args, device):
     return row | {f"{what}_{share}": value for (share, what), value in agreement.items()}
 
 
-def main(argv=None):
+def flags():
     parser = Parser(description="What students make of their noise.")
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, help="MDLM checkpoints or run directories")
@@ -141,7 +141,11 @@ def main(argv=None):
     add("--n", type=number(int, 2, 2**20), default=500, help="rows, and samples")
     add("--json", help="also write the rows to this file")
     loading_flags(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = flags().parse_args(argv)
     if args.json:
         check_output("--json", args.json)
     device, dtype, autocast = device_and_dtype(args.dtype)

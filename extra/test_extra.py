@@ -36,7 +36,7 @@ from data.cli import BadInput, say_once
 from data.maze import maze_paths, maze_valid
 from data.run import CARDS, flops_per_row, peak_flops, rows_that_fit
 from data.vocab import Tokenizer
-from extra import bench, figures, gpu, lm_eval_model, plan, published, scores
+from extra import bench, figures, front, gpu, lm_eval_model, noise_use, plan, published, scores
 from extra import judge as llm_judge
 from extra.plot import nfe_table
 from extra.verified import generate_apd
@@ -1833,7 +1833,8 @@ set -f
 """
 PARSERS = {"train.py": train.parse, "sample.py": sample.parse, "evaluate.py": evaluate.parse,
            "data/prepare.py": prepare.parse, "extra.lm_eval_model": lm_eval_model.flags().parse_args,
-           "extra.judge": llm_judge.flags().parse_args, "extra.bench": bench.flags().parse_args}
+           "extra.judge": llm_judge.flags().parse_args, "extra.bench": bench.flags().parse_args,
+           "extra.front": front.flags().parse_args, "extra.noise_use": noise_use.flags().parse_args}
 NOT_PARSED = {"gumbel.py", "pytest", "venv", "extra.figures"}
 
 

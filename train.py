@@ -115,7 +115,7 @@ FLAGS = {
         ("clip_norm", 1.0, positive, "gradient norm is clipped to this"),
         ("ema", 0.9999, number(float, 0, 0.999999), "decay of the averaged weights, once warmed up"),
         ("t_one", 0.0, fraction, "fraction of rows fully masked; the loss is then no NELBO"),
-        ("mask_suffix", 0.0, fraction, "mdlm: fraction of rows masked from a random place to the end; likewise"),
+        ("mask_suffix", None, fraction, "mdlm: fraction of rows masked from a random place to the end; likewise"),
         ("seed", 0, number(int, 0, 2**63 - 1), "of weights, data order, masks, noise, dropout"),
     ],
     "running": [

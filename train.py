@@ -252,6 +252,8 @@ def open_run(args, world):
     if is_default and read_meta(args.data)[0]["row_length"]:
         args.length = None                                 # rows that are cut bring their length
     data = Shards(args.data, "train", args.length)
+    if args.report and data.meta["tokenizer"].startswith("smiles:"):
+        optional("partialsmiles", "--report above 0 on molecules")
     val = Shards(args.data, "val", args.length)
     micro = args.micro_batch_size or share
     if world.cuda and not args.micro_batch_size:
@@ -275,20 +277,15 @@ def find_teacher(args, meta, world):
     """The AR model that the run needs, on its device; None where it needs none."""
     if not asks_teacher(args):
         return None
+    return load_ar("--teacher", known_teacher(args, meta), meta, args.length, world.device)
+
+
+def known_teacher(args, meta):
+    """The path of the teacher; BadInput where there is none."""
     path = teacher_path(args, meta)
     if path is None:
-        raise BadInput("--gumbel, --kd and --model=medusa need --teacher: an AR checkpoint of this vocabulary; train "
-                       f"one with `python train.py --model=ar --data={args.data}`")
-    return load_ar("--teacher", path, meta, args.length, world.device)
-
-
-def source_path(args, meta):
-    """The model that --init_from names."""
-    path = args.init_from
-    if path == "teacher":
-        path = teacher_path(args, meta)
-    if path is None:
-        raise BadInput("--init_from=teacher needs --teacher: an AR checkpoint of this vocabulary")
+        raise BadInput("--gumbel, --kd, --model=medusa and --init_from=teacher need --teacher: an AR checkpoint of "
+                       f"this vocabulary; train one with `python train.py --model=ar --data={args.data}`")
     return path
 
 
@@ -481,7 +478,10 @@ def start(args, world):
         torch.manual_seed(args.seed)                       # of the initial weights
         source = None                                      # a model whose weights this one starts from
         if args.init_from and not ckpt:
-            source = load_model(source_path(args, data.meta))
+            path = args.init_from
+            if path == "teacher":
+                path = known_teacher(args, data.meta)
+            source = load_model(path)
     if teacher is not None:
         teacher.sha256 = seen["teacher"]
     now = conditions(data, val, teacher, micro, world, RANDOM)

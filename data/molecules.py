@@ -50,7 +50,7 @@ def qm9_paths():
 
 def valid_molecules(strings):
     """Strings [N] -> [N] bool: whether each is a molecule: its syntax, rings and valences. '' is none."""
-    partialsmiles = optional("partialsmiles", "success on molecules")
+    partialsmiles = optional("partialsmiles", "evaluate.py success on molecules")
     known = {}                                             # each distinct one is parsed once
     for text in tqdm(dict.fromkeys(strings), desc="molecules", unit="", leave=False, mininterval=1, delay=2):
         known[text] = is_molecule(partialsmiles, text)

@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -158,6 +159,13 @@ def test_molecules_are_read_where_the_package_lies(molecule_data, cli, tmp_path,
     assert texts("data/mine", "val") and read_meta("data/mine")[0]["row_length"] == 23
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(cli(prepare, "molecules --out=data/other"), "qm9pack", "--files")
+
+
+def test_what_judges_molecules_is_missed_before_training(molecule_data, cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "partialsmiles", None)
+    refused(cli(train, f"--model=ar --data=molecules {SHAPE}"), "partialsmiles", "--report")
+    succeeded(cli(train, f"--model=ar --data=molecules --report=0 {SHAPE}"))
+    refused(cli(evaluate, "success --ckpt out/molecules-ar --n=10"), "partialsmiles")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

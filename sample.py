@@ -301,7 +301,10 @@ def generate(model, tokens, options, generator=None, verifier=None):
     """Samples of any model, from tokens [B, *] to begin with -> (tokens [B, L], then counts [B]: nfe, and those of
     COUNTS that the sampler has). options: from `sampling_options`; the model gets those that it reads.
     """
-    if options["sampler"] in VERIFIED and options["sampler"] in model.samplers or options.get("drafts", 1) > 1:
+    if options.get("drafts", 1) > 1:
+        from extra.verified import choose_draft
+        return choose_draft(model, tokens, verifier, options["drafts"], generator, **options_read(model, options))
+    if options["sampler"] in VERIFIED and options["sampler"] in model.samplers:
         from extra.verified import generate_verified
         return generate_verified(model, tokens, verifier, options, generator)
     return model.generate(tokens, generator=generator, **options_read(model, options))

@@ -30,7 +30,8 @@ from data.cli import BadInput, Parser, number, refuse_unread, run_main, unescape
 from data.detokenize import LAMBADA, LM1B, PTB, SCIENTIFIC, WIKITEXT, detokenize
 from data.documents import expand, hub_splits, kind_of_file, stream_files, stream_hub
 from data.maze import MAZE_LENGTH, maze_dataset
-from data.shards import Writer, verify
+from data.presets import EMBEDDED
+from data.shards import SPLITS, Writer, verify
 from data.vocab import Tokenizer
 
 
@@ -85,7 +86,7 @@ def make_list(out, texts, tokenizer, length, seed=0):
     parts = dict(val=order[:n], test=order[n:2 * n], train=order[2 * n:])
     meta = dict(name=os.path.basename(os.path.normpath(out)), predict_bos=True) | rows.meta() | describe(tokenizer)
     with Writer(out, meta) as writer:
-        for split in ("train", "val", "test"):
+        for split in SPLITS:
             writer.write(split, np.concatenate([ids[i] for i in parts[split]]))
         writer.finish()
     print(f"{out}: {len(ids)} rows of {length} tokens, {n} each for val and test, {rows.n_longer} longer ones left out",
@@ -423,7 +424,7 @@ def parse(argv=None):
     sub = {name: commands.add_parser(name, help=what) for name, what in HELP.items()}
     sub["verify"].add_argument("path", help="its folder")
     sub["zeroshot"].add_argument("name", choices=ZEROSHOT, help="which set")
-    for name in ("maze", "maze_skewed", *LISTS, *TEXTS):
+    for name in (*EMBEDDED, *TEXTS):
         sub[name].add_argument("--out", required=name == "text",
                                help="folder to write; by default data/ and the name")
     sub["words"].add_argument("--files", nargs="+", help=f"words, one a line; by default {words.SYSTEM_LIST}")

@@ -23,6 +23,7 @@ from data.documents import kind_of_file
 from data.files import (check_fields, check_folder, is_file_name, list_of, maybe, naming, read_json, sync_folder, whole,
                         write_json, writing)
 from data.maze import PAD
+from data.presets import EMBEDDED
 from data.vocab import MOST_IDS, named_size
 
 SPLITS = ("train", "val", "test")
@@ -294,7 +295,7 @@ def read_meta(path):
     name = os.path.basename(os.path.normpath(path))
     if not os.path.isdir(path):
         how = f"text --files ... --out={path}"
-        if name in ("maze", "maze_skewed", "words", "molecules", "openwebtext", "lm1b"):
+        if name in (*EMBEDDED, "openwebtext", "lm1b"):
             how = name
         raise BadInput(f"{path} is not a folder of shards: make it with `python data/prepare.py {how}`")
     if os.path.lexists(os.path.join(path, "meta.json")):

@@ -81,10 +81,6 @@ def write(model, denoiser, x, wanted, noise):
     return (logits + noise[wanted]).argmax(-1)
 
 
-def noise_for(model, noise):
-    return noise if model.noise_embed is not None else None
-
-
 def after_some_steps(model, teacher, n, seed, device):
     """Both questions of n samples, each of own noise -> (agreement of the first call in each quarter of a row [4],
     {(share, what is revealed): agreement}).
@@ -97,7 +93,8 @@ def after_some_steps(model, teacher, n, seed, device):
     other = sample_gumbel((n, L, model.vocab_size), generator, device)
     text = write_left_to_right(teacher, blank, model.mask_id, noise)
     other_text = write_left_to_right(teacher, blank, model.mask_id, other)
-    denoiser = Denoiser(model, masked, 1.0, noise_for(model, noise))
+    noise_read = None if model.noise_embed is None else noise
+    denoiser = Denoiser(model, masked, 1.0, noise_read)
 
     first = blank.masked_scatter(masked, write(model, denoiser, blank, masked, noise))
     same = (first == text)[:, 1:].double().mean(0)

@@ -89,7 +89,7 @@ class Listed:
         if not data.meta.get("padded") or not len(self.rows[split]):
             raise BadInput(f"--data={path} has no {split} rows of one document each: give the data that the models "
                            "were trained on")
-        self.real = self.rows[split]
+        self.data_lengths, _ = lengths_of(self.rows[split], self.eos)
         self.in_training = set(keys_of(self.rows["train"]))
         self.held_out = set(keys_of(self.rows["val"]) + keys_of(self.rows["test"])) - self.in_training
 
@@ -129,19 +129,22 @@ class Listed:
 
     def accepts(self, rows, keys):
         """Whether each of rows [n, T], whose ends are right, is of the language -> [n] bool. keys: `keys_of` them."""
-        return np.array([key in self.in_training or key in self.held_out for key in keys])
+        return self.in_data(keys)
+
+    def in_data(self, keys):
+        """Which of these keys are rows of the data, held out or not -> [n] bool."""
+        return np.array([key in self.in_training or key in self.held_out for key in keys], dtype=bool)
 
     def standardised(self, lengths, ok):
         """Success if samples had the data's lengths: sum over l of P_data(l) success(l); 0 where no sample is so long.
 
         So success that is bought by shorter texts, which are easier, shows.
         """
-        data_lengths, _ = lengths_of(self.real, self.eos)
         total = 0.0
-        for length, count in zip(*np.unique(data_lengths, return_counts=True)):
+        for length, count in zip(*np.unique(self.data_lengths, return_counts=True)):
             of_length = lengths == length
             if of_length.any():
-                total += count / len(data_lengths) * ok[of_length].mean()
+                total += count / len(self.data_lengths) * ok[of_length].mean()
         return float(total)
 
     about_novelty = " held out: of the successes, those that no training row has (a tenth of the data is held out)."
@@ -163,8 +166,7 @@ class Molecules(Listed):
 
     def novelty(self, right):
         """QM9 is close to a list of all molecules of its kind: one that is not in it is no merit."""
-        in_data = sum(key in self.in_training or key in self.held_out for key in right)
-        found = dict(in_data=in_data / len(right) if right else None)
+        found = dict(in_data=float(self.in_data(right).mean()) if right else None)
         forms = canonical([self.tokenizer.decode(np.frombuffer(key, dtype=np.int64)) for key in right])
         if forms is not None:
             found["canonical"] = len(set(forms))
@@ -204,8 +206,10 @@ def theory(language, args, teacher):
     """The rows of the perfect noise-blind denoisers, of the training data and, with --particles, of what the teacher
     writes. None where the sampler is not one of `mdlm.reveal_steps`: they hold for plain draws in the same order.
     """
+    if vars(args).get("no_theory"):
+        return []
     exact, n, how = language.theory(args)
-    if vars(args).get("no_theory") or how[0] not in SAMPLERS or how[1] == "confidence":
+    if how[0] not in SAMPLERS or how[1] == "confidence":
         return []
     particles = vars(args).get("particles")
     if particles and teacher is None:

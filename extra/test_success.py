@@ -176,7 +176,7 @@ def language(kind, rows, held_out, names):
     made = kind.__new__(kind)
     made.eos = 3
     made.rows = dict(train=np.array(rows))
-    made.real = made.rows["train"]
+    made.data_lengths, _ = success.lengths_of(made.rows["train"], made.eos)
     made.in_training = set(success.keys_of(rows))
     made.held_out = set(success.keys_of(held_out))
     made.tokenizer = Tokenizer(names)

@@ -19,12 +19,7 @@ DRAFTS = ("every", "once", "never")                        # when the student dr
 
 
 def generate_verified(model, tokens, verifier, options, generator=None):
-    """`choose_draft`, `generate_apd` or `generate_exact`, as the options of `sample.sampling_options` say. Raises
-    BadInput.
-    """
-    if options.get("drafts", 1) > 1:
-        own = {name: options[name] for name in model.generate_reads if name in options}
-        return choose_draft(model, tokens, verifier, options["drafts"], generator, **own)
+    """`generate_apd` or `generate_exact`, as the options of `sample.sampling_options` say. Raises BadInput."""
     sampling = dict(tau=options["tau"], top_p=options["top_p"], greedy=options["greedy"], generator=generator)
     if options["sampler"] == "exact":
         if not are_beginnings(tokens, model.mask_id):

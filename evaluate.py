@@ -29,13 +29,13 @@ from data.files import check_folder, check_output
 from data.report import device_name, report
 from data.run import allow_changing_shapes, device_and_dtype
 from data.samples import names_file, read_samples, write_samples
+from data.sampling import COUNTS, VERIFIED, check_sampling_flags, check_sampling_read, sampling_shown
 from data.shards import SPLITS, Shards, knows_success
 from data.vocab import Tokenizer, same_tokenizer, translate
 from medusa import ACCEPT
-from sample import (COUNTS, VERIFIED, cast_body, check_length, check_sampler, check_sampling_flags,
-                    check_sampling_read, check_vocabulary, generate, load_ar,
-                    load_model, load_verifier, loading_flags, medusa_flags, options_read,
-                    sampling_flags, sampling_options, sampling_shown, torch_seed, typical_flags)
+from sample import (cast_body, check_length, check_sampler, check_vocabulary, generate, load_ar, load_model,
+                    load_verifier, loading_flags, medusa_flags, options_read, sampling_flags, sampling_options,
+                    torch_seed, typical_flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,7 +579,7 @@ def draws_samples(args):
 def check_read(args, models):
     """Refuse flags that none of these models reads, or that it cannot have."""
     if args.what == "ppl":
-        with_teacher = [model for model in models if model.noise_embed is not None and model.noise_embed.needs_teacher]
+        with_teacher = [model for model in models if model.paired]
         refuse_unread(["teacher"], ["teacher"] if with_teacher else (), "without a student that reads its noise")
     if args.what == "acceptance":
         typical = ["epsilon", "delta"] if "typical" in args.accept else ()

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from gumbel import DEVICE, GumbelEmbedding, check_draws, draw_tokens, to_logits
+from gumbel import DEVICE, GumbelEmbedding, check_draws, draw_tokens, needs_teacher, to_logits
 
 T_MIN = 1e-3  # t lives in [T_MIN, 1]: bounds the weight 1/t of a rarely masked row
 SAMPLERS = ("ancestral", "fixed", "first_hitting")  # what `reveal_steps` knows
@@ -77,6 +77,7 @@ class Model(nn.Module):
         self.length = config.length
         self.bos = config.bos
         self.noise_embed = None               # a GumbelEmbedding in students that read noise
+        self.paired = needs_teacher(getattr(config, "noise", None))  # noise that tells it its tokens
 
     def start(self, n, length):
         """n samples to begin with: BOS -> [n, 1]."""

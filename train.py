@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 import evaluate
 from bd3lm import clip_windows, search_clip
-from data.batches import EVAL, LEVELS, NOISE, loss_inputs, mask_suffixes, micro_batches, part_of_batch, read_ahead, rng
+from data.batches import (EVAL, LEVELS, NOISE, loss_inputs, mask_suffixes, micro_batches, parse_clip, part_of_batch,
+                          read_ahead, rng)
 from data.cli import BadInput, Parser, add_flags, number, optional, refuse_unread, run_main
 from data.files import check_folder
-from data.prepare import make_embedded
+from data.prepare import make_missing
 from data.presets import EMBEDDED, MAZES, PRESETS
 from data.run import (Log, Run, StopSignals, Stopped, World, check_conditions, checkpoint_seen, conditions,
                       flops_per_row, keep, leave, load_checkpoint, restore, resume, rows_that_fit, tell_bad_steps,
@@ -46,18 +47,6 @@ from teacher import model_hash
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the recipe
-
-def parse_clip(text):
-    """--clip's value, a window of noise levels: "0.3,0.8" -> (0.3, 0.8)."""
-    level = number(float, 0, 1)
-    parts = text.split(",")
-    if len(parts) == 2:
-        low = max(level(parts[0]), T_MIN)
-        high = level(parts[1])
-        if low < high or low == high == 1:
-            return low, high
-    raise BadInput(f"--clip={text}: two noise levels, 0 <= LOW < HIGH <= 1, as in 0.3,0.8")
-
 
 # --size: n_layer, n_embd, n_head
 SIZES = dict(tiny=(8, 256, 8), small=(12, 768, 12), medium=(24, 1024, 16))
@@ -369,10 +358,12 @@ class Validation:
     ROWS_PER_SEED = 32                                     # no flag, so that values compare
 
     def name(self):
-        if needs_teacher(self.args.noise):
-            # told the noise behind the text, it is no bound on the likelihood any more
-            return f"val_{self.model.loss_name.replace('nelbo', 'nll')}_given_noise"
-        return f"val_{self.model.loss_name}"
+        # told the noise behind the text, or not masked at random, it is no bound on the likelihood any more
+        told = needs_teacher(self.args.noise)
+        name = self.model.loss_name
+        if told or self.args.mask_suffix:
+            name = name.replace("nelbo", "nll")
+        return f"val_{name}_given_noise" if told else f"val_{name}"
 
     def batches(self, n, window=(T_MIN, 1.0)):
         """This process's share of n rows, at noise levels in the window: yields (tokens [B, L], what `loss` reads)."""
@@ -381,6 +372,8 @@ class Validation:
         n_blocks = self.model.n_blocks
         order = rng(seed, EVAL).permutation(len(self.data))[:n]
         levels = stratified_t(n * n_blocks, rng(seed, EVAL, 1), 0.0, *window).view(n, n_blocks)
+        if self.args.mask_suffix:
+            levels = mask_suffixes(levels, self.args.mask_suffix, self.data.length, rng(seed, EVAL, 3))
         for i in range(self.world.rank, math.ceil(n / self.ROWS_PER_SEED), self.world.size):
             part = slice(i * self.ROWS_PER_SEED, (i + 1) * self.ROWS_PER_SEED)
             if self.stop.received:
@@ -623,23 +616,23 @@ def report(args, meta):
     """The table that a run on the maze, words or molecules ends with; of other data there is none."""
     if not knows_success(meta) or not args.report:
         return
-    model = MODELS[args.model]
     command = ["maze" if meta["tokenizer"] == "maze" else "success", "--ckpt"]
-    if model.drafts:
+    if MODELS[args.model].drafts:
         command = ["acceptance", "--ckpt"]
     elif needs_teacher(args.noise) and teacher_path(args, meta):
         command.append(teacher_path(args, meta))           # a row of its own, to compare
-    evaluate.main([*command, args.out, f"--n={args.report}", f"--dtype={args.dtype}"])
+    command += [args.out, f"--n={args.report}", f"--dtype={args.dtype}"]
+    if args.mask_suffix == 1:
+        command += ["--sampler=fixed", "--order=left_to_right"]
+    evaluate.main(command)
 
 
 def main():
     args = parse(sys.argv[1:])
-    name = os.path.basename(args.data)
     with World(args.dtype) as world:
-        if name in EMBEDDED and args.data == os.path.join("data", name):
-            with world.together():
-                if world.first and not os.path.exists(args.data):
-                    make_embedded(name)
+        with world.together():
+            if world.first:
+                make_missing(args.data)
         train_missing_teacher(args, world)
         meta = train(args, world)
     if world.master:

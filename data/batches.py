@@ -11,6 +11,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from data.cli import BadInput, number
+from mdlm import T_MIN
+
 ROWS = 0                                                    # what a draw is for, part of its key
 LEVELS = 1
 NOISE = 2
@@ -31,6 +34,18 @@ def rows_of_step(step, n, batch_size, seed):
     """Row numbers of a global batch: an epoch visits all n rows in a seeded permutation; batches run across epochs."""
     places = range(step * batch_size, (step + 1) * batch_size)
     return np.array([permutation(n, seed, i // n)[i % n] for i in places])
+
+
+def parse_clip(text):
+    """--clip's value, a window of noise levels: "0.3,0.8" -> (0.3, 0.8)."""
+    level = number(float, 0, 1)
+    parts = text.split(",")
+    if len(parts) == 2:
+        low = max(level(parts[0]), T_MIN)
+        high = level(parts[1])
+        if low < high or low == high == 1:
+            return low, high
+    raise BadInput(f"--clip={text}: two noise levels, 0 <= LOW < HIGH <= 1, as in 0.3,0.8")
 
 
 def mask_suffixes(levels, share, length, rng):

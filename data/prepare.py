@@ -44,6 +44,13 @@ def make_embedded(name, out=None, files=None):
         make_maze(name, out)
 
 
+def make_missing(path):
+    """Embedded data that are named, data/NAME, and not there yet."""
+    name = os.path.basename(path)
+    if name in EMBEDDED and path == os.path.join("data", name) and not os.path.exists(path):
+        make_embedded(name)
+
+
 def make_maze(name, out):
     """`maze` or `maze_skewed` -> shards in `out`."""
     rows = maze_dataset(name)

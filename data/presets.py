@@ -16,6 +16,7 @@ PRESETS = [
      dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.0, batch_size=256, lr=3e-3,
           steps=5000, warmup=100, schedule="cosine", eval_every=1000, save_every=500)),
     ({"data": "molecules", "model": "ar"}, dict(lr=2e-3, steps=3000)),
+    ({"data": "molecules", "model": "mdlm", "gumbel": True}, dict(mask_suffix=1.0)),
     ({"data": "words"},
      dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.1, batch_size=256, lr=3e-3,
           steps=4000, warmup=100, schedule="cosine", eval_every=1000, save_every=500)),

@@ -32,10 +32,6 @@ SHARES = (0.25, 0.5, 0.75)                                 # of the places, reve
 STEPS = 8                                                  # of the student's, for all places
 
 
-def reads_noise(model):
-    return model.noise_embed is not None and model.noise_embed.needs_teacher
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss
 
@@ -44,7 +40,7 @@ def losses(model, teacher, tokens, seed):
     t = stratified_t(len(tokens), np.random.default_rng(seed))
     found = {}
     for name in ("own", "fresh"):
-        kind = model.noise_embed.kind if reads_noise(model) else None
+        kind = model.noise_embed.kind if model.paired else None
         total = 0.0
         for i, (part, levels) in enumerate(zip(tokens.split(32), t.split(32))):
             generator = torch.Generator(tokens.device).manual_seed(torch_seed(seed, i))
@@ -76,7 +72,7 @@ def write(model, denoiser, x, wanted, noise):
     """One call of the student: its tokens at the places `wanted` [B, L] of x [B, L], from noise [B, L, V] -> [N]."""
     rows = torch.arange(len(x), device=x.device)
     logits = denoiser.logits(denoiser.hidden(x, rows, wanted))
-    if reads_noise(model):
+    if model.paired:
         return logits.argmax(-1)
     return (logits + noise[wanted]).argmax(-1)
 

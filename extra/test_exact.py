@@ -116,6 +116,7 @@ class TokenCache:
 class TrueMarginals:
     """A noise-blind student that knows a language's true conditionals: an ExactDenoiser behind BOS."""
     noise_embed = None
+    paired = False
 
     def __init__(self, rows, V):
         self.mask_id = V

@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import itertools
+import json
 import sys
 
 import numpy as np
@@ -316,3 +317,16 @@ def test_checkpoints_that_stay(word_runs, cli):
     rows, _, _ = evaluated(cli, "success --ckpt out/kept/ckpt.1.pt out/kept --n=20 --nfe=1 --decode=greedy", "k.json")
     assert [row["model"] for row in rows] == ["out/kept/ckpt.1.pt", "out/kept", "theory"]
     refused(cli(train, f"--model=ar --data=words --mask_suffix=0.5 {SHAPE}"), "--mask_suffix", "mdlm")
+
+
+def test_suffixes_alone_are_written_from_left_to_right(word_runs, cli):
+    """The table after training, and validation, are of what the student was trained for; other orders are refused."""
+    out, _ = succeeded(cli(train, f"--model=mdlm --mask_suffix=1 --data=words --report=20 --out=out/suffix {SHAPE}"))
+    assert "left_to_right" in out
+    log = [json.loads(line) for line in (word_runs / "out/suffix/log.jsonl").read_text().splitlines()]
+    assert any("val_nll" in line for line in log) and not any("val_nelbo" in line for line in log)
+    flags = "success --ckpt out/suffix --n=10 --nfe=2 --no_theory"
+    succeeded(cli(evaluate, f"{flags} --sampler=fixed --order=left_to_right"))
+    for other in ("", "--sampler=fixed --order=random", "--sampler=first_hitting", "--sampler=remdm --remask=0.1"):
+        refused(cli(evaluate, f"{flags} {other}"), "--mask_suffix=1", "--order=left_to_right")
+    refused(cli(sample, "--ckpt=out/suffix --n=1"), "--mask_suffix=1")

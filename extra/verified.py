@@ -212,9 +212,8 @@ class ExactDecoding:
             self.x, self.noise, _ = model.whole_blocks(tokens, noise, generator)
         self.nfe, self.verifier_calls, self.positions, self.verifier_positions = self.p.new_zeros(4, B)
         # the student: with noise that tells it the tokens, its argmax is its draft (unpaired noise tells it nothing)
-        embedding = model.noise_embed
-        self.student_greedy = greedy or embedding is not None and embedding.needs_teacher
-        self.student_noise = None if embedding is None else self.noise
+        self.student_greedy = greedy or model.paired
+        self.student_noise = None if model.noise_embed is None else self.noise
         self.denoiser = None
         if draft == "never":
             self.x[:, :L] = torch.where(masked, noise.argmax(-1), tokens)

@@ -33,9 +33,9 @@ from data.sampling import COUNTS, VERIFIED, check_sampling_flags, check_sampling
 from data.shards import SPLITS, Shards, knows_success
 from data.vocab import Tokenizer, same_tokenizer, translate
 from medusa import ACCEPT
-from sample import (cast_body, check_length, check_sampler, check_vocabulary, generate, load_ar, load_model,
-                    load_verifier, loading_flags, medusa_flags, options_read, sampling_flags, sampling_options,
-                    torch_seed, typical_flags)
+from sample import (cast_body, check_length, check_random_masks, check_sampler, check_vocabulary, generate, load_ar,
+                    load_model, load_verifier, loading_flags, medusa_flags, options_read, sampling_flags,
+                    sampling_options, torch_seed, typical_flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,6 +581,9 @@ def check_read(args, models):
     if args.what == "ppl":
         with_teacher = [model for model in models if model.paired]
         refuse_unread(["teacher"], ["teacher"] if with_teacher else (), "without a student that reads its noise")
+    if args.what in ("ppl", "infill"):
+        for model in models:
+            check_random_masks(model, f"evaluate.py {args.what}")
     if args.what == "acceptance":
         typical = ["epsilon", "delta"] if "typical" in args.accept else ()
         refuse_unread(["epsilon", "delta"], typical, "without --accept=typical")

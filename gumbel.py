@@ -283,15 +283,14 @@ class GumbelEmbedding(nn.Module):
         energy = noise_features(e, kind).square().sum(-1).mean()
         nn.init.normal_(self.weight, std=std / energy.sqrt().item())
 
-    @property
-    def needs_teacher(self):
-        """Whether training draws the noise from a teacher's posterior."""
-        return needs_teacher(self.kind)
-
     def forward(self, noise, tau=1.0):
         """Given Gumbel noise [..., V] -> [..., D]."""
-        T = torch.exp(-noise.float()).clamp(min=TINY)
-        return F.linear(noise_features(T, self.kind, tau), self.weight)
+        D, V = self.weight.shape
+        parts = []
+        for rows in noise.reshape(-1, V).split(max(1, DEVICE.chunk // V)):
+            T = torch.exp(-rows.float()).clamp(min=TINY)
+            parts.append(F.linear(noise_features(T, self.kind, tau), self.weight))
+        return torch.cat(parts).view(*noise.shape[:-1], D)
 
     def from_prior(self, n, tau=1.0, generator=None):
         """Fresh noise, tau * Gumbel(0, 1), for n rows -> [n, D]."""
@@ -304,7 +303,7 @@ class GumbelEmbedding(nn.Module):
         again in the backward pass and must return the same values. Unpaired noise ignores it: drawn from the prior.
         `raise_above_runner_up` is skipped: W reads softmax(noise), not an argmax.
         """
-        if not self.needs_teacher:
+        if not needs_teacher(self.kind):
             return self.from_prior(len(tokens), generator=generator)
         return self._project(len(tokens), partial(self._posterior_features, logits, tokens), generator)
 

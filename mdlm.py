@@ -232,7 +232,7 @@ class MDLM(Model):
 
         # 2. what the teacher says at the masked positions, and the noise behind their tokens
         draws_noise = self.noise_embed is not None and noise is None
-        draws_posterior = draws_noise and self.noise_embed.needs_teacher
+        draws_posterior = draws_noise and self.paired
         teacher_logits = None                                 # a function: (a, b) -> logits of masked tokens a to b
         if kd or draws_posterior:
             if teacher is None:

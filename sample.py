@@ -319,8 +319,7 @@ def options_read(model, options):
 
 def sampling_options(args, model, length, steps, greedy):
     """How a sample is drawn, by the names of `generate`'s arguments: the flags, and what they leave open."""
-    tau, top_p = resolve_sampling(args, model)
-    return vars(args) | dict(length=length, steps=steps, greedy=greedy, tau=tau, top_p=top_p)
+    return vars(args) | dict(length=length, steps=steps, greedy=greedy) | resolve_sampling(args, model)
 
 
 def check_sampler(args, model):
@@ -338,6 +337,13 @@ def check_sampler(args, model):
     its_own = ", ".join(model.samplers) or "none"
     raise BadInput(f"--sampler={args.sampler} is for masked models ({', '.join(having_it)}): "
                    f"{model.name} is a {model.args['model']} checkpoint, which has {its_own}")
+
+
+def check_random_masks(model, what):
+    """Refuse a model that has only ever seen rows whose end is missing."""
+    if model.args.get("mask_suffix") == 1:
+        raise BadInput(f"{what} masks at random, or within a text: {model.name} was trained with --mask_suffix=1, for "
+                       "what is missing at the end")
 
 
 def load_verifier(args, models, device):
@@ -378,6 +384,9 @@ def start_tokens(model, tokenizer, prompt, infill, length):
     # an infill text is the whole sample; on the maze, whose rows are of one length, its beginning
     if infill is None or tokenizer.name == "maze":
         rest = model.start(1, length)[:, len(ids):]
+        row = torch.cat([row, rest], 1)
+    elif model.meta.get("padded"):              # what follows it in such rows is known: EOS, which is BOS
+        rest = torch.full((1, length - len(ids)), model.bos)
         row = torch.cat([row, rest], 1)
     return row
 
@@ -424,7 +433,7 @@ def sampling_flags(parser):
     add("--tau", type=number(float, above=0),
         help="noise temperature (AR, exact: the sampling temperature); default 1, and 0.85 for a student "
         "with noise on text, as the authors released it, but for exact")
-    add("--top_p", type=number(float, above=0, high=1), help="nucleus; default 0.9, 1 on the maze")
+    add("--top_p", type=number(float, above=0, high=1), help="nucleus; default 0.9, 1 where success is counted")
     loading_flags(group)
 
 
@@ -490,6 +499,8 @@ def check_model(args, model):
         raise BadInput(f"--length={args.length} is more than the {model.length} tokens "
                        "that this model was trained on")
     check_sampler(args, model)
+    if args.infill is not None:
+        check_random_masks(model, "--infill")
     if args.shards:
         refuse_unread(SAMPLING_FLAGS, (), "with --shards, which draws at --tau=1 and --top_p=1: only so is the noise "
                       "that is extracted later the true one")

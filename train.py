@@ -104,7 +104,8 @@ FLAGS = {
         ("clip_norm", 1.0, positive, "gradient norm is clipped to this"),
         ("ema", 0.9999, number(float, 0, 0.999999), "decay of the averaged weights, once warmed up"),
         ("t_one", 0.0, fraction, "fraction of rows fully masked; the loss is then no NELBO"),
-        ("mask_suffix", None, fraction, "mdlm: fraction of rows masked from a random place to the end; likewise"),
+        ("mask_suffix", None, fraction, "mdlm: fraction of rows masked from a random place to the end: no NELBO, "
+         "and half the loss of a masked token, since half of a row is masked"),
         ("seed", 0, number(int, 0, 2**63 - 1), "of weights, data order, masks, noise, dropout"),
     ],
     "running": [
@@ -203,7 +204,7 @@ def unread_flags(args):
         ("kd", "kd" in model.loss_reads and not args.gumbel, f"for {masked} without noise"),
         ("teacher", asks_teacher(args) or args.init_from == "teacher",
          "read with --gumbel (not with --noise=unpaired), --kd and --model=medusa only"),
-        ("t_one", "t" in model.loss_reads, f"for {masked}"),
+        ("t_one", "t" in model.loss_reads and args.mask_suffix != 1, f"for {masked} on rows masked at random"),
         ("mask_suffix", args.model == "mdlm", "for --model=mdlm"),
         ("block_size", "block_size" in fields, "for models of blocks (--model=bd3lm)"),
         ("clip clip_search", "clip" in model.loss_reads, "for models of blocks (--model=bd3lm)"),
@@ -363,6 +364,8 @@ class Validation:
         name = self.model.loss_name
         if told or self.args.mask_suffix:
             name = name.replace("nelbo", "nll")
+        if self.args.mask_suffix:
+            name = f"suffix_{name}"
         return f"val_{name}_given_noise" if told else f"val_{name}"
 
     def batches(self, n, window=(T_MIN, 1.0)):

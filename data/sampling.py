@@ -14,7 +14,7 @@ SAMPLING_FLAGS = ("sampler", "steps", "nfe", "order", "remask", "verifier", "apd
 
 
 def resolve_sampling(args, model):
-    """tau and top_p: those of the flags, or the defaults for this model's data."""
+    """{tau, top_p}: those of the flags, or the defaults for this model's data."""
     is_text = not knows_success(model.meta)     # success is of the model as it is
     tau = args.tau
     if tau is None:
@@ -23,7 +23,7 @@ def resolve_sampling(args, model):
     top_p = args.top_p
     if top_p is None:
         top_p = 0.9 if is_text else 1.0
-    return tau, top_p
+    return dict(tau=tau, top_p=top_p)
 
 
 def check_sampling_flags(args):
@@ -31,8 +31,12 @@ def check_sampling_flags(args):
     drafts = args.drafts > 1
     for flag, samplers in dict(order=["fixed"], remask=["remdm"], verifier=list(VERIFIED), apd_ratio=["apd"],
                                max_lookahead=["apd"], draft=["exact"]).items():
-        read = [flag] if args.sampler in samplers or drafts and flag == "verifier" else ()
-        refuse_unread([flag], read, f"without --sampler={' or '.join(samplers)}")
+        where = f"--sampler={' or '.join(samplers)}"
+        read = [flag] if args.sampler in samplers else ()
+        if flag == "verifier":
+            where += ", or --drafts above 1"
+            read = [flag] if drafts else read
+        refuse_unread([flag], read, f"without {where}")
     if args.sampler == "remdm" and not args.remask:
         raise BadInput("--sampler=remdm needs --remask above 0, as in --remask=0.05: "
                        "at 0 it is --sampler=ancestral")
@@ -50,9 +54,14 @@ def flags_read(args, model, greedy):
     """The SAMPLING_FLAGS that decide what this model draws, greedily or not: those that its `generate` reads, but for
     what the other flags make idle.
     """
+    # what the model takes
     read = set(model.generate_reads)
     if "cached" in read:
-        read.add("no_cache")
+        read.add("no_cache")                               # (the flag says it the other way round)
+    if model.fills_masks and model.noise_embed is None:
+        read -= {"tau", "resample_noise"}
+
+    # what the way of sampling asks besides, and what it settles by itself
     read |= set(VERIFIED.get(args.sampler, ()))
     if args.drafts > 1 and model.fills_masks:
         read |= {"drafts", "verifier"}
@@ -60,17 +69,17 @@ def flags_read(args, model, greedy):
         read.discard("steps")
     if "steps" in read:
         read.add("nfe")
-    if model.fills_masks and model.noise_embed is None:
-        read -= {"tau", "resample_noise"}
     if args.sampler == "exact":                            # the text is the verifier's
-        read |= {"tau"}
+        read.add("tau")
         read -= {"resample_noise", "stop_at_eos", "no_cache"}
+    if vars(args).get("accept", "typical") != "typical":
+        read -= {"epsilon", "delta"}
+
+    # what does not matter to an argmax
     if greedy and args.sampler != "apd":                   # the likeliest token lies in every nucleus
         read.discard("top_p")
     if greedy and (args.sampler == "exact" or not model.fills_masks):  # and is the likeliest at any temperature
         read -= {"tau", "accept", "epsilon", "delta"}
-    if vars(args).get("accept", "typical") != "typical":
-        read -= {"epsilon", "delta"}
     return read
 
 
@@ -86,5 +95,4 @@ def check_sampling_read(args, drawn, read=()):
 def sampling_shown(args, model, greedy):
     """tau and top_p as a table has them: None where they have no effect."""
     read = flags_read(args, model, greedy)
-    return {name: value if name in read else None
-            for name, value in zip(("tau", "top_p"), resolve_sampling(args, model))}
+    return {name: value if name in read else None for name, value in resolve_sampling(args, model).items()}

@@ -15,9 +15,9 @@ from gumbel import gumbel_max, nucleus, sample_gumbel
 from sample import torch_seed
 
 NEAR = 1e-3                                 # two best sums as close as this may change places by rounding
-COUNTS = dict(nfe_counted="calls", verifier_calls="verifier", positions="positions",
+TITLES = dict(nfe_counted="calls", verifier_calls="verifier", positions="positions",
               verifier_positions="verifier's positions")
-EXACT_COLUMNS = dict(draft="draft") | COUNTS | dict(first_prefix="first prefix", first_agreement="first draft right")
+EXACT_COLUMNS = dict(draft="draft") | TITLES | dict(first_prefix="first prefix", first_agreement="first draft right")
 EXACT_NOTE = f"""
 Exact decoding: calls (of the student; of heads: of their backbone) and positions are of a row, those of the verifier
 beside them. never: the verifier on its own last draft; alone: with its cache. first draft right: of its tokens; first
@@ -45,6 +45,7 @@ def exact_rows(students, verifier, args, prompts, length, device):
         seed = torch_seed(args.seed, i * args.batch_size)
         own, _ = verifier.generate(start, length, **sampling, noise=sample_gumbel(
             (len(start), length, verifier.vocab_size), generator.manual_seed(seed), device))
+        own.cpu()                           # (waits for the device, or the clock below would count it)
         if i == 0:                          # the warm-up
             for model, draft in jobs:
                 measure(model, draft, start[:8], verifier, own[:8], sampling, generator)
@@ -90,7 +91,7 @@ def measure(model, draft, start, verifier, own, sampling, generator):
     written.cpu()                           # (waits for the device)
     seconds = time.perf_counter() - began
 
-    counts = dict(zip(COUNTS, counts))
+    counts = dict(zip(TITLES, counts))
     drafted = first != model.mask_id        # BD3-LM: the first block
     right = drafted & (first == own[:, P:])
     counts |= dict(drafted=drafted.sum(1), right=right.sum(1), prefix=right.cumprod(1).sum(1))
@@ -118,7 +119,7 @@ def near_ties(verifier, written, own, noise, tau, top_p):
 def summary(counts, n_new):
     """Counts of rows, {name: [n]}, of which each got `n_new` tokens -> the numbers of a row of the table."""
     row = {}
-    for name in COUNTS:
+    for name in TITLES:
         row[name] = float(counts[name].mean())
     ones = np.ones(len(counts["same"]))
     of = dict(first_prefix=(counts["prefix"], ones), first_agreement=(counts["right"], counts["drafted"]),

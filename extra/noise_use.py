@@ -26,10 +26,10 @@ from data.shards import Shards
 from evaluate import validation_rows
 from gumbel import sample_gumbel
 from mdlm import Denoiser, close_gaps, reveal_steps, stratified_t
-from sample import check_vocabulary, load_ar, load_model, loading_flags, torch_seed
+from sample import check_random_masks, check_vocabulary, load_ar, load_model, loading_flags, torch_seed
 
-SHARES = (0.25, 0.5, 0.75)                                 # of the places, revealed
 STEPS = 8                                                  # of the student's, for all places
+REVEALED = {2: 0.25, 4: 0.5, 6: 0.75}                      # after so many of them, this share is over
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,20 +38,18 @@ STEPS = 8                                                  # of the student's, f
 def losses(model, teacher, tokens, seed):
     """NELBO per token of rows [n, L] with their own noise and with fresh noise; equal for a model that reads none."""
     t = stratified_t(len(tokens), np.random.default_rng(seed))
-    found = {}
-    for name in ("own", "fresh"):
-        kind = model.noise_embed.kind if model.paired else None
-        total = 0.0
-        for i, (part, levels) in enumerate(zip(tokens.split(32), t.split(32))):
-            generator = torch.Generator(tokens.device).manual_seed(torch_seed(seed, i))
-            if kind and name == "fresh":
-                model.noise_embed.kind = "unpaired"        # drawn from the prior
-            loss, _ = model.loss(part, levels.to(tokens.device), teacher=teacher, generator=generator)
-            if kind:
-                model.noise_embed.kind = kind
-            total += loss.item() * len(part)
-        found[f"loss_{name}"] = total / len(tokens)
-    return found
+    own = 0.0
+    fresh = 0.0
+    for i, (part, levels) in enumerate(zip(tokens.split(32), t.to(tokens.device).split(32))):
+        generator = torch.Generator(tokens.device)
+        z = model.noised(part, levels, generator.manual_seed(torch_seed(seed, i)))
+        loss, _ = model.loss(part, levels, teacher, z, generator=generator)
+        own += loss.item() * len(part)
+        if model.paired:
+            noise = sample_gumbel((*part.shape, model.vocab_size), generator, part.device)
+            loss, _ = model.loss(part, levels, teacher, z, noise)
+        fresh += loss.item() * len(part)
+    return dict(loss_own=own / len(tokens), loss_fresh=fresh / len(tokens))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,14 +100,14 @@ def after_some_steps(model, teacher, n, seed, device):
     for k in range(1, STEPS):
         now = step == k
         own = own.masked_scatter(now, write(model, denoiser, own, now, noise))
-        if k / STEPS not in SHARES:
-            continue
         hidden = step > k
+        if k not in REVEALED or not hidden.any():          # (short rows are full earlier)
+            continue
         for what, revealed in (("own", own), ("teacher", text), ("other", other_text)):
             x = revealed.masked_fill(hidden, model.mask_id)
             wanted = write_left_to_right(teacher, x, model.mask_id, noise)
             found = write(model, denoiser, x, hidden, noise)
-            agreement[k / STEPS, what] = float((found == wanted[hidden]).double().mean())
+            agreement[REVEALED[k], what] = float((found == wanted[hidden]).double().mean())
     return quarters, agreement
 
 
@@ -118,7 +116,7 @@ def after_some_steps(model, teacher, n, seed, device):
 
 def measure(model, teacher, tokens, args, device):
     """A row of the table of a model."""
-    row = dict(model=model.name, step=model.step, n=args.n)
+    row = dict(model=model.name, step=model.step, n=args.n, n_loss=len(tokens))
     row |= losses(model, teacher, tokens, args.seed)
     quarters, agreement = after_some_steps(model, teacher, args.n, args.seed, device)
     row |= {f"quarter_{k}": value for k, value in enumerate(quarters, 1)}
@@ -147,6 +145,7 @@ def main(argv=None):
         model.name = path
         if not model.fills_masks or model.n_blocks > 1:
             raise BadInput(f"--ckpt: {path} is a {model.args['model']} checkpoint: this is about --model=mdlm")
+        check_random_masks(model, "extra.noise_use")
     data = Shards(args.data or models[0].args["data"], "val", models[0].length)
     teacher = load_ar("--teacher", args.teacher, data.meta, models[0].length, device)
     tokens = torch.from_numpy(validation_rows(data, args.n, args.seed)).to(device)
@@ -157,10 +156,10 @@ def main(argv=None):
             rows.append(measure(model, teacher, tokens, args, device))
     columns = dict(model="model", step="step", loss_own="loss, own noise", loss_fresh="fresh noise")
     columns |= {f"quarter_{k}": f"first call, quarter {k}" for k in range(1, 5)}
-    columns |= {f"{what}_{share}": f"{share:.0%} revealed, {title}" for share in SHARES
+    columns |= {f"{what}_{share}": f"{share:.0%} revealed, {title}" for share in REVEALED.values()
                 for what, title in (("own", "its own"), ("teacher", "the teacher's"), ("other", "of other noise"))}
     note = ("Losses in nats per token. Others: agreement with what the teacher writes from the same noise, left to "
-            f"right, given what is revealed; in {STEPS} steps, random order.")
+            f"right, given what is revealed after a share of the {STEPS} steps, in random order.")
     report(args, rows, note, columns, dict.fromkeys(columns, 3))
 
 

@@ -21,28 +21,44 @@ ENTROPY = "entropy_set"
 
 
 def read_rows(paths):
-    """The rows of these files, each with the order of its file's flags. Raises BadInput."""
-    rows = []
+    """The rows of these files that have a score and an entropy, each once, with `order`: that of the sampler "fixed",
+    else the sampler's name. Where files share a row, the last one's. Without those that a verifier has checked or
+    chosen: its calls are no NFE. Raises BadInput.
+    """
+    rows = {}
     for path in paths:
         try:
             content = read_json(path)
-            order = content["meta"]["args"]["order"]
-            found = [row | dict(order=order) for row in content["rows"]]
-            rows += [row for row in found if row[SCORE] >= 0 <= row[ENTROPY]]
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            args = content["meta"]["args"]
+            order = args["order"] if args["sampler"] == "fixed" else args["sampler"]
+            scored = [row for row in content["rows"] if row.get(SCORE) is not None and row.get(ENTROPY) is not None]
+            numbers = [row[name] for row in scored for name in (SCORE, ENTROPY)]
+            if not numbers or not all(type(number) in (int, float) for number in numbers):
+                raise ValueError
+            for row in scored:
+                key = (row["model"], order, row.get("tau"), row["nfe"], row["decode"], row.get("top_p"))
+                if not row.get("verifier_calls"):
+                    rows[key] = row | dict(order=order)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise BadInput(f"{path} is no file of `evaluate.py success --json` ({type(e).__name__}): name one") \
                 from None
-    return rows
+    return list(rows.values())
 
 
 def curves_of(rows, recipe, nfe):
-    """How a recipe decodes at a number of steps -> {(run, order): its curve}, from top_p 1 down, the argmax last."""
+    """How a recipe decodes at a number of steps -> {(run, order): its curve}, from top_p 1 down, the argmax last.
+
+    rows: from `read_rows`.
+    """
     curves = {}
     for row in rows:
-        if recipe_of(row["model"]) == recipe and row["nfe"] == nfe and not row.get("verifier_calls"):
-            sharpness = 2.0 if row["decode"] == "greedy" else 1 - row["top_p"]
+        if recipe_of(row["model"]) == recipe and row["nfe"] == nfe:
+            if row["decode"] == "greedy":
+                sharpness = 2.0                            # the argmax: sharper than any nucleus, which are below 1
+            else:
+                sharpness = 1 - (row.get("top_p") or 1.0)  # theory and the teacher have none: they are drawn from whole
             point = (sharpness, row[ENTROPY], row[SCORE])
-            curves.setdefault((row["model"], row["order"]), set()).add(point)
+            curves.setdefault((row["model"], row["order"]), []).append(point)
     return {key: [point[1:] for point in sorted(points)] for key, points in curves.items()}
 
 
@@ -61,32 +77,41 @@ def best_at(curve, entropy):
 
 
 def compare(rows, recipe, other):
-    """For each number of steps, and order of revealing: the greedy rows of a recipe, and the highest score of the other
-    recipe at an entropy not below theirs, over both orders; of each run of the one against all runs of the other, which
-    are averaged. -> rows of a table.
+    """For each number of steps, order of revealing and tau: the greedy rows of a recipe, and the highest score of the
+    other recipe at an entropy not below theirs, in any order; the mean of its runs that reach this entropy, None where
+    none does. rows: from `read_rows` -> rows of a table.
     """
+    greedy = {}                                            # {(nfe, order, tau): {run: its row}}
+    for row in rows:
+        if recipe_of(row["model"]) == recipe and row["decode"] == "greedy":
+            key = (row["nfe"], row["order"], row.get("tau"))
+            greedy.setdefault(key, {})[row["model"]] = row
     table = []
-    greedy = [row for row in rows if recipe_of(row["model"]) == recipe and row["decode"] == "greedy"]
-    for nfe, order in sorted({(row["nfe"], row["order"]) for row in greedy}):
-        mine = [row for row in greedy if (row["nfe"], row["order"]) == (nfe, order)]
-        entropy = np.mean([row[ENTROPY] for row in mine])
-        score = np.mean([row[SCORE] for row in mine])
+    for nfe, order, tau in sorted(greedy, key=lambda key: (key[0], key[1], key[2] or 0)):      # no noise: no tau
+        mine = list(greedy[nfe, order, tau].values())
+        entropy = float(np.mean([row[ENTROPY] for row in mine]))
+        score = float(np.mean([row[SCORE] for row in mine]))
         best = {}                                          # of each run of the other, over its curves
         for (run, _), curve in curves_of(rows, other, nfe).items():
             best[run] = max(best.get(run, -math.inf), best_at(curve, entropy))
         if not best:
             continue
-        theirs = float(np.mean(list(best.values())))
-        row = dict(nfe=nfe, order=order, entropy=float(entropy), score=float(score), other=theirs,
-                   ratio=float(score / theirs) if theirs > 0 else None, runs=len(mine))
+        reached = [value for value in best.values() if value > -math.inf]
+        row = dict(nfe=nfe, order=order, tau=tau, entropy=entropy, score=score, other=None, ratio=None,
+                   runs=len(mine), other_runs=len(reached), other_runs_of=len(best))
+        if reached:
+            row["other"] = float(np.mean(reached))
+        if row["other"]:
+            row["ratio"] = score / row["other"]
+        # standard deviations: `print_table` shows what is called so behind the value
         if len(mine) > 1:
             row["score_stderr"] = float(np.std([r[SCORE] for r in mine], ddof=1))
-        if len(best) > 1:
-            row["other_stderr"] = float(np.std(list(best.values()), ddof=1))
+        if len(reached) > 1:
+            row["other_stderr"] = float(np.std(reached, ddof=1))
         for name in ("theory", "theory_teacher"):
-            scores = [r[SCORE] for r in rows if (r["model"], r["nfe"]) == (name, nfe)]
+            scores = [r[SCORE] for r in rows if (r["model"], r["nfe"], r["order"]) == (name, nfe, order)]
             if scores:
-                row[name] = max(scores)
+                row[name] = float(np.mean(scores))
         table.append(row)
     return table
 
@@ -104,11 +129,17 @@ def main(argv=None):
     table = compare(read_rows(args.files), recipe_of(args.model), recipe_of(args.other))
     if not table:
         raise BadInput(f"--model={args.model}, --other={args.other}: these files have no rows to compare of them")
-    columns = dict(nfe="NFE", order="order", entropy="entropy", score="score", other="other, at its entropy",
-                   ratio="ratio", theory="theory", theory_teacher="theory of the teacher", runs="runs")
-    print_table(table, columns, dict(entropy=2, ratio=2))
+    for row in table:
+        row["reached"] = f"{row['other_runs']} of {row['other_runs_of']}"
+    columns = dict(nfe="NFE", order="order", tau="τ", entropy="entropy", score="score", runs="runs",
+                   other="other, at its entropy", reached="runs that reach it", ratio="ratio", theory="theory",
+                   theory_teacher="theory of the teacher")
+    if len({row["tau"] for row in table}) == 1:
+        del columns["tau"]
+    print_table(table, columns, dict(tau=2, entropy=2, ratio=2))
     print(f"\nscore: distinct successes per 1000 samples of {args.model}, greedy; other: the highest of {args.other} "
-          "at an entropy not below, both orders, interpolated between its points; ±: standard deviation over runs.")
+          "at an entropy not below, in any order, interpolated between its points, over the runs that reach it (empty, "
+          "or no column: none does); theory: in the same order; ±: standard deviation over runs.")
 
 
 if __name__ == "__main__":

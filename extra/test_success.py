@@ -297,6 +297,93 @@ def test_comparison_at_equal_entropy():
     (found,) = front.compare(rows, "a", "b")
     assert (found["score"], found["other"], found["ratio"], found["theory"]) == (120, 40, 3, 70)
     assert found["score_stderr"] == pytest.approx(np.std([100, 140], ddof=1))
+    assert (found["runs"], found["other_runs"], found["other_runs_of"]) == (2, 2, 2)
+
+
+def front_row(model, entropy, score, decode="greedy", **others):
+    return dict(model=model, decode=decode, nfe=2, entropy_set=entropy, distinct_per_1000=score) | others
+
+
+@pytest.fixture
+def front_file(tmp_path):
+    """front_file(rows) -> the path of a new file that holds them, as `evaluate.py success` writes it."""
+    numbers = itertools.count()
+    def write(rows, sampler="fixed", order="random"):
+        path = tmp_path / f"front-{next(numbers)}.json"
+        path.write_text(json.dumps(dict(meta=dict(args=dict(sampler=sampler, order=order)), rows=rows)))
+        return str(path)
+    return write
+
+
+def test_front_averages_the_runs_that_reach_the_entropy(front_file, cli):
+    mine = [front_row("a-s0", 1.5, 100)]
+    short = [front_row(f"b-s{i}", 1.0, 90) for i in range(2)]
+    files = [front_file(mine), front_file(short), front_file([front_row("b-s2", 2.0, 40, "sample", top_p=1.0)])]
+    (found,) = front.compare(front.read_rows(files), "a", "b")
+    assert (found["other"], found["ratio"], found["other_runs"], found["other_runs_of"]) == (40, 2.5, 1, 3)
+    assert "other_stderr" not in found
+    out, _ = succeeded(cli(front, f"{' '.join(files)} --model=a --other=b"))
+    assert "1 of 3" in out
+    (found,) = front.compare(front.read_rows(files[:2]), "a", "b")
+    assert (found["other"], found["ratio"], found["other_runs"], found["other_runs_of"]) == (None, None, 0, 2)
+    out, err = succeeded(cli(front, f"{' '.join(files[:2])} --model=a --other=b"))
+    assert "0 of 2" in out and "none does" in out and "inf" not in out and not err
+
+
+def test_front_counts_a_row_once_and_none_of_a_verifier(front_file):
+    """Of two files with one row, the later; other orders, samplers and tau are other rows."""
+    other = front_row("b", 2.0, 50, "sample", top_p=1.0)
+    files = [front_file([front_row("a", 1.5, score, tau=1.0), other]) for score in (100, 110)]
+    checked = front_file([front_row(name, 1.5, 900, tau=1.0, verifier_calls=3.0) for name in ("a", "b")])
+    (found,) = front.compare(front.read_rows([*files, checked]), "a", "b")
+    assert (found["score"], found["runs"], found["other"]) == (110, 1, 50)
+    files += [front_file([front_row("a", 1.5, 120, tau=1.0)], "ancestral"),
+              front_file([front_row("a", 1.5, 130, tau=0.5)]),
+              front_file([front_row("a", 1.5, 140, tau=1.0)], order="left_to_right")]
+    found = front.compare(front.read_rows(files), "a", "b")
+    assert [(row["order"], row["tau"], row["score"], row["runs"]) for row in found] == [
+        ("ancestral", 1.0, 120, 1), ("left_to_right", 1.0, 140, 1), ("random", 0.5, 130, 1), ("random", 1.0, 110, 1)]
+
+
+def test_front_shows_tau_where_it_differs(front_file, cli):
+    rows = [front_row("a", 1.5, 100, tau=1.0), front_row("b", 2.0, 50)]
+    out, _ = succeeded(cli(front, f"{front_file(rows)} --model=a --other=b"))
+    assert "τ" not in out
+    rows.append(front_row("a", 1.5, 100, tau=0.5))
+    out, _ = succeeded(cli(front, f"{front_file(rows)} --model=a --other=b"))
+    assert "| τ |" in out and "| 0.50 |" in out and "| 1.00 |" in out
+
+
+def test_front_compares_with_theory_and_the_teacher(front_file):
+    """Their rows have no top_p; a curve goes from all of the distribution to the argmax."""
+    names = ("theory", "teacher")
+    path = front_file([front_row("a", 1.5, 100), *[front_row(name, 2.0, 40, "sample") for name in names]])
+    for name in names:
+        (found,) = front.compare(front.read_rows([path]), "a", name)
+        assert found["other"] == 40
+    rows = [front_row("b", 1.0, 3), front_row("b", 1.5, 2, "sample", top_p=0.5), front_row("b", 2.0, 1, "sample")]
+    curves = front.curves_of(front.read_rows([front_file(rows)]), "b", 2)
+    assert curves == {("b", "random"): [(2.0, 1), (1.5, 2), (1.0, 3)]}
+
+
+def test_fronts_theory_is_of_the_same_order(front_file):
+    rows = [front_row("a", 1.5, 100), front_row("b", 2.0, 50)]
+    theories = [front_row("theory", 2.0, 30, "sample"), front_row("theory_teacher", 2.0, 20, "sample")]
+    files = [front_file([*rows, *theories]),
+             front_file([*rows, front_row("theory", 2.0, 70, "sample")], order="left_to_right"),
+             front_file(rows, "first_hitting"),
+             front_file([front_row("theory", 2.0, 90, "sample")], "ancestral")]
+    found = front.compare(front.read_rows(files), "a", "b")
+    assert [(row["order"], row.get("theory"), row.get("theory_teacher")) for row in found] == [
+        ("first_hitting", None, None), ("left_to_right", 70, None), ("random", 30, 20)]
+
+
+def test_front_reads_rows_with_a_score_and_an_entropy(front_file, cli):
+    rows = [front_row("a", 1.5, 100), dict(model="data", entropy=2.0), front_row("b", None, 50)]
+    assert [row["model"] for row in front.read_rows([front_file(rows)])] == ["a"]
+    for wrong in (rows[1:], [front_row("a", "1.5", 100)], [front_row("a", 1.5, True)], ["a"], None):
+        path = front_file(wrong)
+        refused(cli(front, f"{path} --model=a --other=b"), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -172,7 +172,9 @@ def to_gaussian(T):
 # Table 5's noises: arrival times T >= 0, float32, to the same information with another marginal, float64: finite,
 # falling in T. A new kind of noise is one entry here
 TRANSFORMS = {"gaussian": to_gaussian, "uniform": to_uniform}
-KINDS = ("gumbel", *TRANSFORMS, "unpaired")               # the last is a control that carries no information
+# "log" is Gumbel noise as well, of which W reads the logarithm of the softmax: finer where the noise is small, as most
+# of it is. "unpaired", a control, carries no information
+KINDS = ("gumbel", "log", *TRANSFORMS, "unpaired")
 
 
 def needs_teacher(kind):
@@ -181,9 +183,13 @@ def needs_teacher(kind):
 
 
 def noise_features(T, kind="gumbel", tau=1.0):
-    """Arrival times T [N, V] -> what W reads, [N, V] float32: softmax(tau * noise), the noise transformed to `kind`."""
+    """Arrival times T [N, V] -> what W reads, [N, V] float32: softmax(tau * noise), the noise transformed to `kind`;
+    its logarithm for "log".
+    """
     if kind in TRANSFORMS:
         return (tau * TRANSFORMS[kind](T)).softmax(-1).float()
+    if kind == "log":
+        return (-tau * T.log()).log_softmax(-1)
     if tau != 1:  # T^-tau may leave float32: through log space
         return (-tau * T.log()).softmax(-1)
     inverse = T.reciprocal()  # softmax(noise)_k = (1/T_k) / sum_j (1/T_j)
@@ -266,8 +272,9 @@ class GumbelEmbedding(nn.Module):
     Noise can be given (`forward`), drawn from the prior (`from_prior`, at inference), or drawn from the posterior of
     observed tokens under the teacher's logits (`from_posterior`, in training). The last two never hold [N, V], but for
     what a GPU keeps (`DEVICE.keep`).
-    `kind`: "gumbel"; "gaussian" or "uniform", the same noise with other marginals; "unpaired", Gumbel noise that is
-    independent of the text even in training, a control that must behave like no noise.
+    `kind`: "gumbel"; "log", W reads log softmax(tau * noise); "gaussian" or "uniform", the same noise with other
+    marginals; "unpaired", Gumbel noise that is independent of the text even in training, a control that must behave
+    like no noise.
     """
 
     def __init__(self, vocab_size, n_embd, kind="gumbel", std=0.02):

@@ -723,6 +723,7 @@ def test_noise_features_are_the_softmax_of_the_noise(tau):
     want_uniform = (tau * torch.exp(-e.double())).softmax(-1)
     assert torch.allclose(gumbel.noise_features(e.clone(), "gumbel", tau).double(), want, rtol=1e-5, atol=1e-9)
     assert torch.allclose(gumbel.noise_features(e.clone(), "uniform", tau).double(), want_uniform, rtol=1e-5)
+    assert torch.allclose(gumbel.noise_features(e.clone(), "log", tau).double(), want.log(), atol=1e-5)
     emb = GumbelEmbedding(300, 16)
     assert torch.allclose(emb(-e.log(), tau), want.float() @ emb.weight.T, rtol=1e-4, atol=1e-6)
 

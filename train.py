@@ -65,7 +65,8 @@ FLAGS = {
     "what to train": [
         ("model", "mdlm", MODELS, "ar: a teacher, or the AR baseline"),
         ("gumbel", False, bool, "condition the student on the teacher's noise: the method"),
-        ("noise", None, KINDS, "implies --gumbel; the others: Table 5's ablations and a control"),
+        ("noise", None, KINDS, "implies --gumbel; log: W reads log softmax(noise); the others: Table 5's ablations "
+         "and a control"),
         ("inject", "replace", ["replace", "add"], "noise in place of, or added to, [MASK]"),
         ("kd", None, ["token"], "baseline without noise: NELBO + KL from the teacher (Table 4)"),
         ("teacher", None, str, "AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME "

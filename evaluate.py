@@ -173,8 +173,9 @@ def success_rows(language, models, args, device):
     if args.what == "success" and args.judge:
         judge = cast_body(load_ar("--judge", args.judge, models[0].meta, None, device))
     teacher = next((model for model in models if model.can_teach), None)
+    batch = language.batch(args)
     rows = []
-    for model, row, sampled in drawn_rows(args, models, device, language.batch(args)):
+    for model, row, sampled in drawn_rows(args, models, device, batch):
         row |= language.statistics(sampled)
         if model is teacher:
             row["model"] = "teacher"
@@ -187,7 +188,7 @@ def success_rows(language, models, args, device):
         # one call that turns all of the noise into a sample, as the teacher does in many
         is_map = model.noise_embed is not None and model.n_blocks == 1
         if teacher and is_map and (row["decode"], row["nfe"]) == ("greedy", 1):
-            row |= map_agreement(model, teacher, args.n, args.seed, device)
+            row |= map_agreement(model, teacher, args.n, batch, args.seed, device)
         rows.append(row)
     rows += theory(language, args, teacher)
     return rows
@@ -503,7 +504,7 @@ def infill_flags(parser):
 
 def nfe_flags(parser):
     add = parser.add_argument
-    add("--metric", choices=METRICS, help="default: success for the maze, else gen_ppl")
+    add("--metric", choices=METRICS, help="default: success where samples are right or wrong, else gen_ppl")
     add("--plot", help="also draw it into this .png or .svg (needs matplotlib)")
 
 

@@ -232,15 +232,17 @@ def theory(language, args, teacher):
     return rows
 
 
-
-def map_agreement(student, teacher, n, seed, device):
+def map_agreement(student, teacher, n, batch, seed, device):
     """With fresh noise and everything masked: how often the student's argmax is what the teacher writes from it.
 
-    -> {agree: fraction of sequences, agree_position: fraction of positions}.
+    n rows, `batch` at once. -> {agree: fraction of sequences, agree_position: fraction of positions}.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    tokens, noise = extract_sequential(teacher, n, generator=generator)
-    start = student.start(n, tokens.shape[1]).to(device)
-    written, _ = student.generate(start, 1, greedy=True, noise=noise)
-    same = (written == tokens)[:, 1:]       # BOS is given
+    same = []
+    for done in range(0, n, batch):
+        tokens, noise = extract_sequential(teacher, min(batch, n - done), generator=generator)
+        start = student.start(*tokens.shape).to(device)
+        written, _ = student.generate(start, 1, greedy=True, noise=noise)
+        same.append((written == tokens)[:, 1:])            # BOS is given
+    same = torch.cat(same)
     return dict(agree=float(same.all(1).float().mean()), agree_position=float(same.float().mean()))

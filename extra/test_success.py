@@ -268,6 +268,13 @@ def test_table_refuses_what_has_no_success(word_runs, cli):
     refused(cli(train, flags), "--init_from", "--teacher")
 
 
+def test_map_agreement_is_that_of_one_batch():
+    teacher = randomise(tiny_ar()).eval()
+    student = randomise(tiny(L=teacher.length, noise="gumbel")).eval()
+    whole = success.map_agreement(student, teacher, 25, 25, 3, "cpu")
+    assert success.map_agreement(student, teacher, 25, 10, 3, "cpu") == whole and 0 < whole["agree_position"] < 1
+
+
 def test_best_at_an_entropy_lies_between_the_points():
     curve = [(2.0, 10), (1.6, 20), (1.2, 90), (0.4, 5)]
     assert [front.best_at(curve, entropy) for entropy in (1.6, 1.4, 1.8, 0.1)] == pytest.approx([20, 55, 15, 90])

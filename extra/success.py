@@ -4,13 +4,14 @@ A new language is a class with the methods of `Maze`, and a line of `language_of
 
 Shapes: N rows (or n samples) of T tokens, without BOS; V vocabulary.
 """
+import os
 import time
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.cli import BadInput
+from data.cli import BadInput, say_once
 from data.maze import PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
 from data.molecules import canonical, valid_molecules
 from data.shards import SPLITS, Shards, knows_success
@@ -26,7 +27,9 @@ from teacher import extract_sequential
 # the languages
 
 def language_of(args, models):
-    """The language that these models were trained on. Raises BadInput where they have none, or several."""
+    """The language that these models were trained on. Raises BadInput where they have none, or several: other rows than
+    the first's are another language, unless --data says what all are judged by.
+    """
     metas = [model.meta for model in models]
     for model in models:
         if not knows_success(model.meta):
@@ -39,8 +42,11 @@ def language_of(args, models):
                            "give checkpoints of one maze")
         return Maze(metas[0]["name"])
     kind = Molecules if metas[0]["tokenizer"].startswith("smiles:") else Listed
-    path = vars(args).get("data") or models[0].args["data"]
-    return kind(path, models, vars(args).get("split", "val"))
+    path = vars(args).get("data")
+    language = kind(path or models[0].args["data"], models, vars(args).get("split", "val"))
+    if not path:
+        language.check_trained_on(models)
+    return language
 
 
 class Maze:
@@ -79,9 +85,13 @@ class Listed:
         """path: the folder of shards that the models were trained on; split: whose lengths are the data's."""
         self.name = path
         self.rows = {}
+        self.hashes = []
         for name in SPLITS:                                # `text --rows` has no test split
             data = Shards(path, name, may_be_empty=True)
             self.rows[name] = data.rows(np.arange(len(data)))[:, 1:]
+            if name != "test":                             # a checkpoint knows what it was trained and validated on
+                self.hashes += data.hashes()
+        self.meta = data.meta
         self.eos = data.meta["bos"]
         self.tokenizer = Tokenizer(data.meta["tokenizer"])
         for model in models:
@@ -89,9 +99,33 @@ class Listed:
         if not data.meta.get("padded") or not len(self.rows[split]):
             raise BadInput(f"--data={path} has no {split} rows of one document each: give the data that the models "
                            "were trained on")
+        for model in models:
+            length = model.meta["row_length"]
+            if length != data.meta["row_length"]:
+                raise BadInput(f"{model.name} was trained on rows of {length} tokens, those of --data={path} have "
+                               f"{data.meta['row_length']}: give data and checkpoints of one length")
         self.data_lengths, _ = lengths_of(self.rows[split], self.eos)
         self.in_training = set(keys_of(self.rows["train"]))
         self.held_out = set(keys_of(self.rows["val"]) + keys_of(self.rows["test"])) - self.in_training
+
+    def check_trained_on(self, models):
+        """BadInput for a model of other rows than these. If the first model is its teacher, they may be the teacher's
+        text: it is judged, and a line on stderr says by what.
+        """
+        for model in models:
+            shards = (vars(model).get("conditions") or {}).get("shards")
+            if shards:
+                same = shards == self.hashes
+            else:                                          # an old checkpoint knows the name alone
+                same = model.meta["name"] == self.meta["name"]
+            teacher = model.args.get("teacher")
+            is_taught = teacher is not None and os.path.normpath(teacher) == os.path.normpath(models[0].path)
+            if not same and is_taught:
+                say_once(f"{model.name} was trained on {model.args['data']}: it is judged by {self.name}, the data of "
+                         "its teacher")
+            elif not same:
+                raise BadInput(f"--ckpt: {model.name} was trained on other rows than {self.name} holds now: say with "
+                               "--data what all are judged by")
 
     def batch(self, args):
         return vars(args).get("batch_size") or 1000

@@ -275,6 +275,37 @@ def test_map_agreement_is_that_of_one_batch():
     assert success.map_agreement(student, teacher, 25, 10, 3, "cpu") == whole and 0 < whole["agree_position"] < 1
 
 
+def test_models_of_other_rows_are_not_judged_by_the_first_ones(word_runs, cli):
+    """Unless they were trained on its text, or --data says so; a copy of the rows is the same rows."""
+    (word_runs / "b.txt").write_text("\n".join(word for word in WORDS if word[0] != "t"))
+    succeeded(cli(prepare, "words --files b.txt --out=data/b"))
+    succeeded(cli(train, f"--model=mdlm --data=b --report=0 {SHAPE} --out=out/b"))
+    both = "success --ckpt out/words-ar out/b --n=10 --nfe=1 --no_theory"
+    refused(cli(evaluate, both), "b was trained on other rows than data/words", "--data")
+    succeeded(cli(evaluate, f"{both} --data=data/words"))
+    succeeded(cli(evaluate, "success --ckpt out/b --n=10 --nfe=1 --no_theory"))
+    checkpoint = torch.load("out/b/ckpt.pt", weights_only=True)
+    del checkpoint["conditions"]                           # an old one has its data's name alone
+    torch.save(checkpoint, "out/b/ckpt.pt")
+    refused(cli(evaluate, both), "--data")
+
+    succeeded(cli(sample, "--ckpt=out/words-ar --shards=data/written --n=40 --batch_size=20"))
+    student = f"--model=mdlm --gumbel --data=written --teacher=out/words-ar {SHAPE} --report=10 --out=out/kd"
+    _, err = succeeded(cli(train, student))                # the table of the run is such a one
+    assert "kd was trained on data/written: it is judged by data/words" in err
+
+    succeeded(cli(prepare, "words --files list.txt --out=data/copy"))
+    succeeded(cli(train, f"--model=mdlm --data=copy --report=0 {SHAPE} --out=out/copy"))
+    succeeded(cli(evaluate, "success --ckpt out/words-ar out/copy --n=10 --nfe=1 --no_theory"))
+
+
+def test_models_of_other_lengths_are_refused(word_runs, cli):
+    succeeded(cli(prepare, "text --files list.txt --rows=14 --tokenizer=chars --out=data/longer"))
+    succeeded(cli(prepare, "text --files list.txt --rows=15 --tokenizer=chars --out=data/longest"))
+    succeeded(cli(train, f"--model=mdlm --data=longer --report=0 {SHAPE} --out=out/longer"))
+    refused(cli(evaluate, "success --ckpt out/longer --data=data/longest --n=10"), "longer", "14", "15")
+
+
 def test_best_at_an_entropy_lies_between_the_points():
     curve = [(2.0, 10), (1.6, 20), (1.2, 90), (0.4, 5)]
     assert [front.best_at(curve, entropy) for entropy in (1.6, 1.4, 1.8, 0.1)] == pytest.approx([20, 55, 15, 90])

@@ -161,18 +161,18 @@ def success(args, models, device):
     refuse_heads(models)
     language = language_of(args, models)
     rows = success_rows(language, models, args, device)
-    note = f"{language.note(args.n)}\nStudents: {sampling_note(args, models)}{sampler_note(args)}"
+    note = f"{language.note(args, rows)}\nStudents: {sampling_note(args, models)}{sampler_note(args)}"
     return rows, note
 
 
 def success_rows(language, models, args, device):
     """Every row of the table for these models; an AR model among them is `teacher`, and the map's reference."""
     from extra.scores import gen_ppl
-    from extra.success import map_agreement, theory
+    from extra.success import map_agreement, teacher_among, theory
     judge = None
     if args.what == "success" and args.judge:
         judge = cast_body(load_ar("--judge", args.judge, models[0].meta, None, device))
-    teacher = next((model for model in models if model.can_teach), None)
+    teacher = teacher_among(models)
     batch = language.batch(args)
     rows = []
     for model, row, sampled in drawn_rows(args, models, device, batch):
@@ -495,7 +495,8 @@ def success_flags(parser):
     add("--batch_size", type=number(int, 1, 2**20), default=1000, help="rows at once")
     add("--no_theory", action="store_true", help="no rows of theory, which take minutes where there is much data")
     add("--particles", type=number(int, 1, 2**20),
-        help="adds theory of what the teacher among --ckpt writes, from so many draws of it a row: 64")
+        help="adds theory of what the teacher among --ckpt writes, from so many draws of it a row, at least as many as "
+        "a row has tokens, as in --particles=64")
 
 
 def infill_flags(parser):
@@ -594,9 +595,14 @@ def check_read(args, models):
     counts_success = args.what in ("maze", "success") or args.what == "nfe" and metric_of(args, models) == "success"
     if args.what != "success" and counts_success:          # nothing is judged
         refuse_unread(["judge", "length"], (), "on what is right or wrong")
+    read_by_theory = []
+    if counts_success:
+        from extra.success import check_theory
+        read_by_theory = check_theory(args, models)
+        if models[0].meta["tokenizer"] == "maze":          # its paths are known, and drawn in batches of 1000
+            refuse_unread(["data", "split", "batch_size"], (), "on the maze")
     drawn = [(model, decode == "greedy") for model in students for decode in args.decode]
-    # where success counts --nfe is theory's as well
-    check_sampling_read(args, drawn, ["nfe"] if counts_success else ())
+    check_sampling_read(args, drawn, read_by_theory)
     refuse_unread(["decode"], ["decode"] if students else (), "on a teacher alone")
 
 

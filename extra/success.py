@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.cli import BadInput, say_once
+from data.cli import BadInput, refuse_unread, say_once
 from data.maze import PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
 from data.molecules import canonical, valid_molecules
 from data.shards import SPLITS, Shards, knows_success
@@ -62,12 +62,17 @@ class Maze:
 
     def theory(self, args):
         """The perfect noise-blind denoiser of the training data; how many samples it draws; its sampler and order."""
-        return ExactDenoiser(maze_dataset(self.name), PAD + 1), 10 * args.n, ("ancestral", "random")
+        return ExactDenoiser(maze_dataset(self.name), PAD + 1), 10 * args.n, *theory_sampler(args, self.is_maze)
 
-    def note(self, n):
-        return (f"n = {n} samples a row ({10 * n} for theory: the perfect noise-blind MDLM, "
-                "ancestral sampler). "
-                "effective: number of equally likely paths that would repeat as often.")
+    def note(self, args, rows):
+        """What the table's columns, and its rows of theory, mean."""
+        of_theory = ""
+        if has_row(rows, "theory"):
+            sampler, order = theory_sampler(args, self.is_maze)
+            how = f", {order} order" if sampler == "fixed" else ""
+            of_theory = f" ({10 * args.n} for theory: the perfect noise-blind MDLM, {sampler} sampler{how})"
+        return (f"n = {args.n} samples a row{of_theory}. "
+                f"effective: number of equally likely paths that would repeat as often.{teacher_note(rows)}")
 
     def exactly(self, model, device):
         """What is known exactly of an AR model -> columns."""
@@ -132,16 +137,17 @@ class Listed:
 
     def theory(self, args):
         denoiser = ExactDenoiser(self.rows["train"], self.eos + 1, otherwise="marginals")
-        return denoiser, args.n, (args.sampler, args.order)
+        return denoiser, args.n, *theory_sampler(args, self.is_maze)
 
-    def note(self, n):
-        return (f"n = {n} samples a row. At the data's lengths: success if samples were as long as the data. distinct "
-                "per 1000: different successes in a thousand samples. entropy of the set: of all tokens up to the "
-                f"first EOS.{self.about_novelty}\n"
-                "theory: the perfect noise-blind denoiser of the training data, theory_teacher of what the teacher "
-                "writes, both for draws at tau 1 and top_p 1 in the same order: no bounds for sharper decoding. "
-                "particles: different draws behind a token of theory_teacher; its error is of the order of their "
-                "inverse, beside ±.")
+    def note(self, args, rows):
+        text = f"n = {args.n} samples a row. At the data's lengths: success if samples were as long as the data. "
+        if args.n >= 1000:
+            text += "distinct per 1000: different successes in a thousand samples. "
+        text += f"entropy of the set: of all tokens up to the first EOS. {self.about_novelty()}"
+        if has_row(rows, "theory"):
+            text += ("\ntheory: the perfect noise-blind denoiser of the training data, for draws at tau 1 and top_p 1 "
+                     "in the same order: no bound for sharper decoding.")
+        return text + teacher_note(rows)
 
     def exactly(self, model, device):
         return {}
@@ -181,7 +187,11 @@ class Listed:
                 total += count / len(self.data_lengths) * ok[of_length].mean()
         return float(total)
 
-    about_novelty = " held out: of the successes, those that no training row has (a tenth of the data is held out)."
+    def about_novelty(self):
+        """A sentence on what `novelty` counts."""
+        share = len(self.held_out) / (len(self.held_out) + len(self.in_training))
+        return (f"held out: of the successes, those that no training row has ({100 * share:.1f} % of the data's "
+                "different rows).")
 
     def novelty(self, right):
         """What of the successes, a list of keys, no model has seen -> columns."""
@@ -195,8 +205,9 @@ class Molecules(Listed):
     def accepts(self, rows, keys):
         return valid_molecules([self.tokenizer.decode(row) for row in rows])
 
-    about_novelty = (" in the data: of the successes, those of QM9, which lists nearly all molecules of its kind: "
-                     "others are new, and no better for it.")
+    def about_novelty(self):
+        return ("in the data: of the successes, those of QM9, which lists nearly all molecules of its kind: others are "
+                "new, and no better for it.")
 
     def novelty(self, right):
         """QM9 is close to a list of all molecules of its kind: one that is not in it is no merit."""
@@ -221,12 +232,14 @@ def lengths_of(rows, eos):
 
 def per_1000(keys):
     """How many distinct keys a thousand samples have, None not counted, with its standard error: the mean over whole
-    thousands, so that it does not depend on how many there are; of less than one, in proportion.
+    thousands, so that it does not depend on how many there are. What is above them is not used; of less than a
+    thousand samples nothing is said, of less than two thousand no error.
     """
-    size = min(1000, len(keys))
     counts = []
-    for a in range(0, len(keys) - size + 1, size):
-        counts.append(1000 / size * len(set(keys[a:a + size]) - {None}))
+    for a in range(0, len(keys) - 999, 1000):
+        counts.append(len(set(keys[a:a + 1000]) - {None}))
+    if not counts:
+        return {}
     found = dict(distinct_per_1000=float(np.mean(counts)))
     if len(counts) > 1:
         found["distinct_per_1000_stderr"] = float(np.std(counts, ddof=1) / np.sqrt(len(counts)))
@@ -236,27 +249,83 @@ def per_1000(keys):
 # ---------------------------------------------------------------------------------------------------------------------
 # theory, and the map from noise to text
 
-def theory(language, args, teacher):
-    """The rows of the perfect noise-blind denoisers, of the training data and, with --particles, of what the teacher
-    writes. None where the sampler is not one of `mdlm.reveal_steps`: they hold for plain draws in the same order.
+def theory_sampler(args, is_maze):
+    """The sampler and order of theory, those of the flags; None where there is no theory.
+
+    It knows the draws of `mdlm.reveal_steps` alone. With other samplers the maze's stands beside them as a reference.
     """
     if vars(args).get("no_theory"):
-        return []
-    exact, n, how = language.theory(args)
-    if how[0] not in SAMPLERS or how[1] == "confidence":
-        return []
+        return None
+    if args.sampler in SAMPLERS and args.order != "confidence":
+        return args.sampler, args.order
+    return ("ancestral", "random") if is_maze else None
+
+
+def check_theory(args, models):
+    """Refuse --particles that theory does not use, or cannot, before samples are drawn. Raises BadInput.
+
+    -> the flags of sampling that theory reads.
+    """
+    how = theory_sampler(args, models[0].meta["tokenizer"] == "maze")
     particles = vars(args).get("particles")
-    if particles and teacher is None:
-        raise BadInput(f"--particles={particles} are the teacher's: give an AR checkpoint with --ckpt, too")
+    if particles:
+        reason = "with --no_theory" if args.no_theory else "where the sampler, or its order, has no theory"
+        refuse_unread(["particles"], ["particles"] if how else (), reason)
+        teacher = teacher_among(models)
+        if teacher is None:
+            raise BadInput(f"--particles={particles} are the teacher's: give an AR checkpoint with --ckpt, too")
+        n_tokens = teacher.length - 1
+        if particles < n_tokens:                           # each position of a call takes its token from its own
+            raise BadInput(f"--particles={particles} is less than the {n_tokens} tokens of a row, which one call may "
+                           f"reveal: give {n_tokens} or more")
+    if how is None or how[0] == "first_hitting":           # it takes a call for each token
+        return []
+    return ["nfe"]
+
+
+def teacher_among(models):
+    """The first AR model of these, which stands for what students learn from; None where there is none."""
+    return next((model for model in models if model.can_teach), None)
+
+
+def has_row(rows, name):
+    """Whether the table has a row of this model."""
+    return any(row["model"] == name for row in rows)
+
+
+def teacher_note(rows):
+    """What theory of the teacher is, where there is any."""
+    if not has_row(rows, "theory_teacher"):
+        return ""
+    return ("\ntheory_teacher: the perfect noise-blind denoiser of what the teacher writes, drawn from as theory is. "
+            "particles: different draws behind a token of it; its error is of the order of their inverse, beside ±.")
+
+
+def theory(language, args, teacher):
+    """The rows of the perfect noise-blind denoisers, of the training data and, with --particles, of what the teacher
+    writes; [] where the sampler has no theory.
+    """
+    if theory_sampler(args, language.is_maze) is None:
+        return []
+    exact, n, sampler, order = language.theory(args)
+    particles = vars(args).get("particles")
+
+    def of_teacher():
+        generator = torch.Generator(teacher.device).manual_seed(args.seed)
+        return TeacherDenoiser(teacher, particles, generator)
+
+    denoisers = dict(theory=lambda: exact)                 # a row's name -> makes its denoiser
+    if particles:
+        denoisers["theory_teacher"] = of_teacher
     rows = []
-    for name in ["theory", "theory_teacher"] if particles else ["theory"]:
-        for steps in tqdm(args.nfe, desc=name, unit="row", disable=None):
-            denoiser = exact
-            if name == "theory_teacher":
-                generator = torch.Generator(teacher.device).manual_seed(args.seed)
-                denoiser = TeacherDenoiser(teacher, particles, generator)
+    for name, new_denoiser in denoisers.items():
+        steps_of_rows = args.nfe
+        if sampler == "first_hitting":                     # a call for each token, whatever --nfe is
+            steps_of_rows = [new_denoiser().length]
+        for steps in tqdm(steps_of_rows, desc=name, unit="row", disable=None):
+            denoiser = new_denoiser()
             began = time.perf_counter()
-            sampled, calls = theory_rows(denoiser, n, steps, args.seed, *how)
+            sampled, calls = theory_rows(denoiser, n, steps, args.seed, sampler, order)
             row = dict(model=name, decode="sample", nfe=steps, nfe_counted=calls, **language.statistics(sampled))
             if name == "theory_teacher":
                 row["particles"], row["fewest_particles"] = denoiser.effective()

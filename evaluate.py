@@ -161,20 +161,21 @@ def success(args, models, device):
     refuse_heads(models)
     language = language_of(args, models)
     rows = success_rows(language, models, args, device)
-    note = f"{language.note(args.n)}\nStudents: {sampling_note(args, models)}{sampler_note(args)}"
+    note = f"{language.note(args, rows)}\nStudents: {sampling_note(args, models)}{sampler_note(args)}"
     return rows, note
 
 
 def success_rows(language, models, args, device):
     """Every row of the table for these models; an AR model among them is `teacher`, and the map's reference."""
     from extra.scores import gen_ppl
-    from extra.success import map_agreement, theory
+    from extra.success import map_agreement, teacher_among, theory
     judge = None
     if args.what == "success" and args.judge:
         judge = cast_body(load_ar("--judge", args.judge, models[0].meta, None, device))
-    teacher = next((model for model in models if model.can_teach), None)
+    teacher = teacher_among(models)
+    batch = language.batch(args)
     rows = []
-    for model, row, sampled in drawn_rows(args, models, device, language.batch(args)):
+    for model, row, sampled in drawn_rows(args, models, device, batch):
         row |= language.statistics(sampled)
         if model is teacher:
             row["model"] = "teacher"
@@ -187,7 +188,7 @@ def success_rows(language, models, args, device):
         # one call that turns all of the noise into a sample, as the teacher does in many
         is_map = model.noise_embed is not None and model.n_blocks == 1
         if teacher and is_map and (row["decode"], row["nfe"]) == ("greedy", 1):
-            row |= map_agreement(model, teacher, args.n, args.seed, device)
+            row |= map_agreement(model, teacher, args.n, batch, args.seed, device)
         rows.append(row)
     rows += theory(language, args, teacher)
     return rows
@@ -494,7 +495,8 @@ def success_flags(parser):
     add("--batch_size", type=number(int, 1, 2**20), default=1000, help="rows at once")
     add("--no_theory", action="store_true", help="no rows of theory, which take minutes where there is much data")
     add("--particles", type=number(int, 1, 2**20),
-        help="adds theory of what the teacher among --ckpt writes, from so many draws of it a row: 64")
+        help="adds theory of what the teacher among --ckpt writes, from so many draws of it a row, at least as many as "
+        "a row has tokens, as in --particles=64")
 
 
 def infill_flags(parser):
@@ -503,7 +505,7 @@ def infill_flags(parser):
 
 def nfe_flags(parser):
     add = parser.add_argument
-    add("--metric", choices=METRICS, help="default: success for the maze, else gen_ppl")
+    add("--metric", choices=METRICS, help="default: success where samples are right or wrong, else gen_ppl")
     add("--plot", help="also draw it into this .png or .svg (needs matplotlib)")
 
 
@@ -596,9 +598,14 @@ def check_read(args, models):
     counts_success = args.what in ("maze", "success") or args.what == "nfe" and metric_of(args, models) == "success"
     if args.what != "success" and counts_success:          # nothing is judged
         refuse_unread(["judge", "length"], (), "on what is right or wrong")
+    read_by_theory = []
+    if counts_success:
+        from extra.success import check_theory
+        read_by_theory = check_theory(args, models)
+        if models[0].meta["tokenizer"] == "maze":          # its paths are known, and drawn in batches of 1000
+            refuse_unread(["data", "split", "batch_size"], (), "on the maze")
     drawn = [(model, decode == "greedy") for model in students for decode in args.decode]
-    # where success counts --nfe is theory's as well
-    check_sampling_read(args, drawn, ["nfe"] if counts_success else ())
+    check_sampling_read(args, drawn, read_by_theory)
     refuse_unread(["decode"], ["decode"] if students else (), "on a teacher alone")
 
 

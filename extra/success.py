@@ -4,13 +4,14 @@ A new language is a class with the methods of `Maze`, and a line of `language_of
 
 Shapes: N rows (or n samples) of T tokens, without BOS; V vocabulary.
 """
+import os
 import time
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.cli import BadInput
+from data.cli import BadInput, refuse_unread, say_once
 from data.maze import PAD, ExactDenoiser, maze_dataset, maze_statistics, validity_mass
 from data.molecules import canonical, valid_molecules
 from data.shards import SPLITS, Shards, knows_success
@@ -26,7 +27,9 @@ from teacher import extract_sequential
 # the languages
 
 def language_of(args, models):
-    """The language that these models were trained on. Raises BadInput where they have none, or several."""
+    """The language that these models were trained on. Raises BadInput where they have none, or several: other rows than
+    the first's are another language, unless --data says what all are judged by.
+    """
     metas = [model.meta for model in models]
     for model in models:
         if not knows_success(model.meta):
@@ -39,8 +42,11 @@ def language_of(args, models):
                            "give checkpoints of one maze")
         return Maze(metas[0]["name"])
     kind = Molecules if metas[0]["tokenizer"].startswith("smiles:") else Listed
-    path = vars(args).get("data") or models[0].args["data"]
-    return kind(path, models, vars(args).get("split", "val"))
+    path = vars(args).get("data")
+    language = kind(path or models[0].args["data"], models, vars(args).get("split", "val"))
+    if not path:
+        language.check_trained_on(models)
+    return language
 
 
 class Maze:
@@ -56,12 +62,17 @@ class Maze:
 
     def theory(self, args):
         """The perfect noise-blind denoiser of the training data; how many samples it draws; its sampler and order."""
-        return ExactDenoiser(maze_dataset(self.name), PAD + 1), 10 * args.n, ("ancestral", "random")
+        return ExactDenoiser(maze_dataset(self.name), PAD + 1), 10 * args.n, *theory_sampler(args, self.is_maze)
 
-    def note(self, n):
-        return (f"n = {n} samples a row ({10 * n} for theory: the perfect noise-blind MDLM, "
-                "ancestral sampler). "
-                "effective: number of equally likely paths that would repeat as often.")
+    def note(self, args, rows):
+        """What the table's columns, and its rows of theory, mean."""
+        of_theory = ""
+        if has_row(rows, "theory"):
+            sampler, order = theory_sampler(args, self.is_maze)
+            how = f", {order} order" if sampler == "fixed" else ""
+            of_theory = f" ({10 * args.n} for theory: the perfect noise-blind MDLM, {sampler} sampler{how})"
+        return (f"n = {args.n} samples a row{of_theory}. "
+                f"effective: number of equally likely paths that would repeat as often.{teacher_note(rows)}")
 
     def exactly(self, model, device):
         """What is known exactly of an AR model -> columns."""
@@ -79,9 +90,13 @@ class Listed:
         """path: the folder of shards that the models were trained on; split: whose lengths are the data's."""
         self.name = path
         self.rows = {}
+        self.hashes = []
         for name in SPLITS:                                # `text --rows` has no test split
             data = Shards(path, name, may_be_empty=True)
             self.rows[name] = data.rows(np.arange(len(data)))[:, 1:]
+            if name != "test":                             # a checkpoint knows what it was trained and validated on
+                self.hashes += data.hashes()
+        self.meta = data.meta
         self.eos = data.meta["bos"]
         self.tokenizer = Tokenizer(data.meta["tokenizer"])
         for model in models:
@@ -89,25 +104,50 @@ class Listed:
         if not data.meta.get("padded") or not len(self.rows[split]):
             raise BadInput(f"--data={path} has no {split} rows of one document each: give the data that the models "
                            "were trained on")
+        for model in models:
+            length = model.meta["row_length"]
+            if length != data.meta["row_length"]:
+                raise BadInput(f"{model.name} was trained on rows of {length} tokens, those of --data={path} have "
+                               f"{data.meta['row_length']}: give data and checkpoints of one length")
         self.data_lengths, _ = lengths_of(self.rows[split], self.eos)
         self.in_training = set(keys_of(self.rows["train"]))
         self.held_out = set(keys_of(self.rows["val"]) + keys_of(self.rows["test"])) - self.in_training
+
+    def check_trained_on(self, models):
+        """BadInput for a model of other rows than these. If the first model is its teacher, they may be the teacher's
+        text: it is judged, and a line on stderr says by what.
+        """
+        for model in models:
+            shards = (vars(model).get("conditions") or {}).get("shards")
+            if shards:
+                same = shards == self.hashes
+            else:                                          # an old checkpoint knows the name alone
+                same = model.meta["name"] == self.meta["name"]
+            teacher = model.args.get("teacher")
+            is_taught = teacher is not None and os.path.normpath(teacher) == os.path.normpath(models[0].path)
+            if not same and is_taught:
+                say_once(f"{model.name} was trained on {model.args['data']}: it is judged by {self.name}, the data of "
+                         "its teacher")
+            elif not same:
+                raise BadInput(f"--ckpt: {model.name} was trained on other rows than {self.name} holds now: say with "
+                               "--data what all are judged by")
 
     def batch(self, args):
         return vars(args).get("batch_size") or 1000
 
     def theory(self, args):
         denoiser = ExactDenoiser(self.rows["train"], self.eos + 1, otherwise="marginals")
-        return denoiser, args.n, (args.sampler, args.order)
+        return denoiser, args.n, *theory_sampler(args, self.is_maze)
 
-    def note(self, n):
-        return (f"n = {n} samples a row. At the data's lengths: success if samples were as long as the data. distinct "
-                "per 1000: different successes in a thousand samples. entropy of the set: of all tokens up to the "
-                f"first EOS.{self.about_novelty}\n"
-                "theory: the perfect noise-blind denoiser of the training data, theory_teacher of what the teacher "
-                "writes, both for draws at tau 1 and top_p 1 in the same order: no bounds for sharper decoding. "
-                "particles: different draws behind a token of theory_teacher; its error is of the order of their "
-                "inverse, beside ±.")
+    def note(self, args, rows):
+        text = f"n = {args.n} samples a row. At the data's lengths: success if samples were as long as the data. "
+        if args.n >= 1000:
+            text += "distinct per 1000: different successes in a thousand samples. "
+        text += f"entropy of the set: of all tokens up to the first EOS. {self.about_novelty()}"
+        if has_row(rows, "theory"):
+            text += ("\ntheory: the perfect noise-blind denoiser of the training data, for draws at tau 1 and top_p 1 "
+                     "in the same order: no bound for sharper decoding.")
+        return text + teacher_note(rows)
 
     def exactly(self, model, device):
         return {}
@@ -147,7 +187,11 @@ class Listed:
                 total += count / len(self.data_lengths) * ok[of_length].mean()
         return float(total)
 
-    about_novelty = " held out: of the successes, those that no training row has (a tenth of the data is held out)."
+    def about_novelty(self):
+        """A sentence on what `novelty` counts."""
+        share = len(self.held_out) / (len(self.held_out) + len(self.in_training))
+        return (f"held out: of the successes, those that no training row has ({100 * share:.1f} % of the data's "
+                "different rows).")
 
     def novelty(self, right):
         """What of the successes, a list of keys, no model has seen -> columns."""
@@ -161,8 +205,9 @@ class Molecules(Listed):
     def accepts(self, rows, keys):
         return valid_molecules([self.tokenizer.decode(row) for row in rows])
 
-    about_novelty = (" in the data: of the successes, those of QM9, which lists nearly all molecules of its kind: "
-                     "others are new, and no better for it.")
+    def about_novelty(self):
+        return ("in the data: of the successes, those of QM9, which lists nearly all molecules of its kind: others are "
+                "new, and no better for it.")
 
     def novelty(self, right):
         """QM9 is close to a list of all molecules of its kind: one that is not in it is no merit."""
@@ -187,12 +232,14 @@ def lengths_of(rows, eos):
 
 def per_1000(keys):
     """How many distinct keys a thousand samples have, None not counted, with its standard error: the mean over whole
-    thousands, so that it does not depend on how many there are; of less than one, in proportion.
+    thousands, so that it does not depend on how many there are. What is above them is not used; of less than a
+    thousand samples nothing is said, of less than two thousand no error.
     """
-    size = min(1000, len(keys))
     counts = []
-    for a in range(0, len(keys) - size + 1, size):
-        counts.append(1000 / size * len(set(keys[a:a + size]) - {None}))
+    for a in range(0, len(keys) - 999, 1000):
+        counts.append(len(set(keys[a:a + 1000]) - {None}))
+    if not counts:
+        return {}
     found = dict(distinct_per_1000=float(np.mean(counts)))
     if len(counts) > 1:
         found["distinct_per_1000_stderr"] = float(np.std(counts, ddof=1) / np.sqrt(len(counts)))
@@ -202,27 +249,83 @@ def per_1000(keys):
 # ---------------------------------------------------------------------------------------------------------------------
 # theory, and the map from noise to text
 
-def theory(language, args, teacher):
-    """The rows of the perfect noise-blind denoisers, of the training data and, with --particles, of what the teacher
-    writes. None where the sampler is not one of `mdlm.reveal_steps`: they hold for plain draws in the same order.
+def theory_sampler(args, is_maze):
+    """The sampler and order of theory, those of the flags; None where there is no theory.
+
+    It knows the draws of `mdlm.reveal_steps` alone. With other samplers the maze's stands beside them as a reference.
     """
     if vars(args).get("no_theory"):
-        return []
-    exact, n, how = language.theory(args)
-    if how[0] not in SAMPLERS or how[1] == "confidence":
-        return []
+        return None
+    if args.sampler in SAMPLERS and args.order != "confidence":
+        return args.sampler, args.order
+    return ("ancestral", "random") if is_maze else None
+
+
+def check_theory(args, models):
+    """Refuse --particles that theory does not use, or cannot, before samples are drawn. Raises BadInput.
+
+    -> the flags of sampling that theory reads.
+    """
+    how = theory_sampler(args, models[0].meta["tokenizer"] == "maze")
     particles = vars(args).get("particles")
-    if particles and teacher is None:
-        raise BadInput(f"--particles={particles} are the teacher's: give an AR checkpoint with --ckpt, too")
+    if particles:
+        reason = "with --no_theory" if args.no_theory else "where the sampler, or its order, has no theory"
+        refuse_unread(["particles"], ["particles"] if how else (), reason)
+        teacher = teacher_among(models)
+        if teacher is None:
+            raise BadInput(f"--particles={particles} are the teacher's: give an AR checkpoint with --ckpt, too")
+        n_tokens = teacher.length - 1
+        if particles < n_tokens:                           # each position of a call takes its token from its own
+            raise BadInput(f"--particles={particles} is less than the {n_tokens} tokens of a row, which one call may "
+                           f"reveal: give {n_tokens} or more")
+    if how is None or how[0] == "first_hitting":           # it takes a call for each token
+        return []
+    return ["nfe"]
+
+
+def teacher_among(models):
+    """The first AR model of these, which stands for what students learn from; None where there is none."""
+    return next((model for model in models if model.can_teach), None)
+
+
+def has_row(rows, name):
+    """Whether the table has a row of this model."""
+    return any(row["model"] == name for row in rows)
+
+
+def teacher_note(rows):
+    """What theory of the teacher is, where there is any."""
+    if not has_row(rows, "theory_teacher"):
+        return ""
+    return ("\ntheory_teacher: the perfect noise-blind denoiser of what the teacher writes, drawn from as theory is. "
+            "particles: different draws behind a token of it; its error is of the order of their inverse, beside ±.")
+
+
+def theory(language, args, teacher):
+    """The rows of the perfect noise-blind denoisers, of the training data and, with --particles, of what the teacher
+    writes; [] where the sampler has no theory.
+    """
+    if theory_sampler(args, language.is_maze) is None:
+        return []
+    exact, n, sampler, order = language.theory(args)
+    particles = vars(args).get("particles")
+
+    def of_teacher():
+        generator = torch.Generator(teacher.device).manual_seed(args.seed)
+        return TeacherDenoiser(teacher, particles, generator)
+
+    denoisers = dict(theory=lambda: exact)                 # a row's name -> makes its denoiser
+    if particles:
+        denoisers["theory_teacher"] = of_teacher
     rows = []
-    for name in ["theory", "theory_teacher"] if particles else ["theory"]:
-        for steps in tqdm(args.nfe, desc=name, unit="row", disable=None):
-            denoiser = exact
-            if name == "theory_teacher":
-                generator = torch.Generator(teacher.device).manual_seed(args.seed)
-                denoiser = TeacherDenoiser(teacher, particles, generator)
+    for name, new_denoiser in denoisers.items():
+        steps_of_rows = args.nfe
+        if sampler == "first_hitting":                     # a call for each token, whatever --nfe is
+            steps_of_rows = [new_denoiser().length]
+        for steps in tqdm(steps_of_rows, desc=name, unit="row", disable=None):
+            denoiser = new_denoiser()
             began = time.perf_counter()
-            sampled, calls = theory_rows(denoiser, n, steps, args.seed, *how)
+            sampled, calls = theory_rows(denoiser, n, steps, args.seed, sampler, order)
             row = dict(model=name, decode="sample", nfe=steps, nfe_counted=calls, **language.statistics(sampled))
             if name == "theory_teacher":
                 row["particles"], row["fewest_particles"] = denoiser.effective()
@@ -232,15 +335,17 @@ def theory(language, args, teacher):
     return rows
 
 
-
-def map_agreement(student, teacher, n, seed, device):
+def map_agreement(student, teacher, n, batch, seed, device):
     """With fresh noise and everything masked: how often the student's argmax is what the teacher writes from it.
 
-    -> {agree: fraction of sequences, agree_position: fraction of positions}.
+    n rows, `batch` at once. -> {agree: fraction of sequences, agree_position: fraction of positions}.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    tokens, noise = extract_sequential(teacher, n, generator=generator)
-    start = student.start(n, tokens.shape[1]).to(device)
-    written, _ = student.generate(start, 1, greedy=True, noise=noise)
-    same = (written == tokens)[:, 1:]       # BOS is given
+    same = []
+    for done in range(0, n, batch):
+        tokens, noise = extract_sequential(teacher, min(batch, n - done), generator=generator)
+        start = student.start(*tokens.shape).to(device)
+        written, _ = student.generate(start, 1, greedy=True, noise=noise)
+        same.append((written == tokens)[:, 1:])            # BOS is given
+    same = torch.cat(same)
     return dict(agree=float(same.all(1).float().mean()), agree_position=float(same.float().mean()))

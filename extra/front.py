@@ -40,8 +40,8 @@ def read_rows(paths):
                 if not row.get("verifier_calls"):
                     rows[key] = row | dict(order=order)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise BadInput(f"{path} is no file of `evaluate.py success --json` ({type(e).__name__}): name one") \
-                from None
+            raise BadInput(f"{path} is no file of `evaluate.py success --json` with 1000 samples a row or more "
+                           f"({type(e).__name__}): name one") from None
     return list(rows.values())
 
 

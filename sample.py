@@ -326,7 +326,7 @@ def check_sampler(args, model):
     """Refuse a model that has not the sampler of the flags, or was not trained for it."""
     if args.sampler in model.samplers:
         left_to_right = args.sampler in VERIFIED or args.order == "left_to_right"
-        if model.args.get("mask_suffix") == 1 and not left_to_right:
+        if knows_suffixes_alone(model) and not left_to_right:
             raise BadInput(f"{model.name} was trained with --mask_suffix=1, to write from left to right: add "
                            "--sampler=fixed --order=left_to_right")
         return
@@ -339,9 +339,14 @@ def check_sampler(args, model):
                    f"{model.name} is a {model.args['model']} checkpoint, which has {its_own}")
 
 
+def knows_suffixes_alone(model):
+    """Whether a model has only ever seen rows whose end is missing."""
+    return model.args.get("mask_suffix") == 1
+
+
 def check_random_masks(model, what):
-    """Refuse a model that has only ever seen rows whose end is missing."""
-    if model.args.get("mask_suffix") == 1:
+    """Refuse a model that was not trained on masks within a text."""
+    if knows_suffixes_alone(model):
         raise BadInput(f"{what} masks at random, or within a text: {model.name} was trained with --mask_suffix=1, for "
                        "what is missing at the end")
 
@@ -384,10 +389,10 @@ def start_tokens(model, tokenizer, prompt, infill, length):
     # an infill text is the whole sample; on the maze, whose rows are of one length, its beginning
     if infill is None or tokenizer.name == "maze":
         rest = model.start(1, length)[:, len(ids):]
-        row = torch.cat([row, rest], 1)
-    elif model.meta.get("padded"):              # what follows it in such rows is known: EOS, which is BOS
+        return torch.cat([row, rest], 1)
+    if model.meta.get("padded"):                # what follows it in such rows is known: EOS, which is BOS
         rest = torch.full((1, length - len(ids)), model.bos)
-        row = torch.cat([row, rest], 1)
+        return torch.cat([row, rest], 1)
     return row
 
 

@@ -113,7 +113,8 @@ def build(kind, config):
     if "bos" in checks:
         checks["bos"] = lambda bos: whole(0, config["vocab_size"] - 1)(bos)
     check_fields(f"the config of model {kind!r}", config, checks, "it cannot be built")
-    weights = 12 * config.get("n_layer", 0) * config.get("n_embd", 0) ** 2         # of its blocks
+    D = config.get("n_embd", 0)
+    weights = 12 * config.get("n_layer", 0) * D**2 + config.get("vocab_size", 0) * D       # its blocks and embedding
     if 4 * weights > memory_bytes():
         raise BadInput(f"{cannot}: {weights / 1e9:.0f} G weights do not fit into {memory_bytes() / 1e9:.0f} GB of "
                        "memory: choose a smaller --n_layer or --n_embd")

@@ -119,7 +119,7 @@ class Rows:
         if is_longer:
             self.n_longer += ends
             return ids[:0]
-        row = np.full(self.length, self.eos, dtype=np.uint16)
+        row = np.full(self.length, self.eos, dtype=ids.dtype)
         row[:len(ids)] = ids
         return row
 
@@ -190,7 +190,8 @@ def write_text(writer, stream, tokenizer, eos=True, hold_out=0, rows=None, batch
     """Encode a stream of (split, text, whether it ends its document), EOS (= BOS) after each. -> {split: tokens}.
 
     A few MB are in flight, whatever the input's size. `hold_out`: so many of the last documents become the val split;
-    a document waits in memory (2 bytes a token) until as many have followed it. `rows`, a `Rows`: one document a row.
+    a document waits in memory (as it will lie on disk) until as many have followed it. `rows`, a `Rows`: one document a
+    row.
     """
     done = writer.done                                     # items of the stream that are written
     for _, _, ends in itertools.islice(stream, done):      # read again, but not encoded again
@@ -258,7 +259,7 @@ def encode(batch, tokenizer, eos, rows=None):
         if rows:
             ids = rows.padded(ids, ends)
         elif ends and eos:
-            ids = np.append(ids, np.uint16(tokenizer.bos))  # (a plain int would make them int64)
+            ids = np.append(ids, ids.dtype.type(tokenizer.bos))    # (a plain int would make them int64)
         items.append((split, ids, ends))
     return items
 

@@ -1,12 +1,12 @@
 """Shards: how token ids lie on disk. Writes them, reads them, checks them.
 
-A dataset is a folder of raw little-endian uint16 token ids, `train.bin` and `val.bin` (or `train_000.bin`, ...), and a
+A dataset is a folder of raw little-endian token ids, `train.bin` and `val.bin` (or `train_000.bin`, ...), and a
 `meta.json` (tokenizer, its fingerprint, vocab_size, bos, row_length, padded: a row is one document and EOS to its end,
-and per file: split, tokens, sha256). It is made
-in `OUT.partial` and renamed when complete: an interrupted run leaves nothing that training would accept, and the same
-command continues it. Without a meta.json, nanoGPT's .bin files are taken as GPT-2 ids, and llm.c's (256-int32 header)
-are read too; other formats are refused, by their content. A training row is [BOS] + the next L - 1 tokens; rows do not
-overlap.
+and per file: split, tokens, sha256). Ids are uint16; of a vocabulary of more than 65,536 they are uint32, and meta.json
+has a `dtype` that says so. It is made in `OUT.partial` and renamed when complete: an interrupted run leaves nothing
+that training would accept, and the same command continues it. Without a meta.json, nanoGPT's .bin files are taken as
+GPT-2 ids, and llm.c's (256-int32 header; GPT-2's ids or Llama 3's) are read too; other formats are refused, by their
+content. A training row is [BOS] + the next L - 1 tokens; rows do not overlap.
 """
 import hashlib
 import json
@@ -24,10 +24,10 @@ from data.files import (check_fields, check_folder, is_file_name, list_of, maybe
                         write_json, writing)
 from data.maze import PAD
 from data.presets import EMBEDDED
-from data.vocab import MOST_IDS, named_size
+from data.vocab import MOST_IDS, id_type, named_size
 
 SPLITS = ("train", "val", "test")
-MIB_OF_IDS = 1 << 19                                       # the ids in a MiB
+MIB_OF_IDS = 1 << 19                                       # the uint16 in a MiB
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,10 +108,11 @@ class Writer:
             return False
         try:
             last = read_json(file)
-            check_fields(file, last, dict(done=whole(), files=list_of(dict)), "")
+            check_fields(file, last, dict(done=whole(), files=list_of(dict), id_bytes=maybe(whole(2, 4))), "")
             for f in last["files"]:
                 check_fields(file, f, dict(name=is_file_name, split=str, tokens=whole()), "")
-            sizes = {self.partial / f["name"]: 2 * f["tokens"] for f in last["files"]}
+            id_bytes = last.get("id_bytes") or 2
+            sizes = {self.partial / f["name"]: id_bytes * f["tokens"] for f in last["files"]}
             whole_files = all(os.path.getsize(path) >= size for path, size in sizes.items())
         except (OSError, ValueError, BadInput):
             whole_files = False
@@ -131,9 +132,13 @@ class Writer:
         print(f"{self.partial}: continuing after {self.done} units", file=sys.stderr)
         return True
 
+    @property
+    def id_type(self):
+        return id_type(self.meta.get("vocab_size"))
+
     def write(self, split, ids):
         """Append ids [n] to a split, in as many files as they need."""
-        ids = np.ascontiguousarray(ids, dtype="<u2")
+        ids = np.ascontiguousarray(ids, dtype=self.id_type)
         while len(ids):
             last = self._last_file(split)
             part, ids = np.split(ids, [self.shard_tokens - last["tokens"]])
@@ -158,7 +163,8 @@ class Writer:
             with open(self.partial / entry["name"], "rb") as f:
                 os.fsync(f.fileno())
         self.done = done
-        write_json(self.partial / "progress.json", dict(key=self.key, done=done, files=self.files))
+        progress = dict(key=self.key, done=done, files=self.files, id_bytes=self.id_type.itemsize)
+        write_json(self.partial / "progress.json", progress)
 
     def finish(self):
         """Hash the files, write meta.json, rename the folder to OUT. Returns {split: tokens}."""
@@ -173,7 +179,10 @@ class Writer:
                 os.rename(self.partial / files[0]["name"], self.partial / name)
                 files[0]["name"] = name
             tokens[split] = sum(f["tokens"] for f in files)
-        write_json(self.partial / "meta.json", self.meta | {"files": self.files})
+        meta = self.meta | {"files": self.files}
+        if self.id_type != np.uint16:
+            meta["dtype"] = self.id_type.name
+        write_json(self.partial / "meta.json", meta)
         os.rename(self.partial, self.out)                  # fails if someone filled OUT meanwhile
         sync_folder(os.path.dirname(self.out) or ".")
         for name in ("progress.json", "lock"):
@@ -271,7 +280,7 @@ def hash_of_ends(f):
 
 # what is in meta.json beside `files`, and what of it may be there
 META_FIELDS = dict(name=str, tokenizer=str, vocab_size=whole(1, MOST_IDS), bos=whole(), predict_bos=bool,
-                   row_length=maybe(whole(1)), padded=maybe(bool), fingerprint=maybe(str))
+                   row_length=maybe(whole(1)), padded=maybe(bool), fingerprint=maybe(str), dtype=maybe(str))
 FILE_FIELDS = dict(name=is_file_name, split=SPLITS.__contains__, tokens=whole(), sha256=str)
 
 
@@ -301,11 +310,11 @@ def read_meta(path):
     if os.path.lexists(os.path.join(path, "meta.json")):
         meta, files = read_own(path)
     else:
-        # nanoGPT's, llm.c's and modded-nanogpt's shards have none, and hold GPT-2's ids
-        meta = dict(name=name, tokenizer="gpt2", vocab_size=50257, bos=50256, predict_bos=True, row_length=None)
-        files = read_foreign(path)
+        # nanoGPT's, llm.c's and modded-nanogpt's shards have none
+        vocabulary, files = read_foreign(path)
+        meta = dict(name=name, predict_bos=True, row_length=None) | vocabulary
     for f in files:
-        f["ids"] = open_ids(f)
+        f["ids"] = open_ids(f, id_type(meta["vocab_size"]))
     return meta, files
 
 
@@ -324,59 +333,79 @@ def read_own(path):
     meta = {key: content[key] for key in META_FIELDS if key in content}
     if not content["files"] or "row_length" not in content:
         raise BadInput(f"{file} is damaged (it names no files, or no row_length): {remedy}")
+    dtype = "uint16" if meta.get("dtype") is None else meta["dtype"]
+    if dtype != id_type(meta["vocab_size"]).name:
+        raise BadInput(f"{file} is damaged (its dtype is {dtype:.40}, its ids are of {meta['vocab_size']}): {remedy}")
     if meta["row_length"] and any(f["tokens"] % meta["row_length"] for f in content["files"]):
         raise BadInput(f"{file} is damaged (its files do not hold whole rows of {meta['row_length']} tokens): {remedy}")
     files = [entry | dict(path=os.path.join(path, entry["name"]), offset=0) for entry in content["files"]]
     return meta, files
 
 
+# whose ids a shard without meta.json holds
+GPT2_IDS = dict(tokenizer="gpt2", vocab_size=50257, bos=50256)
+LLAMA3_IDS = dict(tokenizer="hf:meta-llama/Meta-Llama-3.1-8B", vocab_size=128256, bos=128000)
+# by the magic number (a date) and the version with which llm.c's header begins
+LLM_C = {(20240520, 1): GPT2_IDS, (20240801, 7): LLAMA3_IDS}
+
+
 def read_foreign(path):
-    """The files of a folder without meta.json. What can be seen to hold anything else than GPT-2's ids is refused."""
+    """The files of a folder without meta.json: (whose ids they hold, files). What can be seen to hold anything else
+    than the ids of GPT-2 or Llama 3 is refused.
+    """
     names = sorted(os.listdir(path))
     if "meta.pkl" in names:                                # nanoGPT's characters
         raise BadInput(f"{path} holds meta.pkl, so its ids are not GPT-2's, and it is not opened: prepare the text "
                        "itself with `python data/prepare.py text --tokenizer=chars`")
-    files = [foreign(os.path.join(path, name)) for name in names if name.endswith(".bin")]
-    if not files:
+    found = [foreign(os.path.join(path, name)) for name in names if name.endswith(".bin")]
+    if not found:
         raise BadInput(f"{path} holds no .bin shards: make them with `python data/prepare.py`")
-    say_once(f"{path} has no meta.json: its ids are taken for GPT-2's")
-    return files
+    vocabulary = found[0][0]
+    if any(other != vocabulary for other, _ in found):
+        raise BadInput(f"{path} holds shards of GPT-2's ids and of Llama 3's: give each a folder of its own")
+    whose = "GPT-2's" if vocabulary == GPT2_IDS else "Llama 3's"
+    say_once(f"{path} has no meta.json: its ids are taken for {whose}")
+    return vocabulary, [f for _, f in found]
 
 
 def foreign(path):
-    """A shard without meta.json: llm.c's and modded-nanogpt's begin with a header."""
+    """A shard without meta.json: (whose ids it holds, its entry). llm.c's and modded-nanogpt's begin with a header."""
     if not os.path.isfile(path):
         raise BadInput(f"{path} is no file: move it elsewhere")
     split = "val" if "val" in os.path.basename(path) else "train"
     f = dict(path=path, split=split, tokens=os.path.getsize(path) // 2, offset=0)
     head = np.fromfile(path, "<i4", 3).tolist() + [0, 0, 0]            # (it may be cut off)
     kind = kind_of_file(path)
+    vocabulary = GPT2_IDS
     if 20240000 < head[0] < 20250000:
         # a header of 256 int32: a date as the magic number, the version, the tokens that follow, zeros
-        if head[:2] != [20240520, 1]:
-            raise BadInput(f"{path} has a header of another format, {head[:2]}, and llm.c's shards of GPT-2's ids have "
-                           "[20240520, 1]: prepare the text itself")
+        vocabulary = LLM_C.get(tuple(head[:2]))
+        if vocabulary is None:
+            raise BadInput(f"{path} has a header of another format, {head[:2]}, and llm.c's shards have [20240520, 1] "
+                           "(GPT-2's ids) or [20240801, 7] (Llama 3's): prepare the text itself")
         f |= dict(tokens=head[2], offset=1024)
     elif kind != "text":
         raise BadInput(f"{path} is {kind}, and no uint16 ids: unpack it, or move it elsewhere")
-    # wider ids: their upper halves are 0 to 3 in every vocabulary, which as GPT-2's ids are ! " # $
-    upper = open_ids(f)[1:MIB_OF_IDS:2]
-    if len(upper) > 4 and upper.max() < 4:
-        raise BadInput(f"{path} holds ids of int32 or int64, not uint16 (every second uint16 is below 4): convert them")
-    return f
+    if vocabulary == GPT2_IDS:
+        # wider ids: their upper halves are 0 to 3 in every vocabulary, which as GPT-2's ids are ! " # $
+        upper = open_ids(f, id_type(vocabulary["vocab_size"]))[1:MIB_OF_IDS:2]
+        if len(upper) > 4 and upper.max() < 4:
+            raise BadInput(f"{path} holds ids of int32 or int64, not uint16 (every second uint16 is below 4): "
+                           "convert them")
+    return vocabulary, f
 
 
-def open_ids(f):
-    """The ids of a file, memmapped: uint16 [tokens]. BadInput where it has not the size that it should have."""
+def open_ids(f, dtype):
+    """The ids of a file, memmapped: `dtype` [tokens]. BadInput where it has not the size that it should have."""
     size = os.path.getsize(f["path"]) if os.path.isfile(f["path"]) else 0
-    expected = 2 * f["tokens"] + f["offset"]
+    expected = dtype.itemsize * f["tokens"] + f["offset"]
     if size != expected:
         what = "truncated or was changed" if size else "missing"
         raise BadInput(f"{f['path']} has {size} bytes and should have {expected}: it is {what}, "
                        "prepare the data again")
     if not f["tokens"]:                                    # numpy cannot map an empty file
-        return np.zeros(0, "<u2")
-    return np.memmap(f["path"], "<u2", "r", f["offset"])
+        return np.zeros(0, dtype)
+    return np.memmap(f["path"], dtype, "r", f["offset"])
 
 
 def knows_success(meta):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data.cli import BadInput
 from data.files import naming, read_json, replacing, write_json, writing
 from data.run import body_to_bfloat16
+from data.vocab import id_type
 from gumbel import DEVICE
 
 
@@ -109,12 +110,13 @@ class TeacherCache:
 
     Per position: the ids of the k tokens, their -log p, and that of the token which is there. All are uint16, the -log
     p in 1/2048 nat (so that they are off by less than 3e-4): 4 k + 2 bytes, 307 GB for the 9.04 G tokens of OpenWebText
-    at k = 8. What this leaves out, and what it costs: `truncated_logits`.
+    at k = 8. Of a vocabulary of more than 65,536 the ids are uint32, in a file of their own: 6 k + 2 bytes. What this
+    leaves out, and what it costs: `truncated_logits`.
 
     It lies in a folder beside the shards that names teacher, precision, row length and k: topk.bin (the values),
-    done.bin (a byte per chunk of rows: whether it is written), frequency.npy and meta.json. It is written once, in
-    chunks that any process of any run may fill in (`fill`). Raises BadInput where it cannot be written, or is of other
-    data.
+    ids.bin (if any), done.bin (a byte per chunk of rows: whether it is written), frequency.npy and meta.json. It is
+    written once, in chunks that any process of any run may fill in (`fill`). Raises BadInput where it cannot be
+    written, or is of other data.
     """
     CHUNK_ROWS = 64
     STEPS_PER_NAT = 2048
@@ -127,10 +129,15 @@ class TeacherCache:
         self.meta_file = os.path.join(self.folder, "meta.json")
         self.frequency_file = os.path.join(self.folder, "frequency.npy")
         self.values_file = os.path.join(self.folder, "topk.bin")
+        self.ids_file = os.path.join(self.folder, "ids.bin")
         self.done_file = os.path.join(self.folder, "done.bin")
-        shape = (len(data), data.length - 1, 2 * self.k + 1)
+        positions = (len(data), data.length - 1)
+        self.wide = id_type(data.meta["vocab_size"]) != np.uint16      # then a place's k ids are not among its values
+        n_values = self.k + 1 if self.wide else 2 * self.k + 1
         n_chunks = math.ceil(len(data) / self.CHUNK_ROWS)
-        sizes = {self.values_file: 2 * math.prod(shape), self.done_file: n_chunks}
+        sizes = {self.values_file: 2 * n_values * math.prod(positions), self.done_file: n_chunks}
+        if self.wide:
+            sizes[self.ids_file] = 4 * self.k * math.prod(positions)
         # what the values are of: a folder that says otherwise is refused
         meta = dict(teacher=sha256, dtype=dtype, length=data.length, k=self.k, rows=len(data))
         meta["shards"] = data.hashes()
@@ -141,15 +148,18 @@ class TeacherCache:
                     self._create(data, meta, sizes)
         self._check(data, meta, sizes)
         self.frequency = self.frequency.to(teacher.device)
-        self.values = np.memmap(self.values_file, "<u2", "r", shape=shape)
+        self.values = np.memmap(self.values_file, "<u2", "r", shape=(*positions, n_values))
         self.done = np.memmap(self.done_file, np.uint8, "r")
-        for part in (self.values[:self.CHUNK_ROWS], self.values[-self.CHUNK_ROWS:]):
-            if self.done.max(initial=0) > 1 or part[..., :self.k].max(initial=0) >= data.meta["vocab_size"]:
+        ids = self.values[..., :self.k]
+        if self.wide:
+            self.ids = ids = np.memmap(self.ids_file, "<u4", "r", shape=(*positions, self.k))
+        for part in (ids[:self.CHUNK_ROWS], ids[-self.CHUNK_ROWS:]):
+            if self.done.max(initial=0) > 1 or part.max(initial=0) >= data.meta["vocab_size"]:
                 raise BadInput(f"{self.folder} is damaged: remove it, it is written again")
 
     def _create(self, data, meta, sizes):
         """Make the files at their full size, and meta.json last: where it is, the others are complete."""
-        size = sizes[self.values_file]
+        size = sum(sizes.values())
         free = shutil.disk_usage(data.path).free
         if free < size:
             raise BadInput(f"a cache of the teacher's {self.k} best on {data.path} takes "
@@ -196,29 +206,35 @@ class TeacherCache:
                 continue
             first = c * self.CHUNK_ROWS
             rows = range(first, min(first + self.CHUNK_ROWS, len(data)))
-            values = self._read_teacher(teacher, data, rows)
+            ids, steps = self._read_teacher(teacher, data, rows)
             # values first, on disk: what is marked done can be trusted after any crash
-            self._write(self.values_file, first * self.values[0].nbytes, values)
+            if self.wide:
+                self._write(self.ids_file, first * self.ids[0].nbytes, ids.astype("<u4"))
+                values = steps
+            else:
+                values = np.concatenate([ids, steps], 1)
+            self._write(self.values_file, first * self.values[0].nbytes, values.astype("<u2"))
             self._write(self.done_file, c, b"\1")
 
     def _read_teacher(self, teacher, data, rows):
-        """What is kept of these rows: uint16 [rows * (L - 1), 2 k + 1], the ids, then the -log p of them and of x."""
+        """What is kept of these rows: the ids [rows * (L - 1), k], and the -log p of them and of x [.., k + 1]."""
         tokens = torch.from_numpy(data.rows(rows)).to(teacher.device)
         h = torch.cat([teacher.hidden(x) for x in tokens[:, :-1].split(8)]).flatten(0, 1)
         x = tokens[:, 1:].reshape(-1, 1)
-        parts = []
+        ids = []
+        steps = []
         chunk = max(1, DEVICE.chunk // teacher.vocab_size)        # positions whose logits are held at once
         for h_part, x_part in zip(h.split(chunk), x.split(chunk)):
             logp = teacher.logits(h_part).log_softmax(-1)
-            top, ids = logp.topk(self.k)
+            top, top_ids = logp.topk(self.k)
             logp_x = logp.gather(1, x_part)
             if not logp_x.isfinite().all():
                 raise BadInput(f"the teacher gives a token in rows {rows.start} to {rows.stop} of "
                                f"{data.path} probability 0, or nan: it does not fit this text")
             nats = torch.cat([top, logp_x], 1).neg()
-            steps = (nats * self.STEPS_PER_NAT).round().clamp(0, 65535)
-            parts.append(torch.cat([ids, steps.long()], 1).cpu().numpy().astype("<u2"))
-        return np.concatenate(parts)
+            ids.append(top_ids)
+            steps.append((nats * self.STEPS_PER_NAT).round().clamp(0, 65535).int())
+        return torch.cat(ids).cpu().numpy(), torch.cat(steps).cpu().numpy()
 
     def _write(self, path, offset, what):
         # written, not mapped: on a full disk a map dies of SIGBUS, and this raises an OSError
@@ -231,8 +247,14 @@ class TeacherCache:
     # reading
 
     def load(self, rows):
-        """What is stored of these rows of the dataset, [B, L - 1, 2 k + 1]. torch moves no uint16: as int16."""
-        return torch.from_numpy(self.values[rows].view(np.int16))
+        """What is stored of these rows of the dataset, [B, L - 1, 2 k + 1]: the ids, then the values.
+
+        torch moves no uint16: as int16, or, where the ids are wider, as int32.
+        """
+        values = self.values[rows]
+        if self.wide:
+            return torch.from_numpy(np.concatenate([self.ids[rows], values], -1).view(np.int32))
+        return torch.from_numpy(values.view(np.int16))
 
     def for_rows(self, loaded):
         """The next batch holds the rows that `load` returned this for. Returns self."""
@@ -245,7 +267,9 @@ class TeacherCache:
         tokens, masked [B, L], of the rows that `for_rows` named. BOS is never masked.
         """
         values = self.loaded.to(tokens.device, non_blocking=True)
-        values = values[masked[:, 1:]].int() & 0xFFFF      # (N, 2 k + 1); what torch holds as int16 is uint16
+        values = values[masked[:, 1:]]  # (N, 2 k + 1)
+        if values.dtype == torch.int16:                    # which stands for uint16
+            values = values.int() & 0xFFFF
         ids = values[:, :self.k].long()
         nats = values[:, self.k:].float() / self.STEPS_PER_NAT
         p, p_w = nats.neg().exp().split([self.k, 1], 1)  # (N, k), (N, 1)

@@ -35,8 +35,8 @@ from data.teacher_cache import TeacherCache, truncated_logits
 from data.vocab import Tokenizer, add_fingerprint, same_tokenizer, translate
 from gumbel import posterior_times, sample_exponential
 from teacher import AR, model_hash
-from test_gumbel import (DOCS, LONG, SHARED, TINY, gen, interrupt_after, randomise, refused, run_in, same_dataset, tiny,
-                         tiny_ar)
+from test_gumbel import (DOCS, LONG, SHARED, TINY, gen, interrupt_after, randomise, refused, run_in, same_dataset,
+                         succeeded, tiny, tiny_ar)
 from test_gumbel import cli, text_file, text_runs  # noqa: F401, the fixtures
 
 
@@ -118,6 +118,7 @@ META = [                                                   # (values in the maze
     *((dict(predict_bos=v), ["predict_bos"]) for v in (None, 0, "no")),
     *((dict(row_length=v), ["row_length"]) for v in (0, -10, 10.0, "10", True)),
     *((dict(fingerprint=v), ["fingerprint"]) for v in (3, [])),
+    *((dict(dtype=v), ["dtype"]) for v in (3, "uint32", "int16", "")),
     *((dict(files=v), ["files"]) for v in (None, {}, [], [None], "train.bin")),
     *((entry_with(name=v), ["name"]) for v in (None, "", ".", "..", "../secret.bin", "/etc/passwd", "a/b", "a\0", 3)),
     *((entry_with(split=v), ["split"]) for v in (None, "dev", 0, [])),
@@ -183,11 +184,16 @@ def test_a_row_of_text_is_bos_and_the_next_tokens(text_file, tmp_path, cli):
     assert data.rows([1])[0].tolist() == [256, *ids[8:16]]
 
 
-def llm_c(version=1, tokens=55, magic=20240520):
-    """A shard of 55 tokens, 1000 to 1054, behind llm.c's header: a magic number, version, number of tokens, zeros."""
+def llm_c(version=1, tokens=55, magic=20240520, first=1000, dtype="<u2"):
+    """A shard of 55 tokens, counted from `first`, behind llm.c's header: a magic number, version, tokens, zeros."""
     header = np.zeros(256, "<i4")
     header[:3] = [magic, version, tokens]
-    return header.tobytes() + np.arange(1000, 1055, dtype="<u2").tobytes()
+    return header.tobytes() + np.arange(first, first + 55, dtype=dtype).tobytes()
+
+
+def llama3(**how):
+    """As `llm_c`, of Llama 3's ids."""
+    return llm_c(**dict(version=7, magic=20240801, first=100_000, dtype="<u4") | how)
 
 
 def test_foreign_shards_are_read_as_gpt2_ids_and_no_row_crosses_files(tmp_path):
@@ -215,7 +221,9 @@ FOREIGN = {                                                # (the content of a .
     "truncated": (llm_c(tokens=56), "1136"),               # bytes there should be: 1024 + 2 * 56
     "too few": (llm_c(tokens=54), "1132"), "a negative number of tokens": (llm_c(tokens=-1), "1134"),
     "cut within the header": (llm_c()[:1000], "1000"), "cut after a number": (llm_c()[:4], "header"),
-    "unknown version": (llm_c(version=2), "2"), "llama 3": (llm_c(magic=20240801, version=7), "20240801"),
+    "unknown version": (llm_c(version=2), "2"), "version 7 of GPT-2's": (llm_c(version=7), "7"),
+    "Llama 3's as uint16": (llama3(first=0, dtype="<u2"), "1244"), "Llama 3's, truncated": (llama3()[:-2], "1242"),
+    "ids that Llama 3 has not": (llama3(first=128_250), "128256"),
     "hellaswag": (llm_c(magic=20240522), "20240522"),
     "a model of llm.c": (llm_c(magic=20240326, version=3), "20240326"),
     "odd number of bytes": (b"abc", "3"),
@@ -233,11 +241,101 @@ def test_foreign_files_that_are_no_ids_of_gpt2_are_refused(tmp_path, cli, conten
         Shards(str(tmp_path), "train", 11)
 
 
+def test_shards_of_llm_c_may_hold_the_ids_of_llama_3(tmp_path, capsys, cli):
+    (tmp_path / "train_000.bin").write_bytes(llama3())
+    (tmp_path / "val.bin").write_bytes(llama3(first=0))
+    data = Shards(str(tmp_path), "train", 11)
+    assert (data.meta["vocab_size"], data.meta["bos"]) == (128256, 128000)
+    assert data.meta["tokenizer"].startswith("hf:meta-llama/")
+    assert data.rows([1])[0].tolist() == [128000, *range(100_010, 100_020)]
+    assert Shards(str(tmp_path), "val", 11).rows([0])[0].tolist() == [128000, *range(10)]
+    assert "Llama 3's" in capsys.readouterr().err
+    (tmp_path / "train_001.bin").write_bytes(llm_c())
+    refused(cli(prepare, f"verify {tmp_path}"), str(tmp_path), "GPT-2", "Llama 3")
+
+
 def test_shards_beside_a_vocabulary_are_not_taken_for_gpt2s(tmp_path, cli):
     """nanoGPT's characters. A pickle is code: it is not read."""
     np.arange(60, dtype="<u2").tofile(tmp_path / "train.bin")
     (tmp_path / "meta.pkl").write_bytes(b"\x80\x04.")
     refused(cli(prepare, f"verify {tmp_path}"), "meta.pkl", "--tokenizer=chars")
+
+
+@pytest.mark.parametrize("V, size", [(65_536, 2), (65_537, 4)])
+def test_ids_are_wider_exactly_where_the_vocabulary_asks_for_it(tmp_path, V, size):
+    """65,536 ids fit into a uint16; one more needs a uint32, which meta.json names. An interrupted run goes on."""
+    meta = dict(name="wide", tokenizer="ids", vocab_size=V, bos=0, predict_bos=True, row_length=None)
+    ids = np.arange(V - 100, V)
+    for out, stop in (("whole", None), ("halves", 30)):
+        with Writer(tmp_path / out, meta, key="mine", shard_tokens=64) as writer:
+            writer.write("train", ids[:stop])
+            writer.commit(1)
+            if stop:
+                writer.write("train", ids[:7])             # lost: not committed
+        if stop:
+            writer = Writer(tmp_path / out, meta, key="mine", shard_tokens=64)
+            assert writer.done == 1
+            with writer:
+                writer.write("train", ids[stop:])
+                writer.finish()
+        else:
+            with Writer(tmp_path / out, meta, key="mine", shard_tokens=64) as writer:
+                writer.finish()
+        assert (tmp_path / out / "train_000.bin").read_bytes() == ids[:64].astype(f"<u{size}").tobytes()
+        assert (tmp_path / out / "train_001.bin").read_bytes() == ids[64:].astype(f"<u{size}").tobytes()
+    found, _ = read_meta(str(tmp_path / "halves"))
+    assert found == (meta if size == 2 else meta | dict(dtype="uint32"))
+    data = Shards(str(tmp_path / "halves"), "train", 11)
+    assert data.rows([5])[0].tolist() == [0, *range(V - 50, V - 40)]
+    assert np.allclose(data.frequency()[-101:] * (V + 100), [1] + 100 * [2])
+
+
+def many_words(folder, V):
+    """A tokenizer of V ids as transformers keeps it: the words w0, w1, .., <s> and </s>."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{i}": i for i in range(V - 2)} | {"<s>": V - 2, "</s>": V - 1}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+
+
+def test_a_vocabulary_of_more_than_65536_goes_all_the_way(tmp_path, cli, monkeypatch):
+    """Prepared, verified, taught, cached, written by the teacher, learnt and sampled from."""
+    monkeypatch.chdir(tmp_path)
+    V = 70_000
+    many_words("words", V)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(65_000, V - 2, rng.integers(5, 9)) for _ in range(60)]
+    Path("text.txt").write_text("\n".join(" ".join(f"w{i}" for i in text) for text in texts))
+    succeeded(cli(prepare, r"text --files text.txt --separator=\n --tokenizer=hf:words --out=data/mine"))
+    succeeded(cli(prepare, "verify data/mine"))
+    meta, files = read_meta("data/mine")
+    assert (meta["vocab_size"], meta["bos"], meta["dtype"]) == (V, V - 2, "uint32")
+    for f in files:
+        assert os.path.getsize(f["path"]) == 4 * f["tokens"]
+    found = np.concatenate([f["ids"] for f in files])
+    assert sorted(found[found < V - 2]) == sorted(np.concatenate(texts))
+
+    flags = f"--data=mine --length=8 --steps=2 {TINY} --batch_size=4"
+    succeeded(cli(train, f"--model=ar --out=out/ar {flags}"))
+    succeeded(cli(train, f"--gumbel --teacher=out/ar --teacher_cache=3 --out=out/student {flags}"))
+    succeeded(cli(sample, "--ckpt=out/ar --n=20 --shards=data/written"))
+    succeeded(cli(prepare, "verify data/written"))
+    assert read_meta("data/written")[0]["dtype"] == "uint32"
+    succeeded(cli(train, f"--gumbel --teacher=out/ar --out=out/other {flags} --data=written"))
+    assert "sample 0" in succeeded(cli(sample, "--ckpt=out/student --n=1 --steps=2 --prompt=w69000"))[0]
+
+    # what is cut off, or said to be of another type
+    path = Path("data/mine/train.bin")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2])
+    refused(cli(prepare, "verify data/mine"), "train.bin", str(len(whole)))
+    path.write_bytes(whole)
+    for dtype in ("uint16", None):
+        meta_with(dtype=dtype)(Path("data/mine"))
+        refused(cli(prepare, "verify data/mine"), "meta.json", "dtype")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1185,6 +1283,35 @@ def test_a_cache_holds_the_teachers_best_to_a_4096th_of_a_nat(cached, k, k_kept)
     assert (found.gather(1, true) - logp.gather(1, true)).abs().max() < 2.5e-4
     top, ids = logp.topk(k_kept)
     assert (found.gather(1, ids) - top).abs().max() < 2.5e-4
+
+
+def test_a_cache_of_a_large_vocabulary_keeps_its_ids_in_a_file_of_their_own(tmp_path):
+    """Of V = 70,000: 4 bytes an id, 2 a value; what it says of the masked tokens is the teacher's, as above."""
+    V = 70_000
+    ids = np.random.default_rng(0).integers(V, size=70 * 23)
+    with Writer(tmp_path / "mine", dict(name="mine", tokenizer="ids", vocab_size=V, bos=0, predict_bos=True,
+                                        row_length=None)) as writer:
+        writer.write("train", ids)
+        writer.finish()
+    data = Shards(str(tmp_path / "mine"), "train", 24)
+    teacher = tiny_ar(V=V, L=24)
+    cache = TeacherCache(teacher, "hash", data, 4)
+    cache.fill(teacher, data)
+    assert os.path.getsize(cache.ids_file) == 70 * 23 * 4 * 4
+    assert os.path.getsize(cache.values_file) == 70 * 23 * 2 * 5
+    rows, x, masked = batch_of(data)
+    cache = TeacherCache(teacher, "hash", data, 4)         # as another run opens it
+    found = cache.for_rows(cache.load(rows)).posterior_logits(x, masked)(0, 10**6)
+    logp = teacher.log_probs(x)[:, :-1][masked[:, 1:]]
+    true = x[masked][:, None]
+    assert true.max() > 1 << 16
+    assert (found.gather(1, true) - logp.gather(1, true)).abs().max() < 2.5e-4
+    top, best = logp.topk(4)
+    assert best.max() > 1 << 16
+    assert (found.gather(1, best) - top).abs().max() < 2.5e-4
+    Path(cache.ids_file).write_bytes(np.full(70 * 23 * 4, V, "<u4").tobytes())
+    with pytest.raises(BadInput, match="damaged"):
+        TeacherCache(teacher, "hash", data, 4)
 
 
 def test_a_cache_knows_how_often_the_text_has_each_token(cached):

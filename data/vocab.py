@@ -12,7 +12,7 @@ import numpy as np
 from data.cli import BadInput, optional
 from data.molecules import smiles_tokens
 
-MOST_IDS = 1 << 16                                         # an id is stored as a uint16
+MOST_IDS = 1 << 31                                         # torch, which has no uint32, reads them as int32
 # what a fingerprint is taken from: scripts, spaces, digits, newlines, an emoji made of several characters
 PROBE = ("Hello, world! It's 2024; don't  stop\t(now)\n\n  x_1 = 3.14159 * 100000 naïve café Straße ¿Qué? "
          "Привет мир, Καλημέρα, שלום, مرحبا, नमस्ते, 你好世界, こんにちは, 안녕하세요 "
@@ -41,8 +41,9 @@ class Tokenizer:
                            f"but shards hold at most {MOST_IDS}")
 
     def encode(self, texts):
-        """A list of str -> a list of uint16 arrays of ids, without BOS."""
-        return [np.array(row, dtype=np.uint16) for row in self.codec.encode(texts)]
+        """A list of str -> a list of arrays of ids, without BOS, as they lie on disk (`id_type`)."""
+        dtype = id_type(self.vocab_size)
+        return [np.array(row, dtype=dtype) for row in self.codec.encode(texts)]
 
     def decode(self, ids):
         """The ids of one row -> str. BOS, EOS and the like are no text."""
@@ -64,6 +65,11 @@ class Tokenizer:
         ids = [int(i) for i in self.codec.encode([probe])[0]]          # (numpy's and torch's ids are no JSON)
         content = json.dumps([sorted(tokens.items()), ids])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def id_type(vocab_size):
+    """How an id of a vocabulary lies on disk: uint16 up to 65,536 ids (and where their number is None), else uint32."""
+    return np.dtype("<u4" if (vocab_size or 0) > 1 << 16 else "<u2")
 
 
 def make_codec(name, vocab_size=None):

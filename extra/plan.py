@@ -297,7 +297,8 @@ class Run:
         t = torch.ones(rows, self.model.n_blocks)
         source = self.gpt2
         if self.cache is not None:
-            source = self.cache.for_rows(torch.zeros(rows, L - 1, 2 * self.cache.k + 1, dtype=torch.int16))
+            dtype = torch.int16 if self.model.vocab_size <= 1 << 16 else torch.int32       # as TeacherCache.load has it
+            source = self.cache.for_rows(torch.zeros(rows, L - 1, 2 * self.cache.k + 1, dtype=dtype))
         kw = loss_inputs(self.model, t.device, t, source, 0, kd=float(self.args.kd is not None), clip=None)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.args.dtype == "bfloat16"):
             loss, _ = self.model(torch.zeros(rows, L, dtype=torch.long), **kw)

@@ -199,7 +199,7 @@ class BD3LM(MDLM):
         filling = torch.where(draws_there, self.mask_id, self.bos).expand(-1, extra)
         x = torch.cat([tokens, filling], 1)
         if noise is not None and extra:                     # (a copy of [B, L, V] otherwise, for nothing)
-            fresh = sample_gumbel((len(x), extra, self.mask_id), generator, tokens.device)
+            fresh = self.fresh_noise((len(x), extra), generator, tokens.device)
             noise = torch.cat([noise, fresh], 1)
         return x, noise, end
 

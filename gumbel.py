@@ -173,8 +173,8 @@ def to_gaussian(T):
 # falling in T. A new kind of noise is one entry here
 TRANSFORMS = {"gaussian": to_gaussian, "uniform": to_uniform}
 # "log" is Gumbel noise as well, of which W reads the logarithm of the softmax: finer where the noise is small, as most
-# of it is. "unpaired", a control, carries no information
-KINDS = ("gumbel", "log", *TRANSFORMS, "unpaired")
+# of it is. "unpaired", a control, carries no information. "quantile" is one number a token: extra/quantile.py
+KINDS = ("gumbel", "log", *TRANSFORMS, "unpaired", "quantile")
 
 
 def needs_teacher(kind):
@@ -279,8 +279,8 @@ class GumbelEmbedding(nn.Module):
 
     def __init__(self, vocab_size, n_embd, kind="gumbel", std=0.02):
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"unknown noise {kind!r}: one of {', '.join(KINDS)}")
+        if kind not in KINDS or kind == "quantile":
+            raise ValueError(f"noise {kind!r} is not read so: one of {', '.join(KINDS[:-1])}")
         self.kind = kind
         self.draw = posterior_features
         self.weight = nn.Parameter(torch.empty(n_embd, vocab_size))
@@ -354,12 +354,17 @@ def nucleus(logits, top_p):
 
 
 def draw_tokens(logits, top_p=1.0, greedy=False, noise=None, generator=None):
-    """A token for each row of logits [N, V] -> [N]: argmax, Gumbel-max with `noise` [N, V], or a draw by inversion."""
+    """A token for each row of logits [N, V] -> [N]: argmax; what `noise` decides, Gumbel [N, V], or of kind "quantile"
+    [N]; or, without, a draw by inversion.
+    """
     if greedy:
         return logits.argmax(-1)
     if noise is not None:
         if top_p < 1:
             logits = nucleus(logits.double(), top_p)
+        if noise.dim() == 1:
+            from extra.quantile import draw_by_quantile
+            return draw_by_quantile(logits, noise)
         return gumbel_max(logits, noise)
     if top_p == 1:
         return draw_by_inversion(logits.softmax(-1), generator)

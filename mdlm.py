@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from gumbel import DEVICE, GumbelEmbedding, check_draws, draw_tokens, needs_teacher, to_logits
+from gumbel import DEVICE, GumbelEmbedding, check_draws, draw_tokens, needs_teacher, sample_gumbel, to_logits
 
 T_MIN = 1e-3  # t lives in [T_MIN, 1]: bounds the weight 1/t of a rarely masked row
 SAMPLERS = ("ancestral", "fixed", "first_hitting")  # what `reveal_steps` knows
@@ -77,11 +77,21 @@ class Model(nn.Module):
         self.length = config.length
         self.bos = config.bos
         self.noise_embed = None               # a GumbelEmbedding in students that read noise
-        self.paired = needs_teacher(getattr(config, "noise", None))  # noise that tells it its tokens
+        noise = getattr(config, "noise", None)
+        self.paired = needs_teacher(noise)    # it reads noise that tells it its tokens
+        self.quantile = noise == "quantile"   # and of that, one number a token: extra/quantile.py
 
     def start(self, n, length):
         """n samples to begin with: BOS -> [n, 1]."""
         return torch.full((n, 1), self.bos)
+
+    def fresh_noise(self, shape, generator=None, device=None):
+        """Noise for places of this shape, as this model or its verifier reads it: standard Gumbel [*shape, V], or for a
+        student of quantile noise uniforms [*shape], float64.
+        """
+        if self.quantile:
+            return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+        return sample_gumbel((*shape, self.vocab_size), generator, device)
 
     def block_count(self, length):
         """Over how many blocks the steps of a sample of this length are spread."""
@@ -144,7 +154,10 @@ class MDLM(Model):
         self.mask_id = config.vocab_size
         self.transformer = Transformer(config.vocab_size + 1, config.vocab_size, config.n_layer, config.n_embd,
                                        config.n_head, config.dropout)
-        if config.noise:
+        if self.quantile:
+            from extra.quantile import QuantileEmbedding
+            self.noise_embed = QuantileEmbedding(config.vocab_size, config.n_embd)
+        elif config.noise:
             self.noise_embed = GumbelEmbedding(config.vocab_size, config.n_embd, config.noise)
 
     # the network in two halves: all positions, then the output layer where it is needed
@@ -304,6 +317,8 @@ class MDLM(Model):
         check_draws(tau, top_p)
         if noise is not None and self.noise_embed is None:
             raise ValueError("noise is given, but the model was built without it")
+        if self.quantile and tau != 1:
+            raise ValueError(f"quantile noise has no temperature, got tau {tau}")
         if noise is not None and resample_noise:
             raise ValueError("noise is given, and to be resampled (resample_noise): one of the two")
         if (tokens[:, 0] != self.bos).any():
@@ -317,7 +332,7 @@ class MDLM(Model):
 
     def default_tau(self):
         """0.85 for noise, as the authors released it (training reads noise at 1); lower makes likelier text."""
-        if self.noise_embed is None:
+        if self.noise_embed is None or self.quantile:
             return 1.0
         return 0.85
 

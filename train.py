@@ -65,8 +65,8 @@ FLAGS = {
     "what to train": [
         ("model", "mdlm", MODELS, "ar: a teacher, or the AR baseline"),
         ("gumbel", False, bool, "condition the student on the teacher's noise: the method"),
-        ("noise", None, KINDS, "implies --gumbel; log: W reads log softmax(noise); the others: Table 5's ablations "
-         "and a control"),
+        ("noise", None, KINDS, "implies --gumbel; log: W reads log softmax(noise); quantile: one number a token, "
+         "whatever the vocabulary; the others: Table 5's ablations and a control"),
         ("inject", "replace", ["replace", "add"], "noise in place of, or added to, [MASK]"),
         ("kd", None, ["token"], "baseline without noise: NELBO + KL from the teacher (Table 4)"),
         ("teacher", None, str, "AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME "
@@ -200,6 +200,7 @@ def unread_flags(args):
     masked = "masked models such as mdlm"
     table = [                                              # flags, whether they are read, by whom
         ("gumbel noise", "noise" in fields, "for students: an AR model reads none"),
+        ("noise", args.noise != "quantile" or not model.drafts, f"quantile, for {masked}"),
         ("inject", "inject" in fields and args.gumbel, f"read by {masked} with --gumbel only"),
         ("teacher_cache", "teacher" in model.loss_reads and paired, f"for {masked}, noise from a teacher"),
         ("kd", "kd" in model.loss_reads and not args.gumbel, f"for {masked} without noise"),

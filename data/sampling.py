@@ -20,6 +20,8 @@ def resolve_sampling(args, model):
     if tau is None:
         # exact: the verifier's
         tau = model.default_tau() if is_text and args.sampler != "exact" else 1.0
+    if model.quantile:                          # it has no other
+        tau = 1.0
     top_p = args.top_p
     if top_p is None:
         top_p = 0.9 if is_text else 1.0
@@ -72,6 +74,8 @@ def flags_read(args, model, greedy):
     if args.sampler == "exact":                            # the text is the verifier's
         read.add("tau")
         read -= {"resample_noise", "stop_at_eos", "no_cache"}
+    if model.quantile:
+        read.discard("tau")
     if vars(args).get("accept", "typical") != "typical":
         read -= {"epsilon", "delta"}
 

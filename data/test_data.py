@@ -1273,7 +1273,7 @@ def test_a_cache_holds_the_teachers_best_to_a_4096th_of_a_nat(cached, k, k_kept)
     teacher = cached.teacher
     cache = TeacherCache(teacher, cached.sha256, cached.data, k)
     assert cache.k == k_kept and cache.done.all()
-    assert os.path.getsize(cache.values_file) == len(cached.data) * 23 * (4 * k_kept + 2)
+    assert os.path.getsize(cache.path("topk.bin")) == len(cached.data) * 23 * (4 * k_kept + 2)
     rows, x, masked = batch_of(cached.data)
     logits = cache.for_rows(cache.load(rows)).posterior_logits(x, masked)
     found = logits(0, 10**6)
@@ -1297,8 +1297,8 @@ def test_a_cache_of_a_large_vocabulary_keeps_its_ids_in_a_file_of_their_own(tmp_
     teacher = tiny_ar(V=V, L=24)
     cache = TeacherCache(teacher, "hash", data, 4)
     cache.fill(teacher, data)
-    assert os.path.getsize(cache.ids_file) == 70 * 23 * 4 * 4
-    assert os.path.getsize(cache.values_file) == 70 * 23 * 2 * 5
+    assert os.path.getsize(cache.path("ids.bin")) == 70 * 23 * 4 * 4
+    assert os.path.getsize(cache.path("topk.bin")) == 70 * 23 * 2 * 5
     rows, x, masked = batch_of(data)
     cache = TeacherCache(teacher, "hash", data, 4)         # as another run opens it
     found = cache.for_rows(cache.load(rows)).posterior_logits(x, masked)(0, 10**6)
@@ -1309,7 +1309,7 @@ def test_a_cache_of_a_large_vocabulary_keeps_its_ids_in_a_file_of_their_own(tmp_
     top, best = logp.topk(4)
     assert best.max() > 1 << 16
     assert (found.gather(1, best) - top).abs().max() < 2.5e-4
-    Path(cache.ids_file).write_bytes(np.full(70 * 23 * 4, V, "<u4").tobytes())
+    Path(cache.path("ids.bin")).write_bytes(np.full(70 * 23 * 4, V, "<u4").tobytes())
     with pytest.raises(BadInput, match="damaged"):
         TeacherCache(teacher, "hash", data, 4)
 
@@ -1372,8 +1372,8 @@ def test_an_interrupted_pass_is_continued_by_other_processes_to_the_same_bytes(c
 
     TeacherCache(teacher, cached.sha256, data, 4).fill(teacher, data, rank=1, size=2)
     assert cache.done.all()
-    want = TeacherCache(teacher, cached.sha256, cached.data, 4).values_file
-    assert Path(cache.values_file).read_bytes() == Path(want).read_bytes()
+    want = TeacherCache(teacher, cached.sha256, cached.data, 4).path("topk.bin")
+    assert Path(cache.path("topk.bin")).read_bytes() == Path(want).read_bytes()
 
 
 def test_a_caches_frequencies_are_whole_or_not_there(cached, tmp_path, monkeypatch):

@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from extra.scores import ratio_with_error
 from extra.verified import ExactDecoding
-from gumbel import gumbel_max, nucleus, sample_gumbel
+from extra.quantile import cumulative
+from gumbel import gumbel_max, nucleus
 from sample import torch_seed
 
 NEAR = 1e-3                                 # two best sums as close as this may change places by rounding
+NEAR_QUANTILE = 1e-6                        # u as close as this to an interval's end may be drawn on its other side
 TITLES = dict(nfe_counted="calls", verifier_calls="verifier", positions="positions",
               verifier_positions="verifier's positions")
 EXACT_COLUMNS = dict(draft="draft") | TITLES | dict(first_prefix="first prefix", first_agreement="first draft right")
@@ -23,7 +25,7 @@ Exact decoding: calls (of the student; of heads: of their backbone) and position
 beside them. never: the verifier on its own last draft; alone: with its cache. first draft right: of its tokens; first
 prefix: those before the first wrong one; accepted length: tokens per verifier call; same text: of all rows, those that
 the verifier alone writes from the same noise; near ties: of the others, those that part where the two best sums lie
-within {NEAR}."""
+within {NEAR} (quantile noise: u and an interval's end within {NEAR_QUANTILE})."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,17 +45,21 @@ def exact_rows(students, verifier, args, prompts, length, device):
         start = start.to(device)
         generator = torch.Generator(device)
         seed = torch_seed(args.seed, i * args.batch_size)
-        own, _ = verifier.generate(start, length, **sampling, noise=sample_gumbel(
-            (len(start), length, verifier.vocab_size), generator.manual_seed(seed), device))
-        own.cpu()                           # (waits for the device, or the clock below would count it)
+        own = {}                            # what the verifier writes alone, from each kind of noise
+        for model in students:
+            if model.quantile not in own:
+                noise = model.fresh_noise((len(start), length), generator.manual_seed(seed), device)
+                own[model.quantile], _ = verifier.generate(start, length, **sampling, noise=noise)
+                own[model.quantile].cpu()   # (waits for the device, or the clock below would count it)
         if i == 0:                          # the warm-up
             for model, draft in jobs:
-                measure(model, draft, start[:8], verifier, own[:8], sampling, generator)
+                measure(model, draft, start[:8], verifier, own[model.quantile][:8], sampling, generator)
         began = time.perf_counter()
         verifier.generate(start, length, generator=generator, **sampling)[0].cpu()      # (waits for the device)
         alone += time.perf_counter() - began
         for k, (model, draft) in enumerate(jobs):
-            counts, took = measure(model, draft, start, verifier, own, sampling, generator.manual_seed(seed))
+            counts, took = measure(model, draft, start, verifier, own[model.quantile], sampling,
+                                   generator.manual_seed(seed))
             counted[k].append(counts)
             seconds[k] += took
             bar.update(len(start))
@@ -101,7 +107,8 @@ def measure(model, draft, start, verifier, own, sampling, generator):
 
 def near_ties(verifier, written, own, noise, tau, top_p):
     """Which rows of two texts [b, L] by one verifier from one noise part where rounding may decide -> [b] bool: where
-    the two best sums lie within NEAR, or a nucleus larger or smaller by this share has another best.
+    the two best sums lie within NEAR, or a nucleus larger or smaller by this share has another best; of quantile noise,
+    where u lies within NEAR_QUANTILE of an interval's end.
     """
     differs = written != own
     place = differs.int().argmax(1)                        # the first
@@ -109,6 +116,11 @@ def near_ties(verifier, written, own, noise, tau, top_p):
     row = torch.arange(len(own), device=own.device)
     logits = verifier.logits(h[row, place - 1]).double() / tau
     xi = noise[row, place]
+    if xi.dim() == 1:
+        if top_p < 1:
+            logits = nucleus(logits, top_p)
+        to_an_end = (cumulative(logits) - xi[:, None]).abs().amin(1)
+        return differs.any(1) & (to_an_end < NEAR_QUANTILE)
     smaller = nucleus(logits, top_p * (1 - NEAR)) if top_p < 1 else logits
     larger = nucleus(logits, min(1.0, top_p * (1 + NEAR))) if top_p < 1 else logits
     best = (larger + xi).topk(2).values

@@ -24,7 +24,7 @@ from data.report import report
 from data.run import device_and_dtype
 from data.shards import Shards
 from evaluate import validation_rows
-from gumbel import sample_gumbel
+from gumbel import draw_tokens
 from mdlm import Denoiser, close_gaps, reveal_steps, stratified_t
 from sample import check_random_masks, check_vocabulary, load_ar, load_model, loading_flags, torch_seed
 
@@ -46,7 +46,7 @@ def losses(model, teacher, tokens, seed):
         loss, _ = model.loss(part, levels, teacher, z, generator=generator)
         own += loss.item() * len(part)
         if model.paired:
-            noise = sample_gumbel((*part.shape, model.vocab_size), generator, part.device)
+            noise = model.fresh_noise(part.shape, generator, part.device)
             loss, _ = model.loss(part, levels, teacher, z, noise)
         fresh += loss.item() * len(part)
     return dict(loss_own=own / len(tokens), loss_fresh=fresh / len(tokens))
@@ -56,12 +56,14 @@ def losses(model, teacher, tokens, seed):
 # one call, and some calls later
 
 def write_left_to_right(teacher, x, mask_id, noise):
-    """The teacher fills in the [MASK]s of x [B, L] from noise [B, L, V], reading what is revealed as it passes it."""
+    """The teacher fills in the [MASK]s of x [B, L] from noise [B, L, V] (quantile: [B, L]), reading what is revealed as
+    it passes it.
+    """
     x = x.clone()
     cache = teacher.new_cache(*x.shape)
     for i in range(1, x.shape[1]):
         logits = teacher.logits(teacher.hidden(x[:, i - 1:i], cache)[:, -1])
-        written = (logits + noise[:, i]).argmax(-1)
+        written = draw_tokens(logits, noise=noise[:, i])
         x[:, i] = torch.where(x[:, i] == mask_id, written, x[:, i])
     return x
 
@@ -83,8 +85,8 @@ def after_some_steps(model, teacher, n, seed, device):
     generator = torch.Generator(device).manual_seed(seed)
     blank = model.start(n, L).to(device)
     masked = blank == model.mask_id
-    noise = sample_gumbel((n, L, model.vocab_size), generator, device)
-    other = sample_gumbel((n, L, model.vocab_size), generator, device)
+    noise = model.fresh_noise((n, L), generator, device)
+    other = model.fresh_noise((n, L), generator, device)
     text = write_left_to_right(teacher, blank, model.mask_id, noise)
     other_text = write_left_to_right(teacher, blank, model.mask_id, other)
     noise_read = None if model.noise_embed is None else noise

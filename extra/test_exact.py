@@ -15,6 +15,7 @@ from extra import noise_use
 from extra.exact import both_choose, exact_theory, near_ties
 from extra.verified import DRAFTS, choose_draft, generate_exact, generate_verified
 from gumbel import sample_gumbel
+from mdlm import MDLM
 from sample import load_model
 from teacher import GPT2, CausalLM
 from test_gumbel import (LANGUAGE, all_masked, counted_calls, evaluated, fits, gen, jsonl, llama_backbone, refused,
@@ -117,9 +118,11 @@ class TrueMarginals:
     """A noise-blind student that knows a language's true conditionals: an ExactDenoiser behind BOS."""
     noise_embed = None
     paired = False
+    quantile = False
+    fresh_noise = MDLM.fresh_noise
 
     def __init__(self, rows, V):
-        self.mask_id = V
+        self.mask_id = self.vocab_size = V
         self.exact = ExactDenoiser(rows, V)
         self.logits = self.exact.logits
 
@@ -136,16 +139,18 @@ class TrueMarginals:
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("student", ["mdlm", "blocks"])
 @pytest.mark.parametrize("verifier", ["ar", "gpt2", pytest.param("hf", marks=slow)])
-@with_and_without_noise
+@pytest.mark.parametrize("noise", [None, "gumbel", "quantile"])
 def test_text_is_the_verifiers_own(noise, verifier, student, draft, tmp_path):
     """Token for token, whatever the student proposes; rows of all paces in one batch; given tokens stay."""
     model = student_of(student, noise)
     verifier = make_verifier(verifier, tmp_path)
     start = beginnings()
     missing = (start == 7).sum(1)
-    xi = sample_gumbel((12, L, 7), gen(1))
+    xi = model.fresh_noise((12, L), gen(1))
     calls_are_saved = False
     for sampling in SAMPLING:
+        if noise == "quantile" and "tau" in sampling:
+            sampling = dict(top_p=sampling.get("top_p", 1.0))
         x, nfe, calls, *_ = generate_exact(model, start, verifier, draft, noise=xi, **sampling)
         assert torch.equal(x, written_alone(verifier, start, xi, **sampling)), sampling
         assert torch.equal(x[start < 7], start[start < 7])
@@ -157,19 +162,20 @@ def test_text_is_the_verifiers_own(noise, verifier, student, draft, tmp_path):
         calls_are_saved |= bool((calls < missing).any())
     assert calls_are_saved
     drawn, again = (generate_exact(model, start, verifier, draft, generator=gen(2))[0] for _ in range(2))
-    noise = sample_gumbel((12, L, 7), gen(2))               # a fresh draw is the first of the generator
+    noise = model.fresh_noise((12, L), gen(2))             # a fresh draw is the first of the generator
     assert torch.equal(drawn, again) and torch.equal(drawn, written_alone(verifier, start, noise))
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=slow)])
-def test_no_row_differs_in_a_thousand(seed):
+@pytest.mark.parametrize("noise, seed", [(None, 0), ("quantile", 0), pytest.param(None, 1, marks=slow)])
+def test_no_row_differs_in_a_thousand(noise, seed):
     """1500 rows by each way to draft; those that differ would have to part at a near tie."""
     verifier = peaked_ar(seed)
     start = all_masked(1500, L)
-    xi = sample_gumbel((1500, L, 7), gen(seed))
+    model = tiny(noise, L=L)
+    xi = model.fresh_noise((1500, L), gen(seed))
     own, _ = verifier.generate(start[:, :1], L, noise=xi)
     for draft in DRAFTS:
-        x, *_ = generate_exact(tiny(L=L), start, verifier, draft, noise=xi)
+        x, *_ = generate_exact(model, start, verifier, draft, noise=xi)
         differs = (x != own).any(1)
         assert differs.sum() <= 1 and torch.equal(near_ties(verifier, x, own, xi, 1.0, 1.0), differs)
 

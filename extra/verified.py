@@ -141,20 +141,22 @@ def generate_exact(model, tokens, verifier, draft="every", tau=1.0, top_p=1.0, g
     """Continue the given beginnings of tokens [B, L] (then [MASK]s) as the verifier alone would, in fewer of its calls
     -> (tokens [B, L], nfe [B], verifier calls [B], positions that the student computed [B], and the verifier [B]).
 
-    Noise xi is drawn once. The student, an MDLM or BD3LM, drafts all that is missing (BD3-LM: the rest of the block):
-    one that reads noise reads tau * xi and takes its argmax; a noise-blind one takes argmax(log q + xi), with the
-    verifier's temperature and nucleus. The verifier, an AR model, reads the draft in one pass and forms what it would
-    write itself: y_i = argmax(filter(logits_i / tau) + xi_i). Accepted are the draft x up to the first x_i != y_i, and
-    y there; where a draft is accepted whole, y of the place after it. So the text is `verifier.generate(noise=xi)`, but
-    for places where the two best sums are so close that one pass and many cached steps round to different tokens.
+    Noise xi is drawn once, of the kind that the student reads (what follows is of Gumbel noise). The student, an MDLM
+    or BD3LM, drafts all that is missing (BD3-LM: the rest of the block): one that reads noise reads tau * xi and takes
+    its argmax; a noise-blind one takes argmax(log q + xi), with the verifier's temperature and nucleus. The verifier,
+    an AR model, reads the draft in one pass and forms what it would write itself: y_i = argmax(filter(logits_i / tau) +
+    xi_i). Accepted are the draft x up to the first x_i != y_i, and y there; where a draft is accepted whole, y of the
+    place after it. So the text is `verifier.generate(noise=xi)`, but for places where the two best sums are so close
+    that one pass and many cached steps round to different tokens.
 
     The usual test of a draft, u < p / q, would be biased here: it needs a redraw that is independent of the draft, and
     noise that both share is not Gumbel any more, given that a draft was rejected.
 
     draft: "every" round; "once" at each place, the verifier's own last y are the next draft; "never": these alone, from
-    argmax xi on (Jacobi iteration). greedy: xi = 0. noise [B, L, V]: standard Gumbel, in place of the draw; drawn or
-    given, it is held, in float32: the verifier needs it where the student has read it. Raises ValueError for values out
-    of range, for rows longer than the verifier's, and for a [MASK] before a given token.
+    argmax xi on (Jacobi iteration). greedy: xi = 0 (quantile: 1/2). noise [B, L, V], standard Gumbel (quantile: [B, L],
+    uniform): in place of the draw; drawn or given, it is held: the verifier needs it where the student has read it.
+    Raises ValueError for values out of range, for rows longer than the verifier's, and for a [MASK] before a given
+    token.
     """
     state = ExactDecoding(model, tokens, verifier, draft, tau, top_p, greedy, noise, generator)
     while len(state.rows):
@@ -192,9 +194,12 @@ class ExactDecoding:
             raise ValueError("what is given must be a beginning: a token stands after a [MASK]")
         masked = tokens == V
         if greedy:
-            noise = torch.zeros(1, 1, 1, device=tokens.device).expand(B, L, V)
+            if model.quantile:
+                noise = torch.full((1, 1), 0.5, dtype=torch.float64, device=tokens.device).expand(B, L)
+            else:
+                noise = torch.zeros(1, 1, 1, device=tokens.device).expand(B, L, V)
         elif noise is None:
-            noise = sample_gumbel((B, L, V), generator, tokens.device)
+            noise = model.fresh_noise((B, L), generator, tokens.device)
         self.model = model
         self.verifier = verifier
         self.when = draft
@@ -216,7 +221,9 @@ class ExactDecoding:
         self.student_noise = None if model.noise_embed is None else self.noise
         self.denoiser = None
         if draft == "never":
-            self.x[:, :L] = torch.where(masked, noise.argmax(-1), tokens)
+            # what the noise would draw if all tokens were equally likely
+            guess = (noise * V).long() if model.quantile else noise.argmax(-1)
+            self.x[:, :L] = torch.where(masked, guess, tokens)
             self.end = self.end.clamp(min=L)
         elif not isinstance(model, BD3LM):
             self.denoiser = Denoiser(model, masked, tau, self.student_noise)
@@ -292,7 +299,7 @@ class ExactDecoding:
         the position `first`, and their noise.
         """
         row, place = wanted.nonzero(as_tuple=True)
-        chunk = max(1, DEVICE.chunk // self.noise.shape[2])    # [N, V] is never held
+        chunk = max(1, DEVICE.chunk // self.model.vocab_size)  # [N, V] is never held
         tokens = []
         for h_part, row_part, place_part in zip(h.split(chunk), rows[row].split(chunk), (first + place).split(chunk)):
             xi = self.noise[row_part, place_part]

@@ -15,6 +15,7 @@ In this order:
 "Noised" tokens have [MASK]s, "clean" ones none; "noise" is Gumbel noise, "noise level" the probability of a [MASK].
 
 Shapes: B batch, L length, V vocabulary (without [MASK], whose id is V), D width, H heads, N masked positions.
+Noise is [B, L, V]; of kind "quantile", [B, L].
 """
 import math
 from dataclasses import dataclass

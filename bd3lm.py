@@ -69,7 +69,6 @@ class BD3LM(MDLM):
     is the clean token before it; so with K = 1 and an AR model's weights this is that AR model.
     """
     Config = BD3LMConfig
-    any_length = True
     loss_reads = MDLM.loss_reads + ("clip",)
     generate_reads = MDLM.generate_reads + ("stop_at_eos", "cached")
     samplers = (*SAMPLERS, "remdm", "exact")
@@ -80,6 +79,9 @@ class BD3LM(MDLM):
         if self.length % self.block_size:
             raise ValueError(f"block_size {self.block_size} does not divide the row length {self.length}")
         self.n_blocks = self.length // self.block_size
+        self.longest = math.inf                            # the window moves on
+        if self.config.positions:
+            self.longest = self.config.positions // self.block_size * self.block_size
 
     def hidden(self, z, g=None, clean=None, wanted=None):
         """The training pass over [z ; x]: noised rows z [B, L], noise embeddings g [B, L, D], clean rows [B, L] ->

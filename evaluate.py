@@ -254,8 +254,7 @@ class TextSetting:
             if not same_ids(model, first) or model.vocab_size != first.vocab_size:
                 raise BadInput(f"--ckpt: {model.name} and {first.name} have different "
                                "vocabularies: compare those of one")
-            if not model.any_length:        # block diffusion writes on beyond its rows
-                check_length(self.length, model)
+            check_length(self.length, model)
         self.data = None
         if args.data:
             self.data = Shards(args.data, "val", self.length)

@@ -64,7 +64,7 @@ class Model(nn.Module):
     fills_masks = False                       # a sample starts from [MASK]s, anywhere; False: it continues a prompt
     can_teach = False                         # gives p(x_i | x_<i) exactly: a teacher, a verifier, a judge
     drafts = False                            # drafts tokens that its `backbone` verifies
-    any_length = False                        # samples may be longer than the rows of training
+    pretrained = False                        # others trained it: GPT-2, a model of Hugging Face
     loss_name = "nll"                         # what the mean of `loss` is
     loss_reads = ()                           # what `loss` takes besides the tokens: t, teacher, generator, kd, clip
     generate_reads = ("length", "tau", "top_p", "greedy")  # what `generate` takes besides them
@@ -76,6 +76,7 @@ class Model(nn.Module):
         self.config = config
         self.vocab_size = config.vocab_size
         self.length = config.length
+        self.longest = config.length          # a sample's length, at most: that of the rows of training
         self.bos = config.bos
         self.noise_embed = None               # a GumbelEmbedding in students that read noise
         noise = getattr(config, "noise", None)
@@ -128,6 +129,7 @@ class MDLMConfig:
     inject: str = "replace"                   # the noise embedding stands in place of that of [MASK], or "add": on top
     predict_bos: bool = True                  # False: BOS never occurs within a row, and is never predicted
     shift: bool = False                       # the output for position i is read at i - 1, as in an AR model
+    positions: int = 0                        # that many learned positions, of a student that began as GPT-2; 0: RoPE
 
 
 class MDLM(Model):
@@ -154,7 +156,7 @@ class MDLM(Model):
             raise ValueError(f"unknown inject {config.inject!r}: 'replace' or 'add'")
         self.mask_id = config.vocab_size
         self.transformer = Transformer(config.vocab_size + 1, config.vocab_size, config.n_layer, config.n_embd,
-                                       config.n_head, config.dropout)
+                                       config.n_head, config.dropout, learned=config.positions)
         if self.quantile:
             from extra.quantile import QuantileEmbedding
             self.noise_embed = QuantileEmbedding(config.vocab_size, config.n_embd)
@@ -589,7 +591,8 @@ class Transformer(nn.Module):
 
     Residual output projections and the output layer start at zero: the network starts as the identity and predicts
     the uniform distribution, as the published networks do through their zero gates (adaLN driven by a constant).
-    `learned`, GPT-2's variant: that many learned positions in place of RoPE, biases in attention, a tied head.
+    `learned`, GPT-2's variant: that many learned positions in place of RoPE, biases in attention, a head without one,
+    which is the embedding where both have as many ids.
     """
 
     def __init__(self, vocab_in, vocab_out, n_layer, n_embd, n_head, dropout, causal=False, learned=0):
@@ -608,7 +611,7 @@ class Transformer(nn.Module):
             zero(block.attn_out)
             zero(block.proj)
         zero(self.head)
-        if learned:
+        if learned and vocab_in == vocab_out:
             self.head.weight = self.embed.weight
 
     def forward(self, h, cache=None, position_ids=None, mask=None, wanted=None):

@@ -100,7 +100,7 @@ def source_of(path):
 # ranges of a config's fields; the others need to be of the type that its model's Config names
 RANGES = dict(vocab_size=whole(1, MOST_IDS), length=whole(2, 1 << 20), n_layer=whole(1, 1000),
               n_embd=whole(1, 1 << 16), n_head=whole(1, 1 << 16), heads=whole(1, 1000), block_size=whole(1, 1 << 20),
-              dropout=share)
+              positions=whole(0, 1 << 20), dropout=share)
 
 
 def build(kind, config):
@@ -238,8 +238,8 @@ def check_vocabulary(what, model, meta):
 
 
 def check_length(length, model):
-    if length > model.length:
-        raise BadInput(f"--length={length} is more than the {model.length} tokens "
+    if length > model.longest:
+        raise BadInput(f"--length={length} is more than the {model.longest} tokens "
                        f"that {model.name} was trained on")
 
 
@@ -501,9 +501,8 @@ def parse(argv=None):
 
 def check_model(args, model):
     """Refuse flags that this model does not read."""
-    if args.length and args.length > model.length and not model.any_length:
-        raise BadInput(f"--length={args.length} is more than the {model.length} tokens "
-                       "that this model was trained on")
+    if args.length:
+        check_length(args.length, model)
     check_sampler(args, model)
     if args.infill is not None:
         check_random_masks(model, "--infill")

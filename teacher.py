@@ -239,6 +239,7 @@ GPT2_SETTINGS = dict(model_type="gpt2", activation_function="gelu_new", layer_no
 class GPT2(AR):
     """GPT-2 of any size, from the published files: `GPT2.from_pretrained("gpt2-large")`. model(tokens) -> logits."""
     learned_positions = True
+    pretrained = True
 
     def forward(self, tokens):
         """tokens [B, L] -> logits [B, L, V]; row i is about token i + 1."""

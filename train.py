@@ -39,10 +39,11 @@ from data.run import (Log, Run, StopSignals, Stopped, World, check_conditions, c
                       update_average)
 from data.shards import Shards, knows_success, read_meta
 from data.teacher_cache import teacher_of_rows
+from extra.init_from import SHAPE, config_of_start, initial_weights
 from gumbel import KINDS, needs_teacher
 from mdlm import T_MIN, stratified_t
-from sample import MODELS, build, default_teacher, load_ar, load_model, torch_seed
-from teacher import model_hash
+from sample import MODELS, build, check_vocabulary, default_teacher, load_ar, load_model, torch_seed
+from teacher import GPT2_SIZES, model_hash
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +68,8 @@ FLAGS = {
         ("gumbel", False, bool, "condition the student on the teacher's noise: the method"),
         ("noise", None, KINDS, "implies --gumbel; log: W reads log softmax(noise); quantile: one number a token, "
          "whatever the vocabulary; the others: Table 5's ablations and a control"),
-        ("inject", "replace", ["replace", "add"], "noise in place of, or added to, [MASK]"),
+        ("inject", "replace", ["replace", "add"], "noise in place of, or added to, [MASK] (with a pretrained "
+         "--init_from: add)"),
         ("kd", None, ["token"], "baseline without noise: NELBO + KL from the teacher (Table 4)"),
         ("teacher", None, str, "AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME "
          "(medusa: the backbone); default: gpt2-large (medusa: gpt2) for its vocabulary; on the maze found, "
@@ -76,7 +78,7 @@ FLAGS = {
          "each place are kept beside the shards: noise is then drawn without it (OpenWebText: 307 GB at 8)"),
         ("init_from", None, str, "start from these weights: a checkpoint of the same model, a published MDLM, "
          "or an AR checkpoint of the same shape (the student reads its outputs shifted by one, as AR); `teacher`: the "
-         "teacher's"),
+         "teacher's; gpt2[-medium|-large|-xl] or a GPT-2 folder: it decides the shape"),
         ("data", "openwebtext", str, "a folder of shards, or a name: maze, maze_skewed, words, molecules, data/NAME"),
         ("length", 1024, number(int, 2, 2**20), "tokens of a row, BOS included; rows that are cut bring theirs"),
     ],
@@ -160,9 +162,10 @@ def parse(argv):
     for flags, preset in PRESETS:
         if flags.items() <= recipe.items():
             values |= preset
-    if values["size"]:                                     # over a preset's shape, under explicit flags
-        n_layer, n_embd, n_head = SIZES[values["size"]]
-        values |= dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head)
+    # over a preset's shape, under explicit flags
+    shape = SIZES.get(values["size"]) or GPT2_SIZES.get(values["init_from"])
+    if shape:
+        values |= dict(zip(SHAPE, shape))
     args = argparse.Namespace(**values | given)
 
     # a flag that nothing would read is a mistake; a default that nothing reads is left alone
@@ -320,7 +323,14 @@ def new_model(args, data, teacher, source, ckpt, world):
                  predict_bos=data.meta["predict_bos"], length=data.length)
     from_ar = source is not None and source.can_teach
     known["shift"] = old.get("shift", from_ar)             # an AR output is about the next token
+    known["positions"] = old.get("positions", 0)
     model_kind = MODELS[args.model]
+    if source is not None and source.pretrained and model_kind.fills_masks:
+        known |= config_of_start(args, source)
+    elif known["positions"]:                               # it began as GPT-2, which has decided its shape
+        known |= {name: old[name] for name in SHAPE}
+    if ckpt and "inject" in old:
+        known["inject"] = old["inject"]
     if model_kind.drafts:
         layer = teacher.output_layer()
         known |= dict(n_embd=layer.weight.shape[1], bias=layer.bias is not None, backbone=teacher.path,
@@ -336,7 +346,6 @@ def new_model(args, data, teacher, source, ckpt, world):
     if model_kind.drafts:
         model.attach(teacher, start=True)                  # output layers start as the backbone's
     if source is not None:
-        from extra.init_from import initial_weights
         initial_weights(model, source, args.init_from)
     return model.to(world.device)
 
@@ -480,6 +489,8 @@ def start(args, world):
             if path == "teacher":
                 path = known_teacher(args, data.meta)
             source = load_model(path)
+            if source.pretrained:
+                check_vocabulary(f"--init_from={args.init_from}", source, data.meta)
     if teacher is not None:
         teacher.sha256 = seen["teacher"]
     now = conditions(data, val, teacher, micro, world, RANDOM)

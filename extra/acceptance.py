@@ -93,8 +93,7 @@ def check_flags(args, heads, students):
 def check_acceptance(model, data, length, prompt_length):
     check_vocabulary(f"--data={data.path}: {model.name}", model, data.meta)
     if not model.drafts:
-        if not model.any_length:
-            check_length(length, model)
+        check_length(length, model)
         if prompt_length >= length:
             raise BadInput(f"rows of {length} tokens have no room for a prompt of {prompt_length}: set --length or "
                            "--prompt_length")

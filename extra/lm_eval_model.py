@@ -111,9 +111,7 @@ class Scorer:
         self.batch_size = batch_size
         self.seed = seed
         self.tokenizer = Tokenizer(model.meta["tokenizer"], model.vocab_size)
-        self.block_size = 1
-        if model.any_length:                               # BD3-LM reads whole blocks
-            self.block_size = model.block_size
+        self.block_size = vars(model).get("block_size", 1)  # BD3-LM reads whole blocks
 
     def score_all(self, pairs, show_bar=True):
         """-> for each pair (log p of the completion in nats, whether greedy decoding would write it)."""

@@ -40,8 +40,8 @@ from train import FLAGS, SIZES
 
 BLOCK_SIZE = 16                                            # of BD3-LM, in sampling
 # train.py's flags that `plan` reads
-PLANNED = {"model", "gumbel", "kd", "teacher", "teacher_cache", "size", "length", "block_size", "heads",
-           "micro_batch_size", "batch_size", "steps", "dtype", "compile"}
+PLANNED = {"model", "gumbel", "noise", "inject", "kd", "teacher", "teacher_cache", "init_from", "size", "length",
+           "block_size", "heads", "micro_batch_size", "batch_size", "steps", "dtype", "compile"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

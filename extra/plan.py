@@ -35,7 +35,7 @@ from data.batches import loss_inputs
 from data.cli import BadInput
 from data.report import print_table
 from data.run import CARDS, body_to_bfloat16, flops_per_row, rows_that_fit
-from data.teacher_cache import TeacherCache, truncated_logits
+from data.teacher_cache import QuantileCache, TeacherCache, truncated_logits
 from teacher import GPT2, GPT2_SIZES
 
 # the shares of a card's peaks that kernels reach on an H100: products in bf16 600 TFLOP/s (a third of it where rows are
@@ -266,13 +266,19 @@ class Run:
             self.gpt2 = GPT2(vocab_size, 1024, vocab_size - 1, *GPT2_SIZES[name], dropout=0.0)
             self.gpt2.eval().requires_grad_(False)
             self.gpt2.path = self.gpt2.sha256 = name
+        source = None
+        if args.init_from:
+            source = GPT2(vocab_size, 1024, vocab_size - 1, *GPT2_SIZES[args.init_from], dropout=0.0)
         data = SimpleNamespace(length=args.length, meta=meta)
         world = SimpleNamespace(device="cpu")
-        self.model, self.averaged = [train.new_model(args, data, self.gpt2, None, None, world) for _ in range(2)]
+        self.model, self.averaged = [train.new_model(args, data, self.gpt2, source, None, world) for _ in range(2)]
+        del source                                         # a run lets go of it, too
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, fused=True)
         self.cache = None
-        if args.teacher_cache:
-            self.cache = TeacherCache.__new__(TeacherCache)      # without its files
+        if args.teacher_cache and self.model.quantile:
+            self.cache = QuantileCache.__new__(QuantileCache)    # without its files
+        elif args.teacher_cache:
+            self.cache = TeacherCache.__new__(TeacherCache)
             self.cache.k = args.teacher_cache
             self.cache.frequency = torch.ones(vocab_size)
             self.cache.expand = partial(ledger.call, "cache, its logits", truncated_logits)
@@ -297,12 +303,18 @@ class Run:
         t = torch.ones(rows, self.model.n_blocks)
         source = self.gpt2
         if self.cache is not None:
-            dtype = torch.int16 if self.model.vocab_size <= 1 << 16 else torch.int32       # as TeacherCache.load has it
-            source = self.cache.for_rows(torch.zeros(rows, L - 1, 2 * self.cache.k + 1, dtype=dtype))
+            source = self.cache.for_rows(self.loaded(rows, L))
         kw = loss_inputs(self.model, t.device, t, source, 0, kd=float(self.args.kd is not None), clip=None)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.args.dtype == "bfloat16"):
             loss, _ = self.model(torch.zeros(rows, L, dtype=torch.long), **kw)
         self.ledger.call("student, head, cross-entropy: backward", loss.backward)
+
+    def loaded(self, rows, length):
+        """As a cache's `load` returns it."""
+        if self.model.quantile:
+            return torch.zeros(rows, length - 1, 2, dtype=torch.float64)
+        dtype = torch.int16 if self.model.vocab_size <= 1 << 16 else torch.int32
+        return torch.zeros(rows, length - 1, 2 * self.cache.k + 1, dtype=dtype)
 
     def update(self):
         self.ledger.call(UPDATE, torch.nn.utils.clip_grad_norm_, self.model.parameters(), self.args.clip_norm)
@@ -320,6 +332,8 @@ def flags_of_run(args):
     flags = train.parse([f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()])
     if flags.teacher not in {None, *GPT2_SIZES}:
         raise BadInput(f"--teacher={flags.teacher} has no known shape: choose one of {', '.join(GPT2_SIZES)}")
+    if flags.init_from not in {None, *GPT2_SIZES}:
+        raise BadInput(f"--init_from={flags.init_from} has no known shape: choose one of {', '.join(GPT2_SIZES)}")
     if train.asks_teacher(flags) and flags.length > 1024:
         raise BadInput(f"--length={flags.length} is more than the 1024 tokens that GPT-2 reads: choose a smaller one")
     flags.dtype = flags.dtype.replace("auto", "bfloat16")        # as on CUDA

@@ -1225,10 +1225,12 @@ def test_a_plan_leaves_nothing_behind_also_after_an_error(cli, monkeypatch):
                  ["noise, post"], marks=pytest.mark.slow),
     pytest.param("--model=medusa --gumbel --heads=2 --dtype=float32", ["teacher, body", "noise, post"],
                  marks=pytest.mark.slow),
-    pytest.param("--kd=token --teacher=gpt2 --size=tiny", ["teacher, head"], marks=pytest.mark.slow)])
+    pytest.param("--kd=token --teacher=gpt2 --size=tiny", ["teacher, head"], marks=pytest.mark.slow),
+    ("--noise=quantile --teacher=gpt2 --init_from=gpt2", ["teacher, body", "teacher, head", "noise, post"]),
+    pytest.param("--noise=quantile --teacher=gpt2 --teacher_cache=4", ["noise, post"], marks=pytest.mark.slow)])
 def test_bench_plan_prints_the_parts_of_a_step_and_what_fits(cli, monkeypatch, flags, parts):
     monkeypatch.setattr(plan, "MICRO_BATCHES", (2, 8))
-    size = "" if "medusa" in flags else "--size=tiny"
+    size = "" if "medusa" in flags or "init_from" in flags else "--size=tiny"
     shape = f"{size} --length=128 --vocab_size=600 --batch_size=16 --processes=2 --micro_batch_size=4 --steps=1000"
     code, out, err = cli(bench, f"plan {flags} {shape}")
     assert code == 0 and "nan" not in out, (out, err)
@@ -1767,6 +1769,7 @@ REFUSED = [                                                # (command, flags, wh
     (bench, "plan --model=bd3lm --block_size=3", ["--block_size=3", "--length=1024"]),
     (bench, "plan --gumbel --teacher=gpt3", ["--teacher=gpt3", "gpt2-large"]),
     (bench, "plan --gumbel --length=2048", ["--length=2048", "1024"]),
+    (bench, "plan --init_from=out/ar", ["--init_from=out/ar", "gpt2-large"]),
     (bench, "plan --heads=2", ["--heads=2", "medusa"]),
     (bench, "plan --batch_size=12", ["--batch_size=12", "--processes=8"]),
     (bench, "plan --micro_batch_size=48", ["--micro_batch_size=48"]),

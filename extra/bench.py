@@ -33,6 +33,7 @@ from data.cli import Parser, add_flags, number, run_main
 from data.report import print_table
 from data.run import CARDS, allow_changing_shapes, body_to_bfloat16, device_and_dtype
 from data.teacher_cache import truncated_logits
+from extra.quantile import QuantileEmbedding
 from gumbel import GumbelEmbedding, sample_exponential
 from mdlm import MDLM
 from teacher import AR, GPT2, GPT2_SIZES
@@ -347,6 +348,7 @@ class NoiseEmbeddings:
         self.generator = torch.Generator(device).manual_seed(0)
         _, D, _ = SIZES[args.size]
         self.embedding = GumbelEmbedding(self.V, D).to(device)
+        self.quantile = QuantileEmbedding(self.V, D).to(device)
         # of about a teacher's sharpness
         self.logits = 3 * torch.randn(self.N, self.V, generator=self.generator, device=device)
         self.tokens = torch.distributions.Categorical(logits=self.logits).sample()
@@ -368,6 +370,12 @@ class NoiseEmbeddings:
     def from_prior(self):
         return self.embedding.from_prior(self.N, 1.0, self.generator)
 
+    def quantile_from_teacher(self):
+        return self.quantile.from_posterior(self.teacher_logits, self.tokens, self.generator)
+
+    def quantile_from_prior(self):
+        return self.quantile.from_prior(self.N, 1.0, self.generator)
+
     def teacher_logits(self, a, b):
         return self.logits[a:b]
 
@@ -381,7 +389,8 @@ class NoiseEmbeddings:
     def forward_and_backward(self, embed):
         with self.autocast:
             embed().sum().backward()
-        self.embedding.weight.grad = None                  # or the next run would add to it
+        for module in (self.embedding, self.quantile):     # or the next run would add to it
+            module.zero_grad()
 
 
 def noise(args, device, autocast):
@@ -392,6 +401,8 @@ def noise(args, device, autocast):
         "here: posterior, teacher's logits": bench.from_teacher,
         "here: posterior, teacher cache, k = 8": bench.from_cache,
         "here: prior": bench.from_prior,
+        "quantile: posterior, teacher's logits": bench.quantile_from_teacher,
+        "quantile: prior": bench.quantile_from_prior,
     }
     forward = [Case(name, partial(bench.forward, embed)) for name, embed in ways.items()]
     both = [Case(name, partial(bench.forward_and_backward, embed)) for name, embed in ways.items()]

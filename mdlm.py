@@ -62,7 +62,6 @@ class Model(nn.Module):
     """
     fills_masks = False                       # a sample starts from [MASK]s, anywhere; False: it continues a prompt
     can_teach = False                         # gives p(x_i | x_<i) exactly: a teacher, a verifier, a judge
-    any_bos = False                           # its rows may begin with another id than its own BOS
     drafts = False                            # drafts tokens that its `backbone` verifies
     any_length = False                        # samples may be longer than the rows of training
     loss_name = "nll"                         # what the mean of `loss` is

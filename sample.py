@@ -221,7 +221,7 @@ def check_vocabulary(what, model, meta):
     """
     # what would crash, or mean something else, whatever the tokenizers are called
     for key, value in (("vocab_size", model.vocab_size), ("bos", model.bos)):
-        if value != meta[key] and not (key == "bos" and model.any_bos):
+        if value != meta[key] and not (key == "bos" and model.can_teach and model.any_bos):
             raise BadInput(f"{what} has {key} {value}, the data {meta[key]}: they must be the same")
     theirs = model.meta["tokenizer"]
     ours = meta["tokenizer"]

@@ -71,6 +71,7 @@ class CausalLM(Model):
     A subclass has `hidden`, `output_layer`, `new_cache`, `networks`, `matrices` and `extraction_flops`.
     """
     can_teach = True
+    any_bos = False                           # its rows may begin with another id than its own BOS
     predict_bos = True
 
     def __init__(self, config):

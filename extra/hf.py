@@ -84,6 +84,8 @@ class HF(CausalLM):
     def take_apart(self, lm):
         """Hold a model's body and head. ValueError where they, or its cache, do not give the logits of the whole."""
         self.lm = lm
+        if getattr(lm.config.get_text_config(), "attn_logit_softcapping", None):
+            lm.set_attn_implementation("eager")               # early 5.x has other kernels, which leave it out
         self.narrow = any(p.dtype != torch.float32 for p in lm.parameters())
         in_body = {id(p) for layer in self.matrices() for p in layer.parameters(recurse=False)}
         for p in lm.parameters():

@@ -40,7 +40,7 @@ from data.shards import MOST_IDS, knows_success
 from data.vocab import Tokenizer, add_fingerprint, same_tokenizer
 from mdlm import MDLM, ORDERS, SAMPLERS
 from medusa import ACCEPT, Medusa
-from teacher import AR, GPT2, GPT2_SIZES, HF, model_hash
+from teacher import AR, GPT2, GPT2_SIZES, model_hash
 
 # files that are called so in every folder
 WEIGHT_FILES = (".pt", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
@@ -169,6 +169,7 @@ def load_foreign(path, source, weights):
     own = {}                                    # what its own tokenizer says
     try:
         if source == "hf":
+            from extra.hf import HF
             tokenizer = path
             with suppress(BadInput):            # a model may come without one
                 codec = Tokenizer(path)
@@ -215,10 +216,12 @@ def load_published(path, weights):
 # a model and its data
 
 def check_vocabulary(what, model, meta):
-    """BadInput unless the model's ids mean what those of data with this meta mean; a warning where nothing can tell."""
+    """BadInput unless the model's ids mean what those of data with this meta mean; a warning where nothing can tell. A
+    model that may begin its rows with any id (Hugging Face's) begins them as the data do from now on.
+    """
     # what would crash, or mean something else, whatever the tokenizers are called
     for key, value in (("vocab_size", model.vocab_size), ("bos", model.bos)):
-        if value != meta[key]:
+        if value != meta[key] and not (key == "bos" and model.can_teach and model.any_bos):
             raise BadInput(f"{what} has {key} {value}, the data {meta[key]}: they must be the same")
     theirs = model.meta["tokenizer"]
     ours = meta["tokenizer"]
@@ -235,6 +238,9 @@ def check_vocabulary(what, model, meta):
     if same is False:
         raise BadInput(f"{what} has the tokenizer {theirs[:60]}, the data {ours[:60]}, which is another: "
                        "use a model of this vocabulary, or prepare the text with the model's")
+    if model.bos != meta["bos"]:
+        say_once(f"{what} has the BOS {model.bos}, the data {meta['bos']}: its rows begin with the data's")
+        model.bos = model.config.bos = model.meta["bos"] = meta["bos"]
 
 
 def check_length(length, model):

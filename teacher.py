@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from gumbel import DEVICE, check_draws, draw_tokens, posterior_gumbel, sample_gumbel, tf32, to_logits
@@ -72,6 +71,7 @@ class CausalLM(Model):
     A subclass has `hidden`, `output_layer`, `new_cache`, `networks`, `matrices` and `extraction_flops`.
     """
     can_teach = True
+    any_bos = False                           # its rows may begin with another id than its own BOS
     predict_bos = True
 
     def __init__(self, config):
@@ -336,61 +336,6 @@ def download_gpt2(name):
         raise OSError(f"could not download {name} ({e}): go online once, or give a folder that holds its "
                       "model.safetensors or pytorch_model.bin") from None
     return folder
-
-
-class HF(CausalLM):
-    """Any Hugging Face causal LM as a teacher, through `transformers` (optional): a name, a folder, or a .gguf file.
-
-    `bos`: its tokenizer's; None takes what its config says. Raises ValueError where it cannot be loaded, or does more
-    than its body and output layer to get its logits.
-    """
-
-    def __init__(self, name, bos=None):
-        try:
-            import transformers
-        except ImportError:
-            raise ValueError(f"hf:{name} needs transformers: pip install transformers") from None
-        folder, file = name, None
-        if name.endswith(".gguf"):
-            folder, file = os.path.split(name)
-        try:
-            lm = transformers.AutoModelForCausalLM.from_pretrained(folder or ".", gguf_file=file, dtype=torch.float32)
-        except (OSError, ValueError, ImportError) as e:
-            why = (str(e) or type(e).__name__).splitlines()[0]
-            raise ValueError(f"transformers cannot load hf:{name}: {why}") from None
-        c = lm.config
-        length = getattr(c, "max_position_embeddings", None) or 1 << 30  # none named: no bound of its own
-        if bos is None:
-            bos = c.eos_token_id if c.bos_token_id is None else c.bos_token_id
-        super().__init__(CausalConfig(c.vocab_size, length, bos))
-        self.lm = lm.eval().requires_grad_(False)
-        self.transformers = transformers
-        # the wrapper asks body and output layer only: what a model does besides (scaling, caps) shows on any tokens
-        probe = torch.arange(4)[None]
-        if not torch.allclose(self.logits(self.hidden(probe)), lm(probe).logits, atol=1e-3):
-            raise ValueError(f"hf:{name} scales or caps the logits of its output layer, which this wrapper does not: "
-                             "use another teacher")
-
-    def hidden(self, tokens, cache=None):
-        output = self.lm.base_model(tokens, past_key_values=cache, use_cache=cache is not None)
-        return output.last_hidden_state
-
-    def output_layer(self):
-        return self.lm.get_output_embeddings()
-
-    def new_cache(self, batch, length):
-        return self.transformers.DynamicCache()
-
-    def networks(self):
-        return [self.lm.base_model]
-
-    def matrices(self):
-        kinds = (nn.Linear, self.transformers.pytorch_utils.Conv1D)
-        return [m for m in self.lm.base_model.modules() if isinstance(m, kinds)]
-
-    def extraction_flops(self, length, masked):
-        """FLOPs of a row's pass, without those of attention."""
-        return 2 * length * sum(p.numel() for p in self.parameters())
 
 
 def model_hash(model):

@@ -69,7 +69,7 @@ from gumbel import (GumbelEmbedding, draw_tokens, gumbel_max, nucleus, posterior
 from mdlm import (MDLM, Denoiser, close_gaps, load_published, remasked_path, reveal_steps, revealing_path,
                   stratified_t, unmask)
 from medusa import Medusa
-from teacher import AR, GPT2, GPT2_SIZES, HF, KVCache, extract_parallel, extract_sequential
+from teacher import AR, GPT2, GPT2_SIZES, KVCache, extract_parallel, extract_sequential
 from teacher import load_published as load_published_ar
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2099,6 +2099,7 @@ def test_each_head_learns_its_own_offset():
 
 def llama_backbone(folder, L):
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    from extra.hf import HF
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=7, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -2589,69 +2590,6 @@ def test_other_weights_are_no_gpt2(tmp_path):
             GPT2.from_state(bad, {})
     with pytest.raises(ValueError, match="activation_function.*relu"):
         GPT2.from_state(state, {"activation_function": "relu"})
-
-
-# --- Hugging Face
-
-@pytest.fixture
-def llama(tmp_path, monkeypatch):
-    """A folder, the current one, with a small Llama and its tokenizer in lm/ -> the transformers model."""
-    transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)).eval()
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator([" ".join(DOCS)], tokenizers.trainers.BpeTrainer(
-        vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"]))
-    lm.resize_token_embeddings(bpe.get_vocab_size() + 3)   # padded, as many models are
-    lm.save_pretrained("lm")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained("lm")
-    return lm
-
-
-def test_hugging_face_model_has_its_own_logits(llama):
-    model = HF("lm")
-    n = llama.config.vocab_size
-    x = torch.randint(n, (2, 30), generator=gen())
-    with torch.no_grad():
-        want = llama(x).logits
-        cache = model.new_cache(2, 30)
-        parts = [model.logits(model.hidden(part, cache)) for part in x.split([9, 1, 20], 1)]
-        assert (model.logits(model.hidden(x)) - want).abs().max() < 1e-5
-        assert (torch.cat(parts, 1) - want).abs().max() < 1e-4
-    assert (model.vocab_size, model.bos, model.length) == (n, 1, 64)
-
-
-def test_hugging_face_model_teaches_on_shards_of_its_tokenizer(llama, cli, text_file):
-    """A student is trained and sampled from; what does not fit is refused."""
-    n = llama.config.vocab_size
-    succeeded(cli(prepare, f"text --files {text_file} --tokenizer=hf:lm --out=data/mine"))
-    succeeded(cli(prepare, f"text --files {text_file} --tokenizer=bytes --out=data/b"))
-    meta, _ = read_meta("data/mine")
-    assert (meta["tokenizer"], meta["vocab_size"], meta["bos"]) == ("hf:lm", n, 1)
-    flags = f"--gumbel --length=12 --steps=3 {TINY}"
-    succeeded(cli(train, f"--teacher=hf:lm --data=data/mine --out=out/a {flags}"))
-    assert "sample 0" in succeeded(cli(sample, "--ckpt=out/a --n=1 --steps=3"))[0]
-    assert "nfe 8" in succeeded(cli(sample, "--ckpt=hf:lm --n=1 --length=9"))[0]
-    refused(cli(train, f"--teacher=hf:lm --data=data/b --out=out/b {flags}"), "--teacher=hf:lm", str(n), "257")
-    refused(cli(train, f"--teacher=hf:nowhere --data=data/mine --out=out/b {flags}"), "hf:nowhere")
-
-
-def test_hugging_face_model_that_caps_its_logits_is_refused(tmp_path):
-    """Its output layer alone would give other ones."""
-    transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    capped = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5))
-    capped.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"hf:{tmp_path}.*logits"):
-        HF(str(tmp_path))
 
 
 # --- token-level distillation (the baseline of Table 4)

@@ -235,7 +235,8 @@ class HuggingFace:
             why = (str(e) or "-").splitlines()[0]
             raise BadInput(f"transformers cannot load the tokenizer {name} ({type(e).__name__}): {why}") from None
         try:
-            of_model = int(transformers.AutoConfig.from_pretrained(folder, gguf_file=file).vocab_size)
+            config = transformers.AutoConfig.from_pretrained(folder, gguf_file=file)
+            of_model = int(config.get_text_config().vocab_size)
         except Exception:                                  # no model beside it, or a damaged one
             of_model = 0
         self.vocab_size = max(len(self.bpe), of_model)     # a model may have a few ids more than its tokenizer

@@ -111,8 +111,7 @@ class Model(nn.Module):
         return [module for module in (self.transformer, self.noise_embed) if module is not None]
 
     def matrices(self):
-        """The layers of the body: those that autocast casts at each pass."""
-        return [layer for layer in self.transformer.blocks.modules() if isinstance(layer, nn.Linear)]
+        return self.transformer.matrices()
 
 
 @dataclass
@@ -130,6 +129,7 @@ class MDLMConfig:
     predict_bos: bool = True                  # False: BOS never occurs within a row, and is never predicted
     shift: bool = False                       # the output for position i is read at i - 1, as in an AR model
     positions: int = 0                        # that many learned positions, of a student that began as GPT-2; 0: RoPE
+    body: dict | None = None                  # the config of a Hugging Face network that takes the Transformer's place
 
 
 class MDLM(Model):
@@ -155,8 +155,12 @@ class MDLM(Model):
         if config.inject not in ("replace", "add"):
             raise ValueError(f"unknown inject {config.inject!r}: 'replace' or 'add'")
         self.mask_id = config.vocab_size
-        self.transformer = Transformer(config.vocab_size + 1, config.vocab_size, config.n_layer, config.n_embd,
-                                       config.n_head, config.dropout, learned=config.positions)
+        if config.body:
+            from extra.hf import Body
+            self.transformer = Body(config.body)
+        else:
+            self.transformer = Transformer(config.vocab_size + 1, config.vocab_size, config.n_layer, config.n_embd,
+                                           config.n_head, config.dropout, learned=config.positions)
         if self.quantile:
             from extra.quantile import QuantileEmbedding
             self.noise_embed = QuantileEmbedding(config.vocab_size, config.n_embd)
@@ -198,7 +202,7 @@ class MDLM(Model):
 
     def logits(self, h):
         """h [N, D] -> float32 [N, V]. [MASK] has no entry (SUBS: logit -inf); BOS is -inf where it never occurs."""
-        logits = to_logits(self.transformer.head, h, exact=not self.training)
+        logits = self.transformer.logits(h, exact=not self.training)
         if not self.config.predict_bos:
             logits[..., self.bos] = -math.inf
         return logits
@@ -640,6 +644,14 @@ class Transformer(nn.Module):
         if cache:
             cache.length += L
         return self.norm(h)
+
+    def logits(self, h, exact):
+        """h [N, D] -> float32 [N, vocab_out]; `exact`: see `to_logits`."""
+        return to_logits(self.head, h, exact)
+
+    def matrices(self):
+        """The layers of the body: those that autocast casts at each pass."""
+        return [layer for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]
 
     def forward_flops(self, length, head_share, passes=1):
         """FLOPs of a row's forward pass: 2 per weight and token, 4 L D per layer for attention; the output layer sees

@@ -245,6 +245,14 @@ class GPT2(AR):
         """tokens [B, L] -> logits [B, L, V]; row i is about token i + 1."""
         return self.logits(self.hidden(tokens))
 
+    def as_start(self):
+        """What a student that begins as this model has of its config."""
+        c = self.config
+        return dict(n_layer=c.n_layer, n_embd=c.n_embd, n_head=c.n_head, positions=c.length)
+
+    def input_embedding(self):
+        return self.transformer.embed
+
     @classmethod
     def from_pretrained(cls, name_or_dir):
         """A name of GPT2_SIZES, downloaded once (to $GUMBEL_CACHE, default ~/.cache/gumbel), or a folder that holds

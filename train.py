@@ -39,7 +39,7 @@ from data.run import (Log, Run, StopSignals, Stopped, World, check_conditions, c
                       update_average)
 from data.shards import Shards, knows_success, read_meta
 from data.teacher_cache import teacher_of_rows
-from extra.init_from import SHAPE, config_of_start, initial_weights
+from extra.init_from import DECIDED, SHAPE, config_of_start, initial_weights
 from gumbel import KINDS, needs_teacher
 from mdlm import T_MIN, stratified_t
 from sample import MODELS, build, check_vocabulary, default_teacher, load_ar, load_model, torch_seed
@@ -78,7 +78,8 @@ FLAGS = {
          "each place are kept beside the shards: noise is then drawn without it (OpenWebText: 307 GB at 8)"),
         ("init_from", None, str, "start from these weights: a checkpoint of the same model, a published MDLM, "
          "or an AR checkpoint of the same shape (the student reads its outputs shifted by one, as AR); `teacher`: the "
-         "teacher's; gpt2[-medium|-large|-xl] or a GPT-2 folder: it decides the shape"),
+         "teacher's; or a pretrained one, which decides the shape: gpt2[-medium|-large|-xl], a GPT-2 folder, for mdlm "
+         "hf:NAME"),
         ("data", "openwebtext", str, "a folder of shards, or a name: maze, maze_skewed, words, molecules, data/NAME"),
         ("length", 1024, number(int, 2, 2**20), "tokens of a row, BOS included; rows that are cut bring theirs"),
     ],
@@ -323,12 +324,11 @@ def new_model(args, data, teacher, source, ckpt, world):
                  predict_bos=data.meta["predict_bos"], length=data.length)
     from_ar = source is not None and source.can_teach
     known["shift"] = old.get("shift", from_ar)             # an AR output is about the next token
-    known["positions"] = old.get("positions", 0)
     model_kind = MODELS[args.model]
     if source is not None and source.pretrained and model_kind.fills_masks:
         known |= config_of_start(args, source)
-    elif known["positions"]:                               # it began as GPT-2, which has decided its shape
-        known |= {name: old[name] for name in SHAPE}
+    elif old.get("positions") or old.get("body"):          # it began as a pretrained model
+        known |= {name: old[name] for name in DECIDED}
     if ckpt and "inject" in old:
         known["inject"] = old["inject"]
     if model_kind.drafts:

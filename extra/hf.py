@@ -1,4 +1,5 @@
-"""Any causal LM of Hugging Face as a teacher, backbone, verifier or judge: `--teacher=hf:NAME`.
+"""Any causal LM of Hugging Face as a teacher, backbone, verifier or judge: `--teacher=hf:NAME`. And as a student's
+network, from which every place sees all others: `--init_from=hf:NAME`.
 
 The model is asked, and no architecture is named. Its body (`base_model`) turns tokens into states; what it makes of
 states (output layer, soft cap, scale) is its own `forward`, behind a body that returns the states it is given. A model
@@ -59,6 +60,27 @@ def given(output_class, input_ids, **kw):
     return output_class(last_hidden_state=input_ids)
 
 
+def head_of(lm, output_class):
+    """What a model makes of its body's states, which come in such an output: a function, see `head_logits`. The same
+    layers, not copies.
+    """
+    head = copy.copy(lm)
+    object.__setattr__(head, lm.base_model_prefix, partial(given, output_class))
+    return head
+
+
+def head_logits(head, h):
+    """h [..., D] -> float32 [..., V]."""
+    logits = head(h.reshape(1, -1, h.shape[-1])).logits  # (1, N, V)
+    return logits.float().view(*h.shape[:-1], logits.shape[-1])
+
+
+def matrices_of(body):
+    """The layers of a body that hold a matrix, but for embeddings."""
+    layers = [m for m in body.modules() if not isinstance(m, nn.Embedding)]
+    return [m for m in layers if any(p.ndim > 1 for p in m.parameters(recurse=False))]
+
+
 class HF(CausalLM):
     """A causal LM of Hugging Face: a name, a folder, or a .gguf file, through `transformers` (optional).
 
@@ -67,6 +89,7 @@ class HF(CausalLM):
     Raises ValueError where it cannot be loaded, or does not have the parts that are asked here.
     """
     any_bos = True
+    pretrained = True
 
     def __init__(self, name, bos=None, dtype=None):
         if dtype is None:
@@ -99,9 +122,8 @@ class HF(CausalLM):
             try:
                 why = "does not compute its logits from the last states of its body (base_model) alone"
                 output = lm.base_model(x)
-                head = copy.copy(lm)  # the same layers; no part of this module, which would hold them twice
-                object.__setattr__(head, lm.base_model_prefix, partial(given, type(output)))
-                object.__setattr__(self, "head", head)
+                # no part of this module, which would hold its layers twice
+                object.__setattr__(self, "head", head_of(lm, type(output)))
                 error = distance(self.logits(output.last_hidden_state, exact=False), want)
                 if error < 1e-3:
                     why = "gives other logits through a cache that is cut back than in one pass"
@@ -136,8 +158,7 @@ class HF(CausalLM):
         if exact:
             with torch.autocast(h.device.type, enabled=False):
                 return self.logits(h.float(), exact=False)
-        logits = self.head(h.reshape(1, -1, h.shape[-1])).logits  # (1, N, V)
-        return logits.float().view(*h.shape[:-1], self.vocab_size)
+        return head_logits(self.head, h)
 
     def output_layer(self):
         return self.lm.get_output_embeddings()
@@ -149,17 +170,86 @@ class HF(CausalLM):
         from transformers import DynamicCache
         return DynamicCache()
 
+    def as_start(self):
+        """What a student that begins as this model has of its config."""
+        c = self.lm.config.get_text_config()
+        return dict(n_layer=c.num_hidden_layers, n_embd=c.hidden_size, n_head=c.num_attention_heads,
+                    body=self.lm.config.to_dict())
+
+    def input_embedding(self):
+        return self.lm.get_input_embeddings()
+
     def networks(self):
         return [self.lm.base_model]
 
     def matrices(self):
-        """The layers of the body that hold a matrix, but for embeddings."""
-        layers = [m for m in self.lm.base_model.modules() if not isinstance(m, nn.Embedding)]
-        return [m for m in layers if any(p.ndim > 1 for p in m.parameters(recurse=False))]
+        return matrices_of(self.lm.base_model)
 
     def extraction_flops(self, length, masked):
         """FLOPs of a row's pass, without those of attention."""
         return 2 * length * sum(p.numel() for p in self.parameters())
+
+
+class Body(nn.Module):
+    """A Hugging Face network in the place of a student's `mdlm.Transformer`: every place sees all others, its windows
+    left out. The embedding has one row more, for [MASK], and the output layer is not tied to it. What the model does
+    besides (scales, soft caps) stays.
+
+    config: the model's, a dict. The weights are random until a checkpoint's, or those of `--init_from`, are loaded.
+    """
+    causal = False                                            # True: as it was trained
+
+    def __init__(self, config):
+        super().__init__()
+        transformers = optional("transformers", "a student that began as a Hugging Face model")
+        lm = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config),
+                                                           dtype=torch.float32)
+        if getattr(lm.config.get_text_config(), "attn_logit_softcapping", None):
+            lm.set_attn_implementation("eager")               # as in `HF`
+        output = lm.base_model(torch.zeros(1, 2, dtype=torch.long))
+        embedding = lm.get_input_embeddings()
+        layer = lm.get_output_embeddings()
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        rows = embedding.weight.detach()
+        embedding.weight = nn.Parameter(torch.cat([rows, rows.mean(0, keepdim=True)]))
+        embedding.num_embeddings += 1
+        self.lm = lm
+        object.__setattr__(self, "head", head_of(lm, type(output)))     # no part of this module, as in `HF`
+
+    @property
+    def embed(self):
+        """Tokens -> what the body reads."""
+        return self.lm.get_input_embeddings()
+
+    def forward(self, h, wanted=None):
+        """Input embeddings h [B, L, D] -> hidden states [B, L, D], or [N, D]: those at the places `wanted` [B, L]."""
+        L = h.shape[1]
+        mask = None
+        if not self.causal:
+            mask = h.new_zeros(1, 1, L, L)                    # is added to the scores: nothing is hidden
+        position_ids = torch.arange(L, device=h.device)[None]
+        output = self.lm.base_model(inputs_embeds=h, attention_mask=mask, position_ids=position_ids, use_cache=False)
+        h = output.last_hidden_state
+        if wanted is None:
+            return h
+        return h[wanted]
+
+    def logits(self, h, exact):
+        """h [N, D] -> float32 [N, V]; `exact`: see `gumbel.to_logits`."""
+        if exact:
+            with torch.autocast(h.device.type, enabled=False):
+                return head_logits(self.head, h.float())
+        return head_logits(self.head, h)
+
+    def matrices(self):
+        return matrices_of(self.lm.base_model)
+
+    def forward_flops(self, length, head_share, passes=1):
+        """As `mdlm.Transformer.forward_flops`, without those of attention."""
+        layer = self.lm.get_output_embeddings().weight.numel()
+        embeddings = self.embed.weight.numel()
+        body = sum(p.numel() for p in self.parameters()) - layer - embeddings
+        return 2 * length * (passes * body + head_share * layer)
 
 
 def distance(a, b):

@@ -3,7 +3,9 @@ import torch
 
 from data.cli import BadInput, Parser
 
-SHAPE = ("n_layer", "n_embd", "n_head")                     # what a pretrained start decides
+# what a pretrained start decides of a student's config
+SHAPE = ("n_layer", "n_embd", "n_head")
+DECIDED = (*SHAPE, "positions", "body")
 
 
 def initial_weights(model, source, name):
@@ -11,18 +13,22 @@ def initial_weights(model, source, name):
 
     What reads the noise is optional: it stays new where the source has none, is left out where the model has none.
     """
-    if source.pretrained:
+    weights = source.state_dict()
+    if source.pretrained and model.fills_masks:
         begin_beside_pretrained(model, source)
+        if model.config.body:                              # the network of Hugging Face is a part of the student's
+            weights = {f"transformer.{key}": weight for key, weight in weights.items()}
     reads_noise = ("noise_embed.", "accumulator.")
     own = model.state_dict()
     state = {key: weight for key, weight in own.items() if key.startswith(reads_noise)}
-    for key, weight in source.state_dict().items():
+    for key, weight in weights.items():
         if key in own or not key.startswith(reads_noise):
             state[key] = weight
     # an AR model's embedding has no row of [MASK], the last one: the new model's own stays
-    ids = "transformer.embed.weight"
-    if ids in own and ids in state and state[ids].shape == own[ids][:-1].shape:
-        state[ids] = torch.cat([state[ids], own[ids][-1:]])
+    if source.can_teach and model.fills_masks:
+        [ids] = [key for key, weight in model.named_parameters() if weight is model.transformer.embed.weight]
+        if ids in state and state[ids].shape == own[ids][:-1].shape:
+            state[ids] = torch.cat([state[ids], own[ids][-1:]])
     for key in [*own, *state]:
         here = list(own[key].shape) if key in own else "nothing"
         there = list(state[key].shape) if key in state else "nothing"
@@ -33,26 +39,28 @@ def initial_weights(model, source, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# models that others have trained
+# models that others have trained: GPT-2, Hugging Face's
 
 def config_of_start(args, source):
-    """What a pretrained model, GPT-2, decides of a student's config; BadInput where flags ask for another network.
+    """What a pretrained model decides of a student's config; BadInput where flags ask for another network.
 
     Noise is added to what stands for [MASK] unless --inject says otherwise: so the new student is what it began as.
     """
-    there = source.config
+    known = source.as_start()
     given = Parser.given
-    if "size" in given:
-        raise BadInput(f"--size={args.size} is decided by --init_from={args.init_from}: leave it out")
+    of_start = f"--init_from={args.init_from}"
+    if "body" in known and args.block_size:
+        raise BadInput(f"--model={args.model} needs our own transformer, and {of_start} brings one of Hugging Face: "
+                       "use --model=mdlm")
+    for name in ("size", "dropout") if "body" in known else ("size",):
+        if name in given:
+            raise BadInput(f"--{name}={given[name]} is decided by {of_start}: leave it out")
     for name in SHAPE:
-        if name in given and getattr(args, name) != getattr(there, name):
-            raise BadInput(f"--{name}={getattr(args, name)} does not fit --init_from={args.init_from}, which has "
-                           f"{getattr(there, name)}: leave it out")
-    if args.length is not None and args.length > there.length:
-        raise BadInput(f"--length={args.length} is more than the {there.length} positions of "
-                       f"--init_from={args.init_from}: choose a smaller one")
-    known = {name: getattr(there, name) for name in SHAPE}
-    known["positions"] = there.length
+        if name in given and getattr(args, name) != known[name]:
+            raise BadInput(f"--{name}={given[name]} does not fit {of_start}, which has {known[name]}: leave it out")
+    if args.length is not None and args.length > source.length:
+        raise BadInput(f"--length={args.length} is more than the {source.length} positions of {of_start}: choose a "
+                       "smaller one")
     if args.gumbel and "inject" not in given:
         known["inject"] = "add"
     return known
@@ -61,15 +69,16 @@ def config_of_start(args, source):
 @torch.no_grad()
 def begin_beside_pretrained(model, source):
     """What a pretrained model has no weights for: [MASK] begins at the mean of all embeddings; noise that is added
-    begins at zero, noise that stands in the place of [MASK] at the root mean square of the embeddings.
+    begins at zero, noise that stands in the place of [MASK] at the root mean square of what the network reads.
     """
-    embedding = source.transformer.embed.weight
-    model.transformer.embed.weight[-1] = embedding.mean(0)
+    embedding = source.input_embedding()
+    model.transformer.embed.weight[-1] = embedding.weight.float().mean(0)
     if model.noise_embed is None:
         return
     scale = 0.0
     if model.config.inject == "replace":
+        tokens = embedding(torch.arange(source.vocab_size, device=source.device)).float()
         g = model.noise_embed.from_prior(256, generator=torch.Generator().manual_seed(0))
-        scale = embedding.square().mean().sqrt() / g.square().mean().sqrt()
+        scale = tokens.square().mean().sqrt().item() / g.square().mean().sqrt()
     for weight in model.noise_embed.parameters():
         weight.mul_(scale)

@@ -32,8 +32,10 @@ from data.shards import read_meta
 from data.vocab import Tokenizer
 from extra import hf
 from extra.hf import HF
+from extra.init_from import initial_weights
 from extra.verified import generate_exact, verify
 from gumbel import sample_gumbel
+from mdlm import MDLM
 from medusa import Medusa
 from teacher import model_hash
 from test_gumbel import DOCS, TINY, gen, refused, succeeded, tiny
@@ -571,3 +573,105 @@ def test_a_padded_vocabulary_is_the_models(llama):
     whole.save_pretrained("seeing")
     bpe.save_pretrained("seeing")
     assert Tokenizer("hf:seeing").vocab_size == n + 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# students that begin as such a model
+
+def student_from(source, **kw):
+    """As train.py makes it."""
+    model = MDLM(V, L, BOS, **source.as_start(), dropout=0.0, shift=True, **kw)
+    initial_weights(model, source, "x")
+    return model.eval()
+
+
+@every_kind
+def test_a_student_made_causal_is_the_model(saved, kind):
+    """On clean rows everywhere; on noised rows at the first masked place, which sees what the model sees."""
+    folder, lm = saved(kind)
+    model = student_from(HF(folder))
+    model.transformer.causal = True
+    x = rows()
+    want = own(lm, x).log_softmax(-1)[:, :-1]
+    with torch.no_grad():
+        found = model.logits(model.hidden(x)).log_softmax(-1)[:, 1:]
+        assert distance(found, want) < 1e-4
+        for i, first in enumerate((1, 5, 9, 15)):
+            z = x[i:i + 1].clone()
+            z[:, first::2] = V
+            found = model.logits(model.hidden(z)).log_softmax(-1)[0, first]
+            assert distance(found, want[i, first - 1]) < 1e-4
+
+
+@every_kind
+def test_a_student_sees_the_whole_row(saved, kind):
+    """Past the window, from its last token to position 0; and reads [MASK] at the mean of all embeddings."""
+    model = student_from(HF(saved(kind)[0]))
+    x = rows()
+    other = x.clone()
+    other[:, -1] = (x[:, -1] + 1) % V
+    first = torch.zeros(x.shape, dtype=torch.bool)
+    first[:, 1] = True                                     # with `shift`, read at position 0
+    with torch.no_grad():
+        assert (model.hidden(x, wanted=first) - model.hidden(other, wanted=first)).abs().amax(1).min() > 1e-3
+        embed = model.transformer.embed
+        assert distance(embed(torch.tensor([V]))[0], embed(torch.arange(V)).mean(0)) < 1e-5
+    assert model.transformer.lm.get_output_embeddings().weight.data_ptr() != embed.weight.data_ptr()
+
+
+@every_kind
+@pytest.mark.parametrize("noise", ["gumbel", "quantile"])
+def test_noise_that_is_added_begins_by_saying_nothing(saved, kind, noise):
+    """The fresh student with noise is the fresh one without, whatever the noise, and learns from it; in place of [MASK]
+    it begins at the scale of what the network reads."""
+    source = HF(saved(kind)[0])
+    plain = student_from(source)
+    noisy = student_from(source, noise=noise, inject="add")
+    x = rows(3)
+    z = x.masked_fill(torch.rand(x.shape, generator=gen(1)) < 0.5, V)
+    z[:, 0] = BOS
+    t = torch.full((3,), 0.5)
+    want, _ = plain.loss(x, t, z=z)
+    found, _ = noisy.loss(x, t, z=z, noise=noisy.fresh_noise(x.shape, gen(2)))
+    assert torch.equal(found, want)
+    found.backward()
+    assert noisy.noise_embed.weight.grad.abs().max() > 1e-6
+    replaced = student_from(source, noise=noise, inject="replace")
+    g = replaced.noise_embed.from_prior(2000, generator=gen(3))
+    read = source.input_embedding()(torch.arange(V))
+    assert 0.9 < (g.square().mean() / read.square().mean()).sqrt() < 1.1
+
+
+def test_a_student_of_a_bf16_model_begins_with_its_values(tmp_path):
+    source = HF(save_bf16("gemma3", tmp_path), dtype="auto")
+    model = student_from(source)
+    stored = load_file(tmp_path / "model.safetensors")
+    state = model.state_dict()
+    for name, weight in stored.items():
+        assert torch.equal(state[f"transformer.lm.{name}"][:len(weight)], weight.float()), name
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_commands_train_and_sample_such_students(llama, cli, text_file, monkeypatch):  # noqa: F811
+    """Without the model's weights from the second command on; blocks, other shapes and dropout are refused."""
+    succeeded(cli(prepare, f"text --files {text_file} --tokenizer=hf:lm --out=data/mine"))
+    flags = "--data=data/mine --length=12 --batch_size=4 --warmup=1 --log_every=1 --eval_rows=8 --report=0"
+    command = f"--model=mdlm --init_from=hf:lm --gumbel --teacher=hf:lm {flags} --out=out/a"
+    no = f"--init_from=hf:lm {flags} --steps=2 --out=out/no"
+    for wrong, word in (("--model=bd3lm --block_size=4", "hf:lm"), ("--n_embd=48", "--n_embd=48"),
+                        ("--dropout=0.1", "--dropout"), ("--size=tiny", "--size")):
+        refused(cli(train, f"{no} {wrong}"), "--init_from", word)
+    succeeded(cli(train, f"{command} --steps=2"))
+    model = sample.load_model("out/a")
+    assert model.config.inject == "add" and model.config.shift and model.config.n_embd == 32
+    weights = torch.load("out/a/ckpt.pt", weights_only=True)
+    assert weights["config"]["body"]["model_type"] == "llama"
+    os.rename("lm/model.safetensors", "away")
+    assert "sample 0" in succeeded(cli(sample, "--ckpt=out/a --n=1 --steps=3"))[0]
+    os.rename("away", "lm/model.safetensors")              # the teacher
+    _, err = succeeded(cli(train, f"{command} --steps=4"))
+    assert "continuing at step 2" in err
+    succeeded(cli(evaluate, "ppl --ckpt out/a --n=4"))
+    assert "sample 0" in succeeded(cli(sample, "--ckpt=out/a --n=1 --sampler=exact --verifier=hf:lm"))[0]
+    succeeded(cli(train, f"--model=mdlm --init_from=out/a {flags} --steps=1 --out=out/plain"))
+    assert sample.load_model("out/plain").config.body["model_type"] == "llama"

@@ -98,8 +98,13 @@ class HF(CausalLM):
         lm = load_lm(name, dtype)
         c = lm.config.get_text_config()
         length = getattr(c, "max_position_embeddings", None) or 1 << 30  # none named: no bound of its own
+        rope = getattr(c, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":               # a longer row would turn all its positions otherwise, and
+            length = rope["original_max_position_embeddings"]  # so would not be what its beginning was continued to
         if bos is None:
-            bos = c.eos_token_id if c.bos_token_id is None else c.bos_token_id
+            bos = getattr(c, "bos_token_id", None)
+        if bos is None:
+            bos = getattr(c, "eos_token_id", None)
         super().__init__(CausalConfig(c.vocab_size, length, bos))
         self.source = name
         self.take_apart(lm)

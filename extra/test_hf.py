@@ -365,6 +365,27 @@ def test_others_that_behave(tmp_path, cls, config):
     assert model.most < 1e-4
 
 
+def test_a_row_is_as_long_as_positions_mean_the_same(tmp_path):
+    """"longrope" has other frequencies in rows beyond a length: what a cache holds is then wrong."""
+    rope = dict(rope_type="longrope", rope_theta=50.0, short_factor=4 * [1.0], long_factor=4 * [4.0],
+                original_max_position_embeddings=8)
+    torch.manual_seed(0)
+    lm = transformers.Phi3ForCausalLM(transformers.Phi3Config(
+        **SIZES | dict(head_dim=8, pad_token_id=0), rope_parameters=rope, original_max_position_embeddings=8)).eval()
+    for p in lm.parameters():
+        if p.ndim > 1:
+            p.data.mul_(10)
+    lm.save_pretrained(tmp_path)
+    model = Watched(str(tmp_path)).watch(lm)
+    assert model.length == 8
+    model.generate(rows(2, 2), generator=gen())
+    assert model.most < 1e-4
+    cache = model.new_cache(2, 9)
+    model.hidden(rows(2, 8), cache)
+    model.hidden(rows(2, 1), cache)                        # the ninth
+    assert model.most > 1e-2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # types and hashes
 

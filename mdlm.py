@@ -111,7 +111,8 @@ class Model(nn.Module):
         return [module for module in (self.transformer, self.noise_embed) if module is not None]
 
     def matrices(self):
-        return self.transformer.matrices()
+        """The layers of the body: those that autocast casts at each pass."""
+        return [layer for layer in self.transformer.blocks.modules() if isinstance(layer, nn.Linear)]
 
 
 @dataclass
@@ -297,7 +298,7 @@ class MDLM(Model):
 
         Noise is tau * Gumbel(0, 1), drawn once per sample and kept for all steps (`resample_noise`: anew at each).
         `noise` [B, L, V], standard Gumbel, replaces the draw; tau multiplies it too. `sampler`, `order`: see
-        `reveal_steps`; "remdm", with `remask`: `remasked_path`. Given tokens are never changed.
+        `reveal_steps`; "remdm", with `remask`: extra/remdm.py. Given tokens are never changed.
         """
         self.check_sampling(tokens, tau, top_p, noise, resample_noise)
         denoiser = Denoiser(self, tokens == self.mask_id, tau, noise, resample_noise, generator)
@@ -307,6 +308,7 @@ class MDLM(Model):
         """Draw when each position is revealed, then reveal: x [B, L] with [MASK]s -> (x, nfe [B])."""
         masked = x == self.mask_id
         if sampler == "remdm":
+            from extra.remdm import remasked_path
             path = remasked_path(masked, steps, remask, order, generator)
             return unmask(x, path, self.mask_id, denoiser, top_p, greedy, generator)
         step = self.reveal_steps(masked, steps, sampler, order, generator)
@@ -324,8 +326,6 @@ class MDLM(Model):
         check_draws(tau, top_p)
         if noise is not None and self.noise_embed is None:
             raise ValueError("noise is given, but the model was built without it")
-        if self.quantile and tau != 1:
-            raise ValueError(f"quantile noise has no temperature, got tau {tau}")
         if noise is not None and resample_noise:
             raise ValueError("noise is given, and to be resampled (resample_noise): one of the two")
         if (tokens[:, 0] != self.bos).any():
@@ -443,34 +443,6 @@ def revealing_path(step):
         yield step >= k, step == k
 
 
-def remasked_path(masked, steps, eta, order="random", generator=None):
-    """ReMDM (Wang et al. 2025, capped): ancestral sampling in which a revealed token may be masked again and redrawn.
-
-    At the step from t to s = t - 1/steps, with alpha = 1 - t, a revealed place is masked again with probability
-    sigma = min(eta, (1 - alpha_s) / alpha_t), a masked one is revealed with (alpha_s - (1 - sigma) alpha_t) / (1 -
-    alpha_t): the share of masks after step k is 1 - k / steps, as without. Whether a place is masked does not depend on
-    the network: it is a two-state Markov chain, drawn beforehand. masked [B, L] -> yields as `revealing_path`, for each
-    step; a row for which a step reveals nothing is not called.
-    """
-    check_steps("remdm", steps, order)
-    if not 0 <= eta <= 1:
-        raise ValueError(f"remask must lie in [0, 1], got {eta}")
-    u = torch.rand(steps, *masked.shape, generator=generator, device=masked.device)
-    state = masked                            # what is masked now (B, L)
-    for k in range(steps):
-        alpha_t = k / steps
-        alpha_s = (k + 1) / steps
-        sigma = 0.0  # at t = 1 there is nothing to mask again
-        if k > 0:
-            sigma = min(eta, (1 - alpha_s) / alpha_t)
-        reveal_rate = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
-        revealed = state & (u[k] < reveal_rate)
-        remasked = masked & ~state & (u[k] < sigma)
-        if revealed.any():
-            yield state, revealed
-        state = state & ~revealed | remasked
-
-
 class Denoiser:
     """A model as the sampler loop calls it, with the noise of every row of the batch."""
 
@@ -511,7 +483,7 @@ class Denoiser:
 def unmask(x, path, mask_id, denoiser, top_p=1.0, greedy=False, generator=None):
     """The sampler loop. x [B, L] with [MASK]s, `path` its network calls -> (x, nfe [B], the calls of each row).
 
-    path: for each call what is masked before it and what it reveals, [B, L]: `revealing_path`, `remasked_path`.
+    path: for each call what is masked before it and what it reveals, [B, L]: `revealing_path`, and ReMDM's path.
     denoiser: a `Denoiser`, or whatever has its `hidden` and `logits`.
     """
     x = x.clone()
@@ -648,10 +620,6 @@ class Transformer(nn.Module):
     def logits(self, h, exact):
         """h [N, D] -> float32 [N, vocab_out]; `exact`: see `to_logits`."""
         return to_logits(self.head, h, exact)
-
-    def matrices(self):
-        """The layers of the body: those that autocast casts at each pass."""
-        return [layer for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]
 
     def forward_flops(self, length, head_share, passes=1):
         """FLOPs of a row's forward pass: 2 per weight and token, 4 L D per layer for attention; the output layer sees

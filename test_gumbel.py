@@ -63,10 +63,11 @@ from extra import published, scores
 from extra.acceptance import acceptance_row, perfect_heads
 from extra.confidence import unmask_by_confidence
 from extra.init_from import initial_weights
+from extra.remdm import remasked_path
 from extra.theory import theory_rows
 from gumbel import (GumbelEmbedding, draw_tokens, gumbel_max, nucleus, posterior_gumbel, sample_exponential,
                     sample_gumbel)
-from mdlm import (MDLM, Denoiser, close_gaps, load_published, remasked_path, reveal_steps, revealing_path,
+from mdlm import (MDLM, Denoiser, close_gaps, load_published, reveal_steps, revealing_path,
                   stratified_t, unmask)
 from medusa import Medusa
 from teacher import AR, GPT2, GPT2_SIZES, KVCache, extract_parallel, extract_sequential

@@ -39,7 +39,7 @@ from data.run import (Log, Run, StopSignals, Stopped, World, check_conditions, c
                       update_average)
 from data.shards import Shards, knows_success, read_meta
 from data.teacher_cache import teacher_of_rows
-from extra.init_from import DECIDED, SHAPE, config_of_start, initial_weights
+from extra.init_from import SHAPE, config_of_start, initial_weights
 from gumbel import KINDS, needs_teacher
 from mdlm import T_MIN, stratified_t
 from sample import MODELS, build, check_vocabulary, default_teacher, load_ar, load_model, torch_seed
@@ -66,20 +66,18 @@ FLAGS = {
     "what to train": [
         ("model", "mdlm", MODELS, "ar: a teacher, or the AR baseline"),
         ("gumbel", False, bool, "condition the student on the teacher's noise: the method"),
-        ("noise", None, KINDS, "implies --gumbel; log: W reads log softmax(noise); quantile: one number a token, "
-         "whatever the vocabulary; the others: Table 5's ablations and a control"),
-        ("inject", "replace", ["replace", "add"], "noise in place of, or added to, [MASK] (with a pretrained "
-         "--init_from: add)"),
+        ("noise", None, KINDS, "implies --gumbel; log: W reads log softmax(noise); quantile: one number a token; "
+         "the others: Table 5's ablations and a control"),
+        ("inject", "replace", ["replace", "add"], "noise in place of [MASK], or added (pretrained --init_from: add)"),
         ("kd", None, ["token"], "baseline without noise: NELBO + KL from the teacher (Table 4)"),
         ("teacher", None, str, "AR checkpoint, gpt2[-medium|-large|-xl], a GPT-2 folder, or hf:NAME "
          "(medusa: the backbone); default: gpt2-large (medusa: gpt2) for its vocabulary; on the maze found, "
          "or trained first, by itself"),
         ("teacher_cache", None, width, "the teacher reads all rows once, and so many of its best tokens at "
          "each place are kept beside the shards: noise is then drawn without it (OpenWebText: 307 GB at 8)"),
-        ("init_from", None, str, "start from these weights: a checkpoint of the same model, a published MDLM, "
-         "or an AR checkpoint of the same shape (the student reads its outputs shifted by one, as AR); `teacher`: the "
-         "teacher's; or a pretrained one, which decides the shape: gpt2[-medium|-large|-xl], a GPT-2 folder, for mdlm "
-         "hf:NAME"),
+        ("init_from", None, str, "start from these weights: a checkpoint of the same model, a published MDLM, an AR "
+         "checkpoint of the same shape (whose outputs are read shifted by one), `teacher`: the teacher's; or a "
+         "pretrained model, which decides the shape: gpt2[-medium|-large|-xl], a GPT-2 folder, for mdlm hf:NAME"),
         ("data", "openwebtext", str, "a folder of shards, or a name: maze, maze_skewed, words, molecules, data/NAME"),
         ("length", 1024, number(int, 2, 2**20), "tokens of a row, BOS included; rows that are cut bring theirs"),
     ],
@@ -163,9 +161,8 @@ def parse(argv):
     for flags, preset in PRESETS:
         if flags.items() <= recipe.items():
             values |= preset
-    # over a preset's shape, under explicit flags
     shape = SIZES.get(values["size"]) or GPT2_SIZES.get(values["init_from"])
-    if shape:
+    if shape:                                              # over a preset's shape, under explicit flags
         values |= dict(zip(SHAPE, shape))
     args = argparse.Namespace(**values | given)
 
@@ -322,15 +319,9 @@ def new_model(args, data, teacher, source, ckpt, world):
     # all that is known of the run; the model's config takes what it has a field for
     known = dict(vars(args), vocab_size=data.meta["vocab_size"], bos=data.meta["bos"],
                  predict_bos=data.meta["predict_bos"], length=data.length)
-    from_ar = source is not None and source.can_teach
-    known["shift"] = old.get("shift", from_ar)             # an AR output is about the next token
     model_kind = MODELS[args.model]
-    if source is not None and source.pretrained and model_kind.fills_masks:
-        known |= config_of_start(args, source)
-    elif old.get("positions") or old.get("body"):          # it began as a pretrained model
-        known |= {name: old[name] for name in DECIDED}
-    if ckpt and "inject" in old:
-        known["inject"] = old["inject"]
+    if model_kind.fills_masks:
+        known |= config_of_start(args, source, old)
     if model_kind.drafts:
         layer = teacher.output_layer()
         known |= dict(n_embd=layer.weight.shape[1], bias=layer.bias is not None, backbone=teacher.path,

@@ -226,6 +226,10 @@ class Body(nn.Module):
         """Tokens -> what the body reads."""
         return self.lm.get_input_embeddings()
 
+    @property
+    def blocks(self):
+        return self.lm.base_model
+
     def forward(self, h, wanted=None):
         """Input embeddings h [B, L, D] -> hidden states [B, L, D], or [N, D]: those at the places `wanted` [B, L]."""
         L = h.shape[1]
@@ -245,9 +249,6 @@ class Body(nn.Module):
             with torch.autocast(h.device.type, enabled=False):
                 return head_logits(self.head, h.float())
         return head_logits(self.head, h)
-
-    def matrices(self):
-        return matrices_of(self.lm.base_model)
 
     def forward_flops(self, length, head_share, passes=1):
         """As `mdlm.Transformer.forward_flops`, without those of attention."""

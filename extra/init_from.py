@@ -38,10 +38,24 @@ def initial_weights(model, source, name):
     model.load_state_dict(state)
 
 
+def config_of_start(args, source, old):
+    """What the beginning of a masked student decides of its config. source: the model that it starts from, or None;
+    old: that one's config, or, of a run that goes on, its own.
+    """
+    if source is None:
+        return {name: old[name] for name in (*DECIDED, "shift", "inject") if name in old}
+    if source.pretrained:
+        return dict(shift=True) | config_of_pretrained(args, source)
+    known = dict(shift=old.get("shift", source.can_teach))  # an AR output is about the next token
+    if old.get("positions") or old.get("body"):             # which began as a pretrained model
+        known |= {name: old[name] for name in DECIDED}
+    return known
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # models that others have trained: GPT-2, Hugging Face's
 
-def config_of_start(args, source):
+def config_of_pretrained(args, source):
     """What a pretrained model decides of a student's config; BadInput where flags ask for another network.
 
     Noise is added to what stands for [MASK] unless --inject says otherwise: so the new student is what it began as.

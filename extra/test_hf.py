@@ -689,6 +689,7 @@ def test_commands_train_and_sample_such_students(llama, cli, text_file, monkeypa
     assert weights["config"]["body"]["model_type"] == "llama"
     os.rename("lm/model.safetensors", "away")
     assert "sample 0" in succeeded(cli(sample, "--ckpt=out/a --n=1 --steps=3"))[0]
+    succeeded(cli(sample, "--ckpt=out/a --n=1 --steps=3 --dtype=bfloat16"))
     os.rename("away", "lm/model.safetensors")              # the teacher
     _, err = succeeded(cli(train, f"{command} --steps=4"))
     assert "continuing at step 2" in err

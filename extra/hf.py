@@ -179,7 +179,7 @@ class HF(CausalLM):
         """What a student that begins as this model has of its config."""
         c = self.lm.config.get_text_config()
         return dict(n_layer=c.num_hidden_layers, n_embd=c.hidden_size, n_head=c.num_attention_heads,
-                    body=self.lm.config.to_dict())
+                    dropout=0.0, body=self.lm.config.to_dict())         # (its dropout is in its own config)
 
     def input_embedding(self):
         return self.lm.get_input_embeddings()

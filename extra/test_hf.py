@@ -601,7 +601,7 @@ def test_a_padded_vocabulary_is_the_models(llama):
 
 def student_from(source, **kw):
     """As train.py makes it."""
-    model = MDLM(V, L, BOS, **source.as_start(), dropout=0.0, shift=True, **kw)
+    model = MDLM(V, L, BOS, **source.as_start(), shift=True, **kw)
     initial_weights(model, source, "x")
     return model.eval()
 

@@ -14,8 +14,8 @@ In this order:
 
 "Noised" tokens have [MASK]s, "clean" ones none; "noise" is Gumbel noise, "noise level" the probability of a [MASK].
 
-Shapes: B batch, L length, V vocabulary (without [MASK], whose id is V), D width, H heads, N masked positions.
-Noise is [B, L, V]; of kind "quantile", [B, L].
+Shapes: B batch, L length, V vocabulary (without [MASK], whose id is V), D width, H heads, N masked positions. Noise of
+kind "quantile" is [B, L], not [B, L, V].
 """
 import math
 from dataclasses import dataclass
@@ -79,18 +79,16 @@ class Model(nn.Module):
         self.longest = config.length          # a sample's length, at most: that of the rows of training
         self.bos = config.bos
         self.noise_embed = None               # a GumbelEmbedding in students that read noise
-        noise = getattr(config, "noise", None)
-        self.paired = needs_teacher(noise)    # it reads noise that tells it its tokens
-        self.quantile = noise == "quantile"   # and of that, one number a token: extra/quantile.py
+        kind = getattr(config, "noise", None)
+        self.paired = needs_teacher(kind)     # it reads noise that tells it its tokens
+        self.quantile = kind == "quantile"    # and of that, one number a token: extra/quantile.py
 
     def start(self, n, length):
         """n samples to begin with: BOS -> [n, 1]."""
         return torch.full((n, 1), self.bos)
 
     def fresh_noise(self, shape, generator=None, device=None):
-        """Noise for places of this shape, as this model or its verifier reads it: standard Gumbel [*shape, V], or for a
-        student of quantile noise uniforms [*shape], float64.
-        """
+        """Noise for places of this shape: standard Gumbel [*shape, V], or, of kind quantile, uniform [*shape]."""
         if self.quantile:
             return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
         return sample_gumbel((*shape, self.vocab_size), generator, device)
@@ -129,7 +127,7 @@ class MDLMConfig:
     inject: str = "replace"                   # the noise embedding stands in place of that of [MASK], or "add": on top
     predict_bos: bool = True                  # False: BOS never occurs within a row, and is never predicted
     shift: bool = False                       # the output for position i is read at i - 1, as in an AR model
-    positions: int = 0                        # that many learned positions, of a student that began as GPT-2; 0: RoPE
+    positions: int = 0                        # how many a pretrained start has: learned ones, but for a `body`
     body: dict | None = None                  # the config of a Hugging Face network that takes the Transformer's place
 
 
@@ -258,7 +256,9 @@ class MDLM(Model):
         if kd or draws_posterior:
             if teacher is None:
                 raise ValueError("a loss with kd, or of a student with noise that is not given, needs a teacher")
-            teacher_logits = teacher.posterior_logits(tokens, masked)
+            # (without gradients logits are exact on a GPU, too: the errors of all tokens add up in u)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.quantile):
+                teacher_logits = teacher.posterior_logits(tokens, masked)
         g = None
         if draws_noise:
             g = scatter(masked, self.noise_embed.from_posterior(teacher_logits, x, generator))

@@ -246,7 +246,7 @@ def check_vocabulary(what, model, meta):
 def check_length(length, model):
     if length > model.longest:
         raise BadInput(f"--length={length} is more than the {model.longest} tokens "
-                       f"that {model.name} was trained on")
+                       f"that {model.name} knows")
 
 
 def default_teacher(meta, length):

@@ -35,11 +35,11 @@ from data.files import check_folder
 from data.prepare import make_missing
 from data.presets import EMBEDDED, MAZES, PRESETS
 from data.run import (Log, Run, StopSignals, Stopped, World, check_conditions, checkpoint_seen, conditions,
-                      flops_per_row, keep, leave, load_checkpoint, restore, resume, rows_that_fit, tell_bad_steps,
+                      flops_per_row, keep, leave, load_checkpoint, micro_batch, restore, resume, tell_bad_steps,
                       update_average)
 from data.shards import Shards, knows_success, read_meta
 from data.teacher_cache import teacher_of_rows
-from extra.init_from import SHAPE, config_of_start, initial_weights
+from extra.init_from import SHAPE, config_of_start, initial_weights, known_of
 from gumbel import KINDS, needs_teacher
 from mdlm import T_MIN, stratified_t
 from sample import MODELS, build, check_vocabulary, default_teacher, load_ar, load_model, torch_seed
@@ -74,7 +74,8 @@ FLAGS = {
          "(medusa: the backbone); default: gpt2-large (medusa: gpt2) for its vocabulary; on the maze found, "
          "or trained first, by itself"),
         ("teacher_cache", None, width, "the teacher reads all rows once, and so many of its best tokens at "
-         "each place are kept beside the shards: noise is then drawn without it (OpenWebText: 307 GB at 8)"),
+         "each place are kept beside the shards: noise is then drawn without it (OpenWebText: 307 GB at 8; quantile "
+         "noise: 108 GB whatever the number)"),
         ("init_from", None, str, "start from these weights: a checkpoint of the same model, a published MDLM, an AR "
          "checkpoint of the same shape (whose outputs are read shifted by one), `teacher`: the teacher's; or a "
          "pretrained model, which decides the shape: gpt2[-medium|-large|-xl], a GPT-2 folder, for mdlm hf:NAME"),
@@ -231,8 +232,7 @@ def asks_teacher(args):
 # where a run starts and continues
 
 def open_run(args, world):
-    """All that is refused before there is a model -> (data, validation data, rows of a micro-batch, checkpoint)."""
-    share = args.batch_size // world.size
+    """All that is refused before there is a model -> (data, validation data, checkpoint)."""
     if args.batch_size % world.size:
         raise BadInput(f"--batch_size={args.batch_size} must be a multiple of the number of processes, {world.size}")
     if args.wandb and world.master:
@@ -248,12 +248,8 @@ def open_run(args, world):
     if args.report and data.meta["tokenizer"].startswith("smiles:"):
         optional("partialsmiles", "--report above 0 on molecules")
     val = Shards(args.data, "val", args.length)
-    micro = args.micro_batch_size or share
-    if world.cuda and not args.micro_batch_size:
-        micro = rows_that_fit(args, data.length, data.meta["vocab_size"], share)
-    if share % micro:
-        raise BadInput(f"--micro_batch_size={micro} must divide the {share} rows that each process has of a batch")
-    return data, val, micro, resume(args, data.meta, MAY_DIFFER)
+    micro_batch(args, data, {}, world)
+    return data, val, resume(args, data.meta, MAY_DIFFER)
 
 
 def teacher_path(args, meta):
@@ -465,10 +461,9 @@ def lr_at(step, args):
 def start(args, world):
     """Open the files of a run, compare what its processes see of them, and bring its weights where they start."""
     with world.together() as seen:
-        data, val, micro, ckpt = open_run(args, world)
+        data, val, ckpt = open_run(args, world)
         seen["checkpoint"] = checkpoint_seen(args.out, ckpt)
         seen["shards"] = [data.hashes() + val.hashes(), len(data), len(val)]
-        seen["micro-batch"] = micro
         teacher = find_teacher(args, data.meta, world)
         seen["teacher"] = None
         if teacher is not None and world.first:            # one process of a machine reads it all
@@ -482,6 +477,8 @@ def start(args, world):
             source = load_model(path)
             if source.pretrained:
                 check_vocabulary(f"--init_from={args.init_from}", source, data.meta)
+        begin = ckpt["config"] if ckpt else known_of(source)
+        seen["micro-batch"] = micro = micro_batch(args, data, begin, world)
     if teacher is not None:
         teacher.sha256 = seen["teacher"]
     now = conditions(data, val, teacher, micro, world, RANDOM)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import types
 import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -264,7 +265,8 @@ class Log:
         model = run.model
         data = run.data
         parameters = sum(p.numel() for p in model.parameters())
-        world.say(f"{args.out}: {args.n_layer} layers x {model.config.n_embd}, {parameters / 1e6:.1f}M "
+        layers = getattr(model.config, "n_layer", args.n_layer)
+        world.say(f"{args.out}: {layers} layers x {model.config.n_embd}, {parameters / 1e6:.1f}M "
                   f"parameters, {len(data)} rows of {data.length}, {world.size} x {world.device}, {world.dtype}, "
                   f"micro-batch {run.micro} of {args.batch_size}")
         if run.step == 0:
@@ -328,6 +330,21 @@ def rows_that_fit(args, length, vocab_size, share, memory=None):
         per_token *= 2                                     # noised and clean
     tokens = min(32 * 1024, (0.9 * memory - weights - others) / per_token)
     return max(rows for rows in range(1, max(1, int(tokens // length)) + 1) if share % rows == 0)
+
+
+def micro_batch(args, data, start, world):
+    """The rows of a forward pass: --micro_batch_size; or all that a process has of a batch, on a GPU those that fit.
+    start: the config that the run begins with, or goes on with, where there is one, which may name another shape than
+    the flags. BadInput where the rows do not divide the batch.
+    """
+    share = args.batch_size // world.size
+    micro = args.micro_batch_size or share
+    if world.cuda and not args.micro_batch_size:
+        shape = {name: start[name] for name in ("n_layer", "n_embd") if name in start}
+        micro = rows_that_fit(types.SimpleNamespace(**vars(args) | shape), data.length, data.meta["vocab_size"], share)
+    if share % micro:
+        raise BadInput(f"--micro_batch_size={micro} must divide the {share} rows that each process has of a batch")
+    return micro
 
 
 def card_here(cuda):

@@ -25,6 +25,8 @@ def resolve_sampling(args, model):
     top_p = args.top_p
     if top_p is None:
         top_p = 0.9 if is_text else 1.0
+        if model.quantile and args.sampler == "exact":     # in a nucleus, u means another token than in training
+            top_p = 1.0
     return dict(tau=tau, top_p=top_p)
 
 

@@ -296,7 +296,8 @@ class TeacherCache(RowsOnDisk):
         return torch.from_numpy(values.view(np.int16))
 
     def is_sound(self, loaded):
-        return bool((unsigned(loaded)[..., :self.k] < self.vocab_size).all())
+        ids = unsigned(loaded)[..., :self.k]
+        return bool(((ids >= 0) & (ids < self.vocab_size)).all())
 
     def posterior_logits(self, tokens, masked):
         """A function (a, b) -> float32 logits [b - a, V], `truncated_logits` of the masked tokens number a to b.

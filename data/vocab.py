@@ -234,6 +234,8 @@ class HuggingFace:
         except Exception as e:                             # damaged files fail in a hundred ways
             why = (str(e) or "-").splitlines()[0]
             raise BadInput(f"transformers cannot load the tokenizer {name} ({type(e).__name__}): {why}") from None
+        if len(self.bpe) < 2:                              # what transformers makes of a folder without its files
+            raise BadInput(f"{name} holds no tokenizer: name one with --tokenizer, or add its tokenizer.json")
         try:
             config = transformers.AutoConfig.from_pretrained(folder, gguf_file=file)
             of_model = int(config.get_text_config().vocab_size)

@@ -32,6 +32,9 @@ def acceptance_table(args, models, device):
         prompt_length = 1 if is_maze else max(1, length // 4)
     for model in models:
         check_acceptance(model, data, length, prompt_length)
+        if model.quantile and args.tau != 1:
+            raise BadInput(f"--tau={args.tau}: {model.name} reads quantile noise, which has no temperature: leave it "
+                           "out")
     verifier = None
     if students:
         verifier = cast_body(load_ar("--verifier", args.verifier, data.meta, length, device))

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from data.cli import optional
+from data.cli import BadInput, optional
 from extra.published import read_safetensors
 from teacher import CausalConfig, CausalLM
 
@@ -178,8 +178,10 @@ class HF(CausalLM):
     def as_start(self):
         """What a student that begins as this model has of its config."""
         c = self.lm.config.get_text_config()
-        return dict(n_layer=c.num_hidden_layers, n_embd=c.hidden_size, n_head=c.num_attention_heads,
-                    dropout=0.0, body=self.lm.config.to_dict())         # (its dropout is in its own config)
+        if c is not self.lm.config:
+            raise BadInput(f"--init_from=hf:{self.source} is more than a language model: use a model of text alone")
+        return dict(n_layer=c.num_hidden_layers, n_embd=c.hidden_size, n_head=c.num_attention_heads, dropout=0.0,
+                    positions=min(self.length, 1 << 20), body=self.lm.config.to_dict())
 
     def input_embedding(self):
         return self.lm.get_input_embeddings()
@@ -201,6 +203,7 @@ class Body(nn.Module):
     besides (scales, soft caps) stays.
 
     config: the model's, a dict. The weights are random until a checkpoint's, or those of `--init_from`, are loaded.
+    ValueError where its attention is causal whatever the mask.
     """
     causal = False                                            # True: as it was trained
 
@@ -220,6 +223,22 @@ class Body(nn.Module):
         embedding.num_embeddings += 1
         self.lm = lm
         object.__setattr__(self, "head", head_of(lm, type(output)))     # no part of this module, as in `HF`
+        self.check_sight(config["model_type"])
+
+    @torch.no_grad()
+    def check_sight(self, name):
+        """ValueError unless position 0 sees the last one: attention may be causal by itself, or know no such mask."""
+        self.eval()
+        rows = torch.arange(8).view(2, 4) % (self.embed.num_embeddings - 1)
+        rows[1, :3] = rows[0, :3]
+        try:
+            states = self(self.embed(rows))
+            sees = not torch.equal(states[0, 0], states[1, 0])
+        except (RuntimeError, LookupError, AttributeError, TypeError, ValueError):
+            sees = False
+        self.train()
+        if not sees:
+            raise ValueError(f"a {name} cannot be made to see the places to come, as a masked student must")
 
     @property
     def embed(self):

@@ -3,8 +3,8 @@ import torch
 
 from data.cli import BadInput, Parser
 
-# what a pretrained start decides of a student's config
 SHAPE = ("n_layer", "n_embd", "n_head")
+# what a pretrained start (GPT-2, a model of Hugging Face) decides of a student's config
 DECIDED = (*SHAPE, "positions", "body")
 
 
@@ -14,7 +14,9 @@ def initial_weights(model, source, name):
     What reads the noise is optional: it stays new where the source has none, is left out where the model has none.
     """
     weights = source.state_dict()
-    if source.pretrained and model.fills_masks:
+    if source.pretrained:
+        if not model.fills_masks:
+            raise BadInput(f"--init_from={name} is a start for masked students: use --model=mdlm or --model=bd3lm")
         begin_beside_pretrained(model, source)
         if model.config.body:                              # the network of Hugging Face is a part of the student's
             weights = {f"transformer.{key}": weight for key, weight in weights.items()}
@@ -38,46 +40,53 @@ def initial_weights(model, source, name):
     model.load_state_dict(state)
 
 
+def known_of(source):
+    """What is known of the network that a run begins with; of none, nothing."""
+    if source is None:
+        return {}
+    return source.as_start() if source.pretrained else vars(source.config)
+
+
 def config_of_start(args, source, old):
-    """What the beginning of a masked student decides of its config. source: the model that it starts from, or None;
-    old: that one's config, or, of a run that goes on, its own.
+    """What the beginning of a masked student decides of its config; BadInput where flags ask for another network.
+
+    source: the model that it starts from, or None; old: that one's config, or, of a run that goes on, its own.
     """
     if source is None:
         return {name: old[name] for name in (*DECIDED, "shift", "inject") if name in old}
-    if source.pretrained:
-        return dict(shift=True) | config_of_pretrained(args, source)
     known = dict(shift=old.get("shift", source.can_teach))  # an AR output is about the next token
-    if old.get("positions") or old.get("body"):             # which began as a pretrained model
+    if source.pretrained:
+        known |= source.as_start()
+    elif old.get("positions"):                              # a student that began so
         known |= {name: old[name] for name in DECIDED}
+        if old["body"]:
+            known["dropout"] = 0.0
+    else:
+        return known
+    check_flags(args, known)
+    # noise is added to what stands for [MASK] unless --inject says otherwise: so the new student is what it began as
+    if args.gumbel and "inject" not in Parser.given:
+        known["inject"] = old["inject"] if old.get("noise") else "add"
     return known
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# models that others have trained: GPT-2, Hugging Face's
-
-def config_of_pretrained(args, source):
-    """What a pretrained model decides of a student's config; BadInput where flags ask for another network.
-
-    Noise is added to what stands for [MASK] unless --inject says otherwise: so the new student is what it began as.
-    """
-    known = source.as_start()
+def check_flags(args, known):
+    """BadInput where flags ask for another network than a pretrained start brings, DECIDED."""
     given = Parser.given
-    of_start = f"--init_from={args.init_from}"
-    if "body" in known and args.block_size:
-        raise BadInput(f"--model={args.model} needs our own transformer, and {of_start} brings one of Hugging Face: "
+    start = f"--init_from={args.init_from}"
+    has_body = known.get("body") is not None
+    if has_body and args.block_size:
+        raise BadInput(f"--model={args.model} needs our own transformer, and {start} brings one of Hugging Face: "
                        "use --model=mdlm")
-    for name in ("size", "dropout") if "body" in known else ("size",):
+    for name in ("size", "dropout") if has_body else ("size",):
         if name in given:
-            raise BadInput(f"--{name}={given[name]} is decided by {of_start}: leave it out")
+            raise BadInput(f"--{name}={given[name]} is decided by {start}: leave it out")
     for name in SHAPE:
         if name in given and getattr(args, name) != known[name]:
-            raise BadInput(f"--{name}={given[name]} does not fit {of_start}, which has {known[name]}: leave it out")
-    if args.length is not None and args.length > source.length:
-        raise BadInput(f"--length={args.length} is more than the {source.length} positions of {of_start}: choose a "
+            raise BadInput(f"--{name}={given[name]} does not fit {start}, which has {known[name]}: leave it out")
+    if args.length is not None and args.length > known["positions"]:
+        raise BadInput(f"--length={args.length} is more than the {known['positions']} positions of {start}: choose a "
                        "smaller one")
-    if args.gumbel and "inject" not in given:
-        known["inject"] = "add"
-    return known
 
 
 @torch.no_grad()

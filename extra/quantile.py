@@ -7,7 +7,8 @@ it. A student reads sines and cosines of u; nothing grows with V but the teacher
 Between two networks that nearly agree, a shared u is a weaker coupling than shared Gumbel noise, with which both write
 the same token with probability (1 - TV) / (1 + TV) or more (extra/exact.py). Of u there is no such bound: what one of
 them adds to the first id shifts the intervals of all others, and where these are shorter than the shift, u lies in
-other ones. So a verifier and a student that was not told u agree less, and rounding changes some draws.
+other ones. So a verifier and a student that was not told u agree less, and rounding changes some draws. In a nucleus,
+whose tokens share all of [0, 1), u means another token than in training.
 
 Shapes: N positions, V vocabulary, D width.
 """
@@ -22,7 +23,7 @@ OCTAVES = 16                                # u is read in steps of 2^-16 and, b
 
 
 def cumulative(logits):
-    """F of each row: logits [N, V] -> [N, V], float64, ascending to exactly 1."""
+    """F of each row: logits [N, V] -> [N, V], float64, ascending to exactly 1 (on a GPU but for rounding)."""
     F = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
     return F.div_(F[:, -1:].clone())
 

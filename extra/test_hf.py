@@ -673,6 +673,34 @@ def test_a_student_of_a_bf16_model_begins_with_its_values(tmp_path):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("config, why", [
+    (transformers.GPTNeoConfig(vocab_size=V, hidden_size=D, num_layers=2, num_heads=2, bos_token_id=BOS,
+                               attention_types=[[["global"], 2]], max_position_embeddings=64), "gpt_neo"),
+    (transformers.BloomConfig(vocab_size=V, hidden_size=D, n_layer=2, n_head=2, bos_token_id=BOS), "bloom")])
+def test_a_network_that_stays_causal_is_no_students(config, why):
+    """Whatever mask it is given; or knows no mask of that kind."""
+    with pytest.raises(ValueError, match=f"a {why} cannot be made to see the places to come"):
+        MDLM(V, L, BOS, body=config.to_dict())
+
+
+def test_a_model_that_sees_is_no_start(tmp_path):
+    """Its other parts would be trained as well, and get no gradient."""
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16,
+                  patch_size=4)
+    whole = transformers.Gemma3Config(text_config=SIZES, vision_config=vision, image_token_id=59, boi_token_id=58,
+                                      eoi_token_id=57, mm_tokens_per_image=4)
+    transformers.Gemma3ForConditionalGeneration(whole).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="--init_from=hf:.* more than a language model"):
+        HF(str(tmp_path)).as_start()
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    """transformers would make one of a single token."""
+    transformers.GPT2Config(vocab_size=V, bos_token_id=BOS).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="tokenizer"):
+        Tokenizer(f"hf:{tmp_path}")
+
+
 def test_commands_train_and_sample_such_students(llama, cli, text_file, monkeypatch):  # noqa: F811
     """Without the model's weights from the second command on; blocks, other shapes and dropout are refused."""
     succeeded(cli(prepare, f"text --files {text_file} --tokenizer=hf:lm --out=data/mine"))

@@ -2,6 +2,7 @@
 import math
 import os
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import evaluate
 import sample
 import train
 from data.cli import BadInput
+from data.sampling import resolve_sampling
 from data.shards import Shards
 from data.teacher_cache import QuantileCache
 from extra.exact import near_ties
@@ -315,6 +317,19 @@ def test_students_are_trained_sampled_from_and_measured(in_text_runs, cli, tmp_p
     out, _ = succeeded(cli(evaluate, f"acceptance --ckpt {tmp_path}/q out/gumbel --verifier=out/ar --n=8 "
                                      "--prompt_length=1 --draft=every,never --tau=1"))
     assert "near ties" in out
+    refused(cli(evaluate, f"acceptance --ckpt {tmp_path}/q out/gumbel --verifier=out/ar --n=8 --tau=0.5"), "--tau=0.5")
+
+
+def test_exact_decoding_takes_no_nucleus_unless_it_is_asked_for():
+    """In which u would mean another token than the student was told."""
+    text = dict(tokenizer="bytes")
+    exact = SimpleNamespace(tau=None, top_p=None, sampler="exact")
+    for noise, want in (("gumbel", 0.9), ("quantile", 1.0)):
+        model = tiny(noise)
+        model.meta = text
+        assert resolve_sampling(exact, model)["top_p"] == want
+    exact.top_p = 0.8
+    assert resolve_sampling(exact, model)["top_p"] == 0.8
 
 
 def test_heads_do_not_take_it(in_text_runs, cli):  # noqa: F811

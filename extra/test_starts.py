@@ -1,4 +1,6 @@
 """The tests of students that begin as a pretrained model (init_from.py)."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ import evaluate
 import sample
 import train
 from bd3lm import BD3LM
+from data import run
 from extra.init_from import initial_weights
 from mdlm import MDLM
 from sample import load_model
@@ -146,8 +149,17 @@ def test_students_begin_as_a_folder_says(start, cli, tmp_path, kind):
     assert "sample 0" in succeeded(cli(sample, f"--ckpt={out} --n=1 --steps=2"))[0]
     succeeded(cli(evaluate, f"ppl --ckpt {out} --n=8"))
     noisy = f"--model={kind} {FLAGS} --gumbel --teacher=out/ar --n_layer=2 --n_embd=128 --n_head=2"
-    succeeded(cli(train, f"{noisy} --init_from={out} --out={tmp_path}/b"))
-    assert load_model(str(tmp_path / "b")).config.positions == 40
+    for name, flag, want in (("b", "", "add"), ("c", "--inject=replace", "replace")):
+        succeeded(cli(train, f"{noisy} --init_from={out} {flag} --out={tmp_path}/{name}"))
+        config = load_model(str(tmp_path / name)).config
+        assert (config.positions, config.inject) == (40, want)
+    # what was added stays added, what replaced [MASK] replaces it, and the start still decides what it decided
+    succeeded(cli(train, f"{noisy} --init_from={tmp_path}/c --out={tmp_path}/d"))
+    assert load_model(str(tmp_path / "d")).config.inject == "replace"
+    for flag, words in (("--n_layer=7", "--n_layer=7 2"), ("--size=tiny", "--size=tiny"),
+                        ("--length=44", "--length=44 40")):
+        line = f"--model={kind} {FLAGS} --init_from={out} {flag} --out={tmp_path}/no"
+        refused(cli(train, line), "--init_from", *words.split())
 
 
 @pytest.mark.parametrize("inject, want", [("", "add"), ("--inject=replace", "replace")])
@@ -167,6 +179,22 @@ def test_a_start_that_does_not_fit_the_flags_is_refused(start, cli, tmp_path, fl
     command = f"--model=mdlm {FLAGS} --init_from={start} --out={tmp_path}/no {flags}"
     refused(cli(train, command), "--init_from", *words.split())
     assert not (tmp_path / "no" / "ckpt.pt").exists()
+
+
+def test_a_pretrained_start_is_for_masked_students(start, cli, tmp_path):
+    refused(cli(train, f"--model=ar {FLAGS} --init_from={start} --out={tmp_path}/no"), "--init_from", "--model=mdlm")
+
+
+def test_a_pass_on_a_gpu_is_as_large_as_the_start_allows(start, monkeypatch):
+    """By the shape of the start, not by that of the flags."""
+    args = train.parse(FLAGS.split() + [f"--init_from={start}"])
+    data = SimpleNamespace(length=1024, meta=dict(vocab_size=50257))
+    world = SimpleNamespace(size=1, cuda=True)
+    seen = []
+    monkeypatch.setattr(run, "rows_that_fit", lambda args, *rest: seen.append((args.n_layer, args.n_embd)) or 4)
+    for known in ({}, GPT2.from_pretrained(str(start)).as_start(), dict(n_layer=5, n_embd=96)):
+        assert run.micro_batch(args, data, known, world) == 4
+    assert seen == [(12, 768), (2, 128), (5, 96)]
 
 
 def test_a_start_of_another_vocabulary_is_refused(in_text_runs, cli, tmp_path):  # noqa: F811

@@ -15,7 +15,8 @@ from data.molecules import smiles_tokens
 MOST_IDS = 1 << 31                                         # torch, which has no uint32, reads them as int32
 # what a fingerprint is taken from: scripts, spaces, digits, newlines, an emoji made of several characters
 PROBE = ("Hello, world! It's 2024; don't  stop\t(now)\n\n  x_1 = 3.14159 * 100000 naïve café Straße ¿Qué? "
-         "Привет мир, Καλημέρα, שלום, مرحبا, नमस्ते, 你好世界, こんにちは, 안녕하세요 "
+         "Привет мир, Καλημέρα, שלום, مرحبا, "
+         "नमस्ते, 你好世界, こんにちは, 안녕하세요 "
          "\U0001f468\u200d\U0001f469\u200d\U0001f467 \r\nEND ")
 
 

@@ -370,12 +370,6 @@ class NoiseEmbeddings:
     def from_prior(self):
         return self.embedding.from_prior(self.N, 1.0, self.generator)
 
-    def quantile_from_teacher(self):
-        return self.quantile.from_posterior(self.teacher_logits, self.tokens, self.generator)
-
-    def quantile_from_prior(self):
-        return self.quantile.from_prior(self.N, 1.0, self.generator)
-
     def teacher_logits(self, a, b):
         return self.logits[a:b]
 
@@ -401,8 +395,9 @@ def noise(args, device, autocast):
         "here: posterior, teacher's logits": bench.from_teacher,
         "here: posterior, teacher cache, k = 8": bench.from_cache,
         "here: prior": bench.from_prior,
-        "quantile: posterior, teacher's logits": bench.quantile_from_teacher,
-        "quantile: prior": bench.quantile_from_prior,
+        "quantile: posterior, teacher's logits": partial(bench.quantile.from_posterior, bench.teacher_logits,
+                                                         bench.tokens, bench.generator),
+        "quantile: prior": partial(bench.quantile.from_prior, bench.N, 1.0, bench.generator),
     }
     forward = [Case(name, partial(bench.forward, embed)) for name, embed in ways.items()]
     both = [Case(name, partial(bench.forward_and_backward, embed)) for name, embed in ways.items()]

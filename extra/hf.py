@@ -75,10 +75,17 @@ def head_logits(head, h):
     return logits.float().view(*h.shape[:-1], logits.shape[-1])
 
 
-def matrices_of(body):
-    """The layers of a body that hold a matrix, but for embeddings."""
-    layers = [m for m in body.modules() if not isinstance(m, nn.Embedding)]
-    return [m for m in layers if any(p.ndim > 1 for p in m.parameters(recurse=False))]
+def exact_logits(head, h):
+    """As `head_logits`, in float32 under autocast too: see `gumbel.to_logits`."""
+    with torch.autocast(h.device.type, enabled=False):
+        return head_logits(head, h.float())
+
+
+def with_its_caps(lm):
+    """Where attention scores have a soft cap: kernels of early versions of transformers 5 leave it out. Returns lm."""
+    if getattr(lm.config.get_text_config(), "attn_logit_softcapping", None):
+        lm.set_attn_implementation("eager")
+    return lm
 
 
 class HF(CausalLM):
@@ -111,9 +118,7 @@ class HF(CausalLM):
 
     def take_apart(self, lm):
         """Hold a model's body and head. ValueError where they, or its cache, do not give the logits of the whole."""
-        self.lm = lm
-        if getattr(lm.config.get_text_config(), "attn_logit_softcapping", None):
-            lm.set_attn_implementation("eager")               # early 5.x has other kernels, which leave it out
+        self.lm = with_its_caps(lm)
         self.narrow = any(p.dtype != torch.float32 for p in lm.parameters())
         in_body = {id(p) for layer in self.matrices() for p in layer.parameters(recurse=False)}
         for p in lm.parameters():
@@ -161,8 +166,7 @@ class HF(CausalLM):
     def logits(self, h, exact=True):
         """h [..., D] -> float32 [..., V]; `exact`: see `gumbel.to_logits`."""
         if exact:
-            with torch.autocast(h.device.type, enabled=False):
-                return self.logits(h.float(), exact=False)
+            return exact_logits(self.head, h)
         return head_logits(self.head, h)
 
     def output_layer(self):
@@ -190,7 +194,9 @@ class HF(CausalLM):
         return [self.lm.base_model]
 
     def matrices(self):
-        return matrices_of(self.lm.base_model)
+        """The layers of the body that hold a matrix, but for embeddings."""
+        layers = [m for m in self.lm.base_model.modules() if not isinstance(m, nn.Embedding)]
+        return [m for m in layers if any(p.ndim > 1 for p in m.parameters(recurse=False))]
 
     def extraction_flops(self, length, masked):
         """FLOPs of a row's pass, without those of attention."""
@@ -212,8 +218,7 @@ class Body(nn.Module):
         transformers = optional("transformers", "a student that began as a Hugging Face model")
         lm = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config),
                                                            dtype=torch.float32)
-        if getattr(lm.config.get_text_config(), "attn_logit_softcapping", None):
-            lm.set_attn_implementation("eager")               # as in `HF`
+        with_its_caps(lm)
         output = lm.base_model(torch.zeros(1, 2, dtype=torch.long))
         embedding = lm.get_input_embeddings()
         layer = lm.get_output_embeddings()
@@ -265,8 +270,7 @@ class Body(nn.Module):
     def logits(self, h, exact):
         """h [N, D] -> float32 [N, V]; `exact`: see `gumbel.to_logits`."""
         if exact:
-            with torch.autocast(h.device.type, enabled=False):
-                return head_logits(self.head, h.float())
+            return exact_logits(self.head, h)
         return head_logits(self.head, h)
 
     def forward_flops(self, length, head_share, passes=1):

@@ -314,14 +314,14 @@ def edit_line(path, number, place, value):
 
 
 def edit_torch(path, place, value):
-    tree = torch.load(path, weights_only=False)
+    tree = torch.load(path, weights_only=True)
     put(tree, place, value)
     torch.save(tree, path)
 
 
 def fill(path, parts, value, only_first=False):
     """Put a number into weights of a torch file, into one of each or into all."""
-    tree = torch.load(path, weights_only=False)
+    tree = torch.load(path, weights_only=True)
     for part in parts:
         for w in tree[part].values():
             w.view(-1)[:1 if only_first else None] = value
@@ -330,7 +330,7 @@ def fill(path, parts, value, only_first=False):
 
 def convert(path, part, change):
     """Apply a function to all weights in a part of a torch file."""
-    tree = torch.load(path, weights_only=False)
+    tree = torch.load(path, weights_only=True)
     tree[part] = {name: change(w) for name, w in tree[part].items()}
     torch.save(tree, path)
 
@@ -536,11 +536,11 @@ def transposed(w):
 
 def edit_whole(path, part):
     """Only one part of a torch file."""
-    torch.save(torch.load(path, weights_only=False)[part], path)
+    torch.save(torch.load(path, weights_only=True)[part], path)
 
 
 def edit_moment(path, value):
-    tree = torch.load(path, weights_only=False)
+    tree = torch.load(path, weights_only=True)
     tree["optimizer"]["state"][0]["exp_avg"].fill_(value)
     torch.save(tree, path)
 

@@ -15,7 +15,8 @@ import torch
 from bd3lm import training_mask
 from data.cli import BadInput, Parser, optional, run_main
 from data.maze import FREE, MAZE, START, TARGET, follow, maze_valid
-from extra.plot import lines_of, mean_and_error
+from extra.front import ENTROPY, SCORE, curves_of, read_rows
+from extra.plot import lines_of, mean_and_error, recipe_of
 from gumbel import gumbel_max
 from sample import load_model
 from teacher import extract_sequential
@@ -161,6 +162,40 @@ def student_style(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# distinct molecules against entropy
+
+def figure_molecules(pyplot):
+    """A panel for each number of steps: each run's curves over top_p and the argmax, in both orders, and theory in
+    random order."""
+    rows = read_rows(sorted(glob.glob(os.path.join(RESULTS, "front-molecules-*.json"))))
+    steps = [1, 2, 4]
+    figure, panels = pyplot.subplots(1, len(steps), figsize=(9.6, 3.9))
+    recipes = dict.fromkeys(recipe_of(row["model"]) for row in rows if row["model"].startswith("molecules-"))
+    for axes, nfe in zip(panels, steps):
+        for recipe in recipes:
+            name, color = student_style(recipe)
+            for (run, order), curve in curves_of(rows, recipe, nfe).items():
+                line = "-" if order == "random" else ":"
+                label = f"{name}, {order.replace('_', ' ')}" if run.endswith("-s0") else None
+                axes.plot(*zip(*curve), color=color, linestyle=line, marker=".", linewidth=1, label=label)
+                axes.plot(*curve[-1], color=color, marker="o", linestyle="none")       # the argmax
+        for theory, color in (("theory", COLORS["theory"]), ("theory_teacher", COLORS["teacher"])):
+            points = {(row[ENTROPY], row[SCORE]) for row in rows
+                      if (row["model"], row["nfe"], row["order"]) == (theory, nfe, "random")}  # its better order
+            if points:
+                axes.plot(*zip(*points), color=color, marker="*", markersize=10, linestyle="none",
+                          label=theory.replace("_", " of the "))
+        axes.set_title(f"{nfe} {'call' if nfe == 1 else 'steps'}", fontsize=11)
+        axes.set_xlabel("entropy, nats (more diverse: right)")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("distinct molecules per 1000 samples")
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=9)
+    figure.subplots_adjust(left=0.065, right=0.99, top=0.92, bottom=0.27, wspace=0.2)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # C: generative perplexity against entropy
 
 def figure_entropy(pyplot):
@@ -240,7 +275,8 @@ def figure_block_mask(pyplot, length=12, block_size=4):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-FIGURES = dict(paths=figure_paths, maze=figure_maze, entropy=figure_entropy, block_mask=figure_block_mask)
+FIGURES = dict(paths=figure_paths, maze=figure_maze, molecules=figure_molecules, entropy=figure_entropy,
+               block_mask=figure_block_mask)
 
 
 def read(name):

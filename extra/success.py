@@ -278,9 +278,12 @@ def check_theory(args, models):
         if particles < n_tokens:                           # each position of a call takes its token from its own
             raise BadInput(f"--particles={particles} is less than the {n_tokens} tokens of a row, which one call may "
                            f"reveal: give {n_tokens} or more")
-    if how is None or how[0] == "first_hitting":           # it takes a call for each token
-        return []
-    return ["nfe"]
+    read = []
+    if how == (args.sampler, args.order):                  # not the maze's reference beside other samplers
+        read += ["sampler", "order"]
+    if how and how[0] != "first_hitting":                  # which takes a call for each token
+        read.append("nfe")
+    return read
 
 
 def teacher_among(models):

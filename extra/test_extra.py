@@ -1089,7 +1089,7 @@ def test_figures_are_drawn_from_the_committed_results(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     figures.main([f"--out={tmp_path}"])
     made = sorted(path.name for path in tmp_path.iterdir())
-    assert made == ["block_mask.svg", "entropy.svg", "maze.svg", "paths.svg"]
+    assert made == ["block_mask.svg", "entropy.svg", "maze.svg", "molecules.svg", "paths.svg"]
     for name in made:
         committed = os.path.join(figures.FOLDER, name)
         assert 1000 < os.path.getsize(committed) < 300_000

@@ -290,6 +290,17 @@ def test_particles_are_refused_before_samples_are_drawn(word_runs, cli):
     assert not (word_runs / "out/samples").exists()
 
 
+def test_a_teacher_alone_has_theory_in_the_order_asked_for(word_runs, cli):
+    """The sampler and its order are theory's, where no student is drawn from."""
+    flags = "success --ckpt out/words-ar --n=1000 --nfe=3 --sampler=fixed"
+    rows = {}
+    for order in ("random", "left_to_right"):
+        rows[order], _, _ = evaluated(cli, f"{flags} --order={order}", "rows.json")
+        assert [(row["model"], row["nfe"]) for row in rows[order]] == [("teacher", 11), ("theory", 3)]
+    assert rows["random"][1]["success"] != rows["left_to_right"][1]["success"]
+    refused(cli(evaluate, f"{flags} --tau=0.5"), "--tau=0.5")
+
+
 def test_one_token_a_call_has_one_row_of_theory(word_runs, cli):
     flags = "success --ckpt out/words-ar out/words-mdlm-gumbel --n=10 --decode=greedy --sampler=first_hitting"
     rows, _, _ = evaluated(cli, f"{flags} --particles=11", "rows.json")

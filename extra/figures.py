@@ -15,7 +15,7 @@ import torch
 from bd3lm import training_mask
 from data.cli import BadInput, Parser, optional, run_main
 from data.maze import FREE, MAZE, START, TARGET, follow, maze_valid
-from extra.front import ENTROPY, SCORE, curves_of, read_rows
+from extra.front import curves_of, read_rows
 from extra.plot import lines_of, mean_and_error, recipe_of
 from gumbel import gumbel_max
 from sample import load_model
@@ -116,7 +116,7 @@ def draw_path(axes, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# B: success against network calls
+# success against network calls
 
 def figure_maze(pyplot):
     """A panel for each maze: students (mean and standard deviation over seeds), teacher, and theory without noise."""
@@ -162,11 +162,12 @@ def student_style(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# distinct molecules against entropy
+# B: distinct molecules against entropy
 
 def figure_molecules(pyplot):
     """A panel for each number of steps: each run's curves over top_p and the argmax, in both orders, and theory in
-    random order."""
+    random order.
+    """
     rows = read_rows(sorted(glob.glob(os.path.join(RESULTS, "front-molecules-*.json"))))
     steps = [1, 2, 4]
     figure, panels = pyplot.subplots(1, len(steps), figsize=(9.6, 3.9))
@@ -180,11 +181,9 @@ def figure_molecules(pyplot):
                 axes.plot(*zip(*curve), color=color, linestyle=line, marker=".", linewidth=1, label=label)
                 axes.plot(*curve[-1], color=color, marker="o", linestyle="none")       # the argmax
         for theory, color in (("theory", COLORS["theory"]), ("theory_teacher", COLORS["teacher"])):
-            points = {(row[ENTROPY], row[SCORE]) for row in rows
-                      if (row["model"], row["nfe"], row["order"]) == (theory, nfe, "random")}  # its better order
-            if points:
-                axes.plot(*zip(*points), color=color, marker="*", markersize=10, linestyle="none",
-                          label=theory.replace("_", " of the "))
+            points = curves_of(rows, theory, nfe)[theory, "random"]                        # its better order
+            axes.plot(*zip(*points), color=color, marker="*", markersize=10, linestyle="none",
+                      label=theory.replace("_", " of the "))
         axes.set_title(f"{nfe} {'call' if nfe == 1 else 'steps'}", fontsize=11)
         axes.set_xlabel("entropy, nats (more diverse: right)")
         axes.grid(alpha=0.3)

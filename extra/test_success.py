@@ -33,7 +33,7 @@ def word_runs(tmp_path, cli, monkeypatch):
     (tmp_path / "list.txt").write_text("\n".join([*WORDS, "Anna", "it's", "at", "abstractedly", "abbot", "", "x1y"]))
     succeeded(cli(prepare, "words --files list.txt"))
     succeeded(cli(train, f"--model=ar --data=words --report=0 {SHAPE}"))
-    succeeded(cli(train, f"--model=mdlm --gumbel --data=words --report=0 {SHAPE}"))
+    succeeded(cli(train, f"--model=mdlm --gumbel --data=words --mask_suffix=0 --report=0 {SHAPE}"))
     return tmp_path
 
 

@@ -19,7 +19,7 @@ PRESETS = [
     ({"data": "molecules", "model": "mdlm", "gumbel": True}, dict(mask_suffix=1.0)),
     ({"data": "words"},
      dict(length=None, n_layer=4, n_embd=128, n_head=4, dropout=0.1, batch_size=256, lr=3e-3,
-          steps=4000, warmup=100, schedule="cosine", eval_every=1000, save_every=500)),
+          steps=2500, warmup=100, schedule="cosine", eval_every=1000, save_every=500)),
     ({"data": "words", "model": "ar"}, dict(lr=2e-3, steps=3000)),
     ({"data": "words", "model": "mdlm", "gumbel": True}, dict(mask_suffix=1.0)),
     # students of the teacher's shape start from its weights

@@ -20,7 +20,6 @@ from extra.scores import entropy, up_to_eos
 from extra.theory import TeacherDenoiser, theory_rows
 from mdlm import SAMPLERS
 from sample import check_vocabulary
-from teacher import extract_sequential
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,8 +345,9 @@ def map_agreement(student, teacher, n, batch, seed, device):
     generator = torch.Generator(device).manual_seed(seed)
     same = []
     for done in range(0, n, batch):
-        tokens, noise = extract_sequential(teacher, min(batch, n - done), generator=generator)
-        start = student.start(*tokens.shape).to(device)
+        start = student.start(min(batch, n - done), teacher.length).to(device)
+        noise = student.fresh_noise(start.shape, generator, device)
+        tokens, _ = teacher.generate(start[:, :1], teacher.length, noise=noise)
         written, _ = student.generate(start, 1, greedy=True, noise=noise)
         same.append((written == tokens)[:, 1:])            # BOS is given
     same = torch.cat(same)

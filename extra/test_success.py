@@ -373,9 +373,10 @@ def test_the_note_has_the_share_that_is_held_out(word_runs, cli):
         assert f"({share:.1f} % of the data's different rows)" in out and abs(share - wanted) < 1
 
 
-def test_map_agreement_is_that_of_one_batch():
+@pytest.mark.parametrize("noise", ["gumbel", "quantile"])
+def test_map_agreement_is_that_of_one_batch(noise):
     teacher = randomise(tiny_ar()).eval()
-    student = randomise(tiny(L=teacher.length, noise="gumbel")).eval()
+    student = randomise(tiny(L=teacher.length, noise=noise)).eval()
     whole = success.map_agreement(student, teacher, 25, 25, 3, "cpu")
     assert success.map_agreement(student, teacher, 25, 10, 3, "cpu") == whole and 0 < whole["agree_position"] < 1
 
